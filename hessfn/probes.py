@@ -1,0 +1,93 @@
+"""Random trees: the one file that draws random numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessfn import tree
+from hessfn.tree import Tree
+
+Draw = Callable[[np.random.Generator, list[int]], Iterator[Tensor]]
+
+
+def rademacher(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
+    """``num`` random trees with entries +1 or -1, equally likely: the probes with the least variance for a trace.
+
+    Args:
+        like: a tree of floating-point tensors; only its shapes, dtypes and devices are used.
+        num: how many.
+        seed: entry ``i`` is a function of ``(seed, i)`` alone, the same on every device and every rank, and of the
+            entries in order, not of how the tree groups them.
+
+    Returns:
+        A lazy sequence: a tree exists only while you hold it, and asking twice gives the same tree. Slices are lazy too.
+
+    Raises:
+        ValueError: ``num`` or ``seed`` is negative, or a leaf is not a floating-point tensor.
+
+    >>> probes = rademacher(torch.zeros(4), 100)
+    >>> len(probes), probes[3].abs()
+    (100, tensor([1., 1., 1., 1.]))
+    """
+    return _Probes(_signs, like, num, seed)
+
+
+def gaussian(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
+    """``num`` random trees with independent N(0, 1) entries; arguments and result as :func:`rademacher`.
+
+    Use these where the direction must be uniform: starting vectors, Lanczos quadrature.
+
+    >>> gaussian({"w": torch.zeros(2, 3)}, 5, seed=1)[0]["w"].shape
+    torch.Size([2, 3])
+    """
+    return _Probes(_normals, like, num, seed)
+
+
+class _Probes(Sequence[Tree]):
+    def __init__(self, draw: Draw, like: Tree, num: int, seed: int) -> None:
+        if num < 0 or seed < 0:
+            raise ValueError(f"num={num} and seed={seed} must not be negative")
+        for name, leaf in zip(tree.names(like), tree.leaves(like), strict=True):
+            kind = leaf.dtype if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+            if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+                raise ValueError(f"leaf {name!r} is {kind}: probes are drawn like floating-point tensors only")
+        self._draw, self._seed, self._indices = draw, seed, range(num)
+        # Shapes only: a lazy sequence must not keep the parameters alive.
+        self._specs = [(leaf.shape, leaf.dtype, leaf.device) for leaf in tree.leaves(like)]
+        self._blank = tree.map(lambda leaf: 0, like)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tree]: ...
+    def __getitem__(self, index: int | slice) -> Tree | Sequence[Tree]:
+        if isinstance(index, slice):
+            part = copy.copy(self)
+            part._indices = self._indices[index]
+            return part
+        # The draw's name is part of the seed: signs and normals of one seed must not come from the same bits.
+        words = [self._seed, self._indices[index], *self._draw.__name__.encode()]
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+        drawn = self._draw(rng, [shape.numel() for shape, _, _ in self._specs])
+        specs = zip(drawn, self._specs, strict=True)
+        return tree.unflatten([x.to(dtype).reshape(shape).to(device) for x, (shape, dtype, device) in specs], self._blank)
+
+
+def _signs(rng: np.random.Generator, sizes: list[int]) -> Iterator[Tensor]:
+    bits = np.frombuffer(rng.bytes(-(-sum(sizes) // 8)), dtype=np.uint8)
+    bits = np.unpackbits(bits, count=sum(sizes)).astype(np.int8)
+    return iter(torch.from_numpy(2 * bits - 1).split(sizes))
+
+
+def _normals(rng: np.random.Generator, sizes: list[int]) -> Iterator[Tensor]:
+    # Leaf by leaf, which is the same stream: a net's worth of float64 never exists at once.
+    return (torch.from_numpy(rng.standard_normal(size)) for size in sizes)
