@@ -1,0 +1,1 @@
+"""hessfn: functional Hessian analysis for PyTorch."""

@@ -1,0 +1,137 @@
+"""From an ``nn.Module`` to pure functions of its parameters."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]
+Choice = str | Iterable[str] | Callable[[str, Tensor], bool]
+
+
+def functionalize(
+    model: nn.Module, criterion: Callable[[Any, Any], Tensor], *, params: Choice = "*"
+) -> tuple[Callable[[Params, Any], Tensor], Params]:
+    """A model and its criterion as ``loss(params, batch)``, a pure function, with the parameters to call it with.
+
+    Args:
+        model: any module. It is never touched, also not while the loss runs: the loss owns a skeleton of it without
+            storage. Its mode counts as it is now: call ``model.eval()`` before. In training mode BatchNorm uses the
+            statistics of the batch and leaves its running ones alone.
+        criterion: ``criterion(outputs, targets)`` to a scalar, a mean over the batch if batches are to be averaged.
+        params: which parameters the loss is a function of: a glob pattern or several (``"features.*"``), or a
+            predicate ``(name, tensor) -> bool`` such as ``lambda name, p: p.requires_grad``. The rest are constants.
+
+    Returns:
+        ``(loss, params)``. ``loss(params, (inputs, targets))``, with ``inputs`` a tensor, a tuple (``*args``) or a
+        mapping (``**kwargs``). A batch that is one mapping, as Hugging Face's collators make, goes to both sides:
+        ``criterion(model(**batch), batch)``. ``params``: dict from name to detached tensor. The tensors share memory with the model's,
+        so they follow an optimiser that steps in place; clone them to keep a moment.
+
+    Raises:
+        ValueError: nothing matches, a chosen parameter is not floating-point, they lie on more than one device, or
+            dropout is in training mode, which is not a function of the parameters.
+
+    >>> model = nn.Linear(3, 2)
+    >>> loss, params = functionalize(model, nn.MSELoss(), params="weight")
+    >>> {name: tuple(p.shape) for name, p in params.items()}
+    {'weight': (2, 3)}
+    >>> loss(params, (torch.ones(4, 3), torch.zeros(4, 2))).shape
+    torch.Size([])
+    """
+    forward, chosen = stateless(model, params=params)
+
+    def loss(params: Params, batch: Any) -> Tensor:
+        inputs, targets = _pair(batch)
+        return criterion(forward(params, inputs), targets)
+
+    return loss, chosen
+
+
+def stateless(model: nn.Module, *, params: Choice = "*") -> tuple[Callable[[Params, Any], Any], Params]:
+    """A model as ``forward(params, inputs)``, a pure function, with its parameters; see :func:`functionalize`.
+
+    >>> forward, params = stateless(nn.Linear(3, 2))
+    >>> forward(params, torch.ones(4, 3)).shape
+    torch.Size([4, 2])
+    """
+    _refuse_randomness(model)
+    everything = {name: p.detach() for name, p in model.named_parameters()}
+    chosen = _choose(everything, dict(model.named_parameters()), params)
+    constants = {name: p for name, p in everything.items() if name not in chosen}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
+    skeleton = _skeleton(model)
+    one_at_a_time = threading.RLock()  # functional_call swaps tensors on the skeleton while it runs
+
+    def forward(params: Params, inputs: Any) -> Any:
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, Mapping) else (inputs,)
+        kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+        # A module may write to its buffers: it writes to copies.
+        state = {**{name: b.clone() for name, b in buffers.items()}, **constants, **params}
+        with one_at_a_time:
+            return torch.func.functional_call(skeleton, state, args, kwargs)
+
+    return forward, chosen
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping):
+        return batch, batch
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        found = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        raise ValueError(f"a batch must be a pair (inputs, targets) or a mapping, not a {found}; for others write your own loss")
+    return batch[0], batch[1]
+
+
+def _choose(everything: Params, originals: Params, choice: Choice) -> Params:
+    if callable(choice):
+        chosen = {name: p for name, p in everything.items() if choice(name, originals[name])}
+    else:
+        patterns = [choice] if isinstance(choice, str) else list(choice)
+        chosen = {name: p for name, p in everything.items() if any(fnmatch.fnmatchcase(name, pat) for pat in patterns)}
+    if not chosen:
+        known = ", ".join(list(everything)[:12]) + ", ..." * (len(everything) > 12)
+        raise ValueError(f"no parameter matches params={choice!r}; the model has: {known or 'none'}")
+    for name, p in chosen.items():
+        if not p.is_floating_point():
+            raise ValueError(f"parameter {name!r} is {p.dtype}, which has no derivatives; leave it out with params=...")
+    devices = {p.device: name for name, p in chosen.items()}
+    if len(devices) > 1:
+        where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ValueError(f"the parameters lie on {len(devices)} devices ({where}); choose those of one with params=...")
+    return chosen
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the module tree with storage for nothing: parameters and buffers are on the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = tensor.detach().to("meta")
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):  # a plain attribute: no deepcopy where it has a graph, no copy where not
+                memo[id(value)] = value.detach()
+    skeleton = copy.deepcopy(model, memo)
+    for module in skeleton.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+            # The output depends on the batch alone; without the running buffers there is nothing to write to.
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return skeleton
+
+
+def _refuse_randomness(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+        if module.training and isinstance(rate, float) and rate > 0:
+            kind = type(module).__name__
+            raise ValueError(
+                f"{kind} {name!r} drops out at random (p={rate}, training mode), so the loss is not a function of the "
+                "parameters: call model.eval() first"
+            )
