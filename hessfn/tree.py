@@ -43,18 +43,20 @@ def wide(x: Tensor) -> Tensor:
 
 
 def dot(x: Tree, y: Tree) -> Tensor:
-    """Inner product of two trees of one structure: a scalar, summed over the leaves in float64.
+    """Inner product of two trees of one structure: a scalar, multiplied and summed in float64.
+
+    So it neither overflows nor underflows where the entries do not; a leaf at a time is widened.
 
     >>> dot({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(2), "b": 2 * torch.ones(1)})
     tensor(4., dtype=torch.float64)
     """
-    parts = [wide((a * b).sum()) for a, b in zip(leaves(x), leaves(y), strict=True)]
+    parts = [(wide(a) * wide(b)).sum() for a, b in zip(leaves(x), leaves(y), strict=True)]
     return torch.stack(parts).sum()
 
 
 def norm(x: Tree) -> Tensor:
     """Euclidean norm of a tree: a float64 scalar, neither overflowing nor underflowing where the entries do not."""
-    return torch.linalg.vector_norm(torch.stack([wide(torch.linalg.vector_norm(leaf)) for leaf in leaves(x)]))
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(wide(leaf)) for leaf in leaves(x)]))
 
 
 def add(x: Tree, y: Tree, alpha: float | Tensor = 1.0) -> Tree:
@@ -88,7 +90,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     def unravel(flat: Tensor) -> Tree:
         lead = flat.shape[:-1]
         pieces = flat.split(sizes, dim=-1)
-        restored = [p.reshape(*lead, *s).to(d) for p, s, d in zip(pieces, shapes, dtypes, strict=True)]
+        restored = [p.reshape((*lead, *s)).to(d) for p, s, d in zip(pieces, shapes, dtypes, strict=True)]
         return pytree.tree_unflatten(restored, structure)
 
     return torch.cat([part.reshape(-1) for part in parts]), unravel

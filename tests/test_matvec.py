@@ -1,0 +1,112 @@
+import time
+
+import numpy
+import pytest
+import scipy.sparse.linalg
+import torch
+from nets import dense_hessian, normal, problem
+from torch import nn
+
+from hessfn import tree
+from hessfn.curvature import hvp
+from hessfn.matvec import as_linear_operator, check_matvec, deflate, dense, progress, restrict
+from hessfn.model import functionalize
+from hessfn.probes import gaussian
+
+
+def symmetric(n, seed=0):
+    a = normal(n, n, seed=seed)
+    return a + a.T
+
+
+def in_tree(matrix):
+    like = {"a": torch.zeros(2, 3).double(), "b": [torch.zeros(4).double()]}
+    unravel = tree.ravel(like)[1]
+    return (lambda v: unravel(matrix @ tree.ravel(v)[0])), like
+
+
+def test_dense_gives_the_matrix_back():
+    matrix = symmetric(10)
+    assert torch.equal(dense(*in_tree(matrix)), matrix)
+
+
+def test_restrict_is_a_diagonal_block():
+    matrix = symmetric(10)
+    matvec, like = in_tree(matrix)
+    block = tree.select(like, "b.*")
+    assert torch.equal(dense(restrict(matvec, like, "b.*"), block), matrix[6:, 6:])
+
+
+def test_restrict_of_a_net_is_the_hessian_by_those_parameters():
+    loss, params, batch, model = problem("mlp")
+    last = {name: params[name] for name in ("2.weight", "2.bias")}
+    block = dense(restrict(hvp(loss, params, batch), params, "2.*"), last)
+    few, chosen = functionalize(model, nn.CrossEntropyLoss(), params="2.*")
+    assert torch.allclose(block, dense(hvp(few, chosen, batch), chosen), rtol=1e-12)
+
+
+def test_deflate_projects_from_both_sides_whatever_the_lengths():
+    matrix = symmetric(10)
+    matvec, like = in_tree(matrix)
+    rows = normal(3, 10, seed=4)
+    vectors = tree.ravel(like)[1](rows)
+    q = torch.linalg.qr(rows.T).Q
+    outside = torch.eye(10).double() - q @ q.T
+    assert torch.allclose(dense(deflate(matvec, vectors), like), outside @ matrix @ outside, atol=1e-12)
+
+
+def test_progress_counts_products_and_changes_nothing(capsys):
+    matvec, like = in_tree(symmetric(10))
+    v = gaussian(like, 1)[0]
+    counted = progress(matvec, total=2, desc="eigenvalues")
+    assert torch.equal(counted(v)["a"], matvec(v)["a"]) and torch.equal(counted(v)["a"], matvec(v)["a"])
+    assert "eigenvalues: 100%" in capsys.readouterr().err
+
+
+def test_scipy_finds_the_eigenvalues_of_a_net():
+    loss, params, batch, _ = problem("layer_norm")
+    operator = as_linear_operator(hvp(loss, params, batch), params)
+    values = scipy.sparse.linalg.eigsh(operator, k=3, v0=numpy.ones(operator.shape[0]))[0]
+    exact = numpy.linalg.eigvalsh(dense_hessian(loss, params, batch).numpy())
+    largest = exact[numpy.argsort(abs(exact))[-3:]]
+    assert numpy.allclose(sorted(values), sorted(largest), rtol=1e-10)
+
+
+class NoGrad(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            scale = self.first(x).square().mean()
+        return self.second(torch.tanh(self.first(x))) * scale
+
+
+def test_check_matvec_says_which_property_fails():
+    matvec, like = in_tree(symmetric(10))
+    check_matvec(matvec, like)
+    ticks = iter(range(100))
+    with pytest.raises(ValueError, match="not deterministic.*dropout.*loader"):
+        check_matvec(lambda v: tree.scale(1 + next(ticks), matvec(v)), like)
+    with pytest.raises(ValueError, match="not linear"):
+        check_matvec(lambda v: tree.map(torch.abs, v), like)
+    with pytest.raises(ValueError, match="not symmetric"):
+        check_matvec(in_tree(normal(10, 10))[0], like)
+    with pytest.raises(ValueError, match="not finite"):
+        check_matvec(lambda v: tree.scale(float("nan"), v), like)
+
+
+def test_check_matvec_catches_a_no_grad_block():
+    torch.manual_seed(0)
+    loss, params = functionalize(NoGrad().double(), nn.CrossEntropyLoss())
+    batch = (normal(6, 4), torch.arange(6) % 3)
+    with pytest.raises(ValueError, match="not symmetric.*no_grad"):
+        check_matvec(hvp(loss, params, batch), params)
+
+
+def test_a_check_costs_four_products():
+    calls = []
+    matvec, like = in_tree(symmetric(10))
+    check_matvec(lambda v: (calls.append(time.time()), matvec(v))[1], like)
+    assert len(calls) == 4
