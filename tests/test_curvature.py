@@ -83,15 +83,31 @@ def test_vmap_over_batches_and_over_models_is_the_loop(net):
         close(tree.map(lambda x: x[i], together), product(*one))  # noqa: B023
 
 
-def test_a_huber_loss_has_no_forward_rule_and_says_how_it_went():
-    model = seeded(NETS["mlp"][0])
-    loss, params = functionalize(model, nn.HuberLoss())
-    batch = (normal(6, 4), normal(6, 3))
-    matvec = hvp(loss, params, batch)
-    close(dense(matvec, params), dense_hessian(loss, params, batch))
+def test_what_has_no_forward_rule_falls_back_with_a_warning_that_names_it():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * ctx.saved_tensors[0] * g
+
+    def loss(w):
+        return Square.apply(torch.sin(w)).sum()
+
+    w = normal(5)
+    matvec = hvp(loss, w)
+    with pytest.warns(UserWarning, match="mode 'reverse', which is exact .*autograd.Function.*forward: .*jvp"):
+        matvec(w)
+    close(dense(matvec, w), dense_hessian(loss, w))
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse", "double_backward", "difference"])
+@pytest.mark.parametrize("mode", ["traced", "forward", "reverse", "double_backward", "difference"])
 def test_every_mode_gives_the_same_product(mode):
     loss, params, batch, _ = problem("layer_norm")
     v = gaussian(params, 1)[0]
@@ -203,4 +219,4 @@ def test_a_vector_in_another_order_of_keys_is_the_same_vector():
 
 def test_the_way_taken_can_be_asked_for():
     loss, params, batch, _ = problem("mlp")
-    assert choose_way(loss, params, batch) == ("forward", "", 0.0)
+    assert choose_way(loss, params, batch) == ("traced", "", 0.0)
