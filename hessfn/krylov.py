@@ -1,0 +1,138 @@
+"""Krylov spaces on flat vectors: what eigenpairs and spectral densities are both built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hessfn import tree
+from hessfn.probes import gaussian
+from hessfn.tree import MatVec, Tree
+
+FlatMatVec = Callable[[Tensor], Tensor]
+
+
+class Space(NamedTuple):
+    """A matvec on flat vectors ``(n,)``, and the ways there and back."""
+
+    matvec: FlatMatVec
+    ravel: Callable[[Tree], Tensor]
+    unravel: Callable[[Tensor], Tree]
+    eps: float
+
+
+def flatten(matvec: MatVec, like: Tree) -> Space:
+    """The matvec on flat vectors; half precision is widened to float32, where bases can be orthogonal."""
+    _, unravel = tree.ravel(like)
+
+    def ravel(v: Tree) -> Tensor:
+        flat, _ = tree.ravel(v)
+        return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+    def product(flat: Tensor) -> Tensor:
+        return ravel(tree.aligned(matvec(unravel(flat)), like, "the product"))
+
+    return Space(product, ravel, unravel, max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(like)))
+
+
+def unit(v: Tensor, name: str = "v0") -> Tensor:
+    size = tree.norm(v)
+    if tree.known(size > 0) is False or tree.known(size.isfinite()) is False:
+        raise ValueError(f"{name} has norm {float(size)}: start from gaussian(params, 1)[0]")
+    return v / size.to(v.dtype)
+
+
+def orthogonalize(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """``v`` without its components along orthonormal rows, and those components: twice is enough (Parlett 1980)."""
+    components = torch.zeros_like(basis[:, 0])
+    for _ in range(2):
+        c = basis @ v
+        v = v - c @ basis
+        components = components + c
+    return v, components
+
+
+def fresh(like: Tensor, basis: Tensor, index: int) -> Tensor:
+    """A random direction orthogonal to the basis: the way on when a Krylov space is exhausted."""
+    v = gaussian(like.detach(), index + 1, seed=_FRESH)[index].to(basis.device)
+    return unit(orthogonalize(unit(v), basis)[0])
+
+
+_FRESH = 0x5EED  # a stream of its own, so that a fresh direction is none that a user started from
+
+
+class Krylov(NamedTuple):
+    alpha: Tensor  # (m,) float64
+    beta: Tensor  # (m,) float64; the last belongs to the residual
+    basis: Tensor  # (m, n)
+    residual: Tensor  # (n,)
+
+
+def expand(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> Krylov:
+    """Lanczos with full two-pass orthogonalisation, functional throughout: for ``vmap`` and autograd."""
+    basis = unit(start)[None]
+    alpha, beta = [], []
+    scale = torch.zeros_like(tree.wide(start[0]))
+    for step in range(num_matvecs):
+        product = matvec(basis[-1])
+        scale = torch.maximum(scale, tree.norm(product).detach())
+        residual, components = orthogonalize(product, basis)
+        alpha.append(tree.wide(components[-1]))
+        size, following, broken = _next(residual, 10 * eps * scale)
+        beta.append(size)
+        if step + 1 < num_matvecs:
+            if tree.known(broken) is not False:
+                following = torch.where(broken, fresh(start, basis, step), following)
+            basis = torch.cat([basis, following[None]])
+    return Krylov(torch.stack(alpha), torch.stack(beta), basis, residual)
+
+
+def recur(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Lanczos by the three-term recurrence alone, two vectors kept; ``alpha, beta`` as of :func:`expand`.
+
+    Once the space is exhausted, the rest is decoupled: beta 0 and alpha repeated.
+    """
+    previous, current = torch.zeros_like(start), unit(start)
+    alpha, beta = [], [torch.zeros_like(tree.wide(start[0]))]
+    scale, ended = beta[0], beta[0] > 0
+    for _ in range(num_matvecs):
+        product = matvec(current)
+        scale = torch.maximum(scale, tree.norm(product).detach())
+        product = product - beta[-1].to(product.dtype) * previous
+        diagonal = tree.dot(current, product)
+        alpha.append(torch.where(ended, alpha[0], diagonal) if alpha else diagonal)
+        size, following, broken = _next(product - diagonal.to(product.dtype) * current, eps * scale)
+        ended = ended | broken
+        beta.append(size)
+        previous, current = current, following
+    return torch.stack(alpha), torch.stack(beta[1:])
+
+
+def _next(residual: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, direction and whether the space ends here; where it does the first two are 0, and so are their gradients."""
+    broken = tree.norm(residual.detach()) <= threshold
+    safe = torch.where(broken, torch.ones_like(residual), residual)
+    size = tree.norm(safe)
+    zero = torch.zeros_like(size)
+    return torch.where(broken, zero, size), torch.where(broken, zero.to(safe.dtype), safe / size.to(safe.dtype)), broken
+
+
+def tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:
+    """The symmetric matrix ``(m, m)`` with diagonal ``alpha (m,)`` and off-diagonal ``beta (m - 1,)``."""
+    off = torch.diag_embed(beta, 1)
+    return torch.diag_embed(alpha) + off + off.mT
+
+
+def select(values: Tensor, k: int, which: str) -> Tensor:
+    """Positions of the wanted among ascending values ``(m,)``, in the order they are reported in."""
+    positions = torch.arange(values.shape[-1], device=values.device)
+    if which == "LM":
+        return torch.argsort(values.abs(), descending=True, stable=True)[:k]
+    if which == "LA":
+        return positions.flip(0)[:k]
+    if which == "SA":
+        return positions[:k]
+    return torch.cat([positions[: k // 2], positions[len(positions) - (k - k // 2) :]])

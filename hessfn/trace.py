@@ -1,0 +1,167 @@
+"""Traces of a matvec, each with its standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from hessfn import tree
+from hessfn.tree import MatVec, Tree
+
+_MIN_PROBES = 10  # a standard error from fewer is too uncertain to stop on
+
+
+class Estimate(NamedTuple):
+    """A mean, its standard error (inf where one sample says nothing of it) and the matvecs it took."""
+
+    mean: Any
+    stderr: Any
+    num_matvecs: Tensor
+
+
+def hutchinson(matvec: MatVec, probes: Iterable[Tree], *, rtol: float | None = None) -> Estimate:
+    """The trace, as the mean of ``z'Az`` over the probes.
+
+    A Rademacher probe has variance ``2 (||A||_F^2 - sum_i a_ii^2)``, a Gaussian one ``2 ||A||_F^2``.
+
+    Args:
+        probes: ``rademacher(params, num)``, or any iterable of independent trees with ``E zz' = I``.
+        rtol: stop once half the width of the 95 % confidence interval (Student's t) is at most ``rtol |mean|``, after
+            10 probes at least. None takes all probes, and then runs under ``vmap`` and autograd.
+
+    Returns:
+        ``mean`` and ``stderr``, float64 scalars, and ``num_matvecs``, one for each probe taken.
+
+    Cost: one product a probe; one vector kept.
+
+    Raises:
+        ValueError: there is no probe, or (with ``rtol``) a product is not finite.
+
+    Source: Hutchinson (1989).
+
+    >>> from hessfn import rademacher
+    >>> hutchinson(lambda v: 3 * v, rademacher(torch.zeros(4), 10)).mean
+    tensor(12., dtype=torch.float64)
+    """
+    samples = _quadratic_forms(matvec, probes)
+    return estimate(samples) if rtol is None else _until(samples, rtol)
+
+
+def hutchinson_per_leaf(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
+    """The trace of every leaf's diagonal block, all from the same products.
+
+    The blocks between leaves drop out in the mean, yet add to the variance: ``restrict`` the matvec to one leaf
+    where its own variance matters.
+
+    Returns:
+        ``mean`` and ``stderr``, trees of float64 scalars, and ``num_matvecs``.
+
+    Cost: one product a probe; one vector kept.
+
+    Raises:
+        ValueError: there is no probe.
+
+    >>> from hessfn import rademacher
+    >>> hutchinson_per_leaf(lambda v: {"a": 2 * v["a"]}, rademacher({"a": torch.zeros(3)}, 2)).mean
+    {'a': tensor(6., dtype=torch.float64)}
+    """
+    return estimate(tree.map(lambda a, b: tree.dot(a, b), z, matvec(z)) for z in probes)
+
+
+def mean_traces(traces: Estimate, like: Tree) -> Estimate:
+    """Traces per leaf divided by the leaf's number of entries: the mean curvature by which layers are given bits.
+
+    Source: HAWQ-V2 (Dong et al., 2020).
+    """
+
+    def divided(values: Tree) -> Tree:
+        return tree.map(lambda value, leaf: value / leaf.numel(), values, like)
+
+    return Estimate(divided(traces.mean), divided(traces.stderr), traces.num_matvecs)
+
+
+def deflated_trace(matvec: MatVec, probes: Iterable[Tree], eigenpairs: Any, *, rtol: float | None = None) -> Estimate:
+    """The trace from eigenpairs one has already: their sum, plus Hutchinson on what they leave.
+
+    ``sum_i value_i + E z'(I - QQ') A (I - QQ') z``: unbiased for any symmetric A, as long as the probes and the start
+    of the eigenpairs are independent, however well the pairs have converged.
+
+    Args:
+        probes: as for :func:`hutchinson`.
+        eigenpairs: what ``eigsh`` returns: orthonormal vectors with ``values = diag(Q'AQ)``.
+        rtol: as for :func:`hutchinson`, of the whole trace.
+
+    Returns:
+        ``mean``, ``stderr`` and ``num_matvecs``, which leaves out the products the eigenpairs took.
+
+    Cost: one product a probe; the k eigenvectors, once more as a matrix.
+
+    Raises:
+        ValueError: there is no probe, or (with ``rtol``) a product is not finite.
+
+    Source: deflation as in Hutch++ (Meyer, Musco, Musco and Woodruff, 2021), with Ritz vectors for the sketch.
+
+    >>> from hessfn import eigsh, rademacher
+    >>> A = torch.diag(torch.tensor([9.0, 1.0, 1.0]))
+    >>> pairs = eigsh(lambda v: A @ v, torch.ones(3))
+    >>> deflated_trace(lambda v: A @ v, rademacher(torch.zeros(3), 10), pairs).mean.round(decimals=2)
+    tensor(11., dtype=torch.float64)
+    """
+    rows = torch.cat([leaf.reshape(len(leaf), -1) for leaf in tree.leaves(eigenpairs.vectors)], dim=1)
+    known = eigenpairs.values.sum()
+
+    def outside() -> Iterator[Tree]:
+        for z in probes:
+            flat, unravel = tree.ravel(z)
+            yield unravel(flat - (rows @ flat) @ rows)
+
+    samples = (known + sample for sample in _quadratic_forms(matvec, outside()))
+    return estimate(samples) if rtol is None else _until(samples, rtol)
+
+
+def estimate(samples: Iterable[Tree]) -> Estimate:
+    """Mean and standard error of independent trees, entry by entry, one at a time (Welford 1962)."""
+    count, mean, squares = 0, None, None
+    for count, sample in enumerate(samples, 1):  # noqa: B007
+        if mean is None:
+            mean, squares = sample, tree.map(torch.zeros_like, sample)
+            continue
+        before = tree.map(torch.sub, sample, mean)
+        mean = tree.map(lambda m, d, c=count: m + d / c, mean, before)
+        squares = tree.map(lambda s, d, x, m: s + d * (x - m), squares, before, sample, mean)
+    if mean is None:
+        raise ValueError("there is no probe: rademacher(params, num) needs num >= 1")
+    if count == 1:
+        stderr = tree.map(lambda s: torch.full_like(s, torch.inf), squares)
+    else:
+        stderr = tree.map(lambda s: (s / (count * (count - 1))).sqrt(), squares)
+    return Estimate(mean, stderr, torch.tensor(count))
+
+
+def half_width(stderr: Any, num_samples: int, level: float = 0.95) -> Any:
+    """Half the width of the confidence interval around a mean of few samples, by Student's t."""
+    return stderr * float(stdtrit(num_samples - 1, 0.5 + level / 2))
+
+
+def _quadratic_forms(matvec: MatVec, probes: Iterable[Tree]) -> Iterator[Tensor]:
+    return (tree.dot(z, matvec(z)) for z in probes)
+
+
+def _until(samples: Iterator[Tensor], rtol: float) -> Estimate:
+    """As many samples as the tolerance takes, at least ten where there are ten."""
+    taken: list[Tensor] = []
+    for sample in samples:
+        taken.append(sample)
+        if not torch.isfinite(sample):
+            raise ValueError(
+                f"product {len(taken)} of the matvec is not finite: are the loss and its curvature finite there?"
+            )
+        if len(taken) >= _MIN_PROBES:
+            so_far = estimate(taken)
+            if half_width(so_far.stderr, len(taken)) <= rtol * so_far.mean.abs():
+                return so_far
+    return estimate(taken)
