@@ -50,8 +50,8 @@ def power_iter(
         v0: where to start, as ``gaussian(params, 1)[0]``.
         rtol: None for exactly ``max_matvecs`` products, under ``vmap`` and autograd too; ``converged`` is then judged
             by 1e-3.
-        shift: moves the spectrum where its ends are nearly opposite and the iteration would swing between them: a
-            shift of the size of the largest eigenvalue makes the largest algebraic one win, a negative one the smallest.
+        shift: moves the spectrum where its ends are nearly opposite and the iteration would swing between them: of the
+            size of the largest eigenvalue it makes the largest algebraic one win, and negated the smallest.
 
     Returns:
         ``value``, ``vector`` of unit norm, ``residual = ||A vector - value vector||``, ``num_matvecs``, ``converged``.
@@ -72,14 +72,15 @@ def power_iter(
         raise ValueError(f"max_matvecs={max_matvecs} must be at least 1")
     space = krylov.flatten(matvec, v0)
     following = krylov.unit(space.ravel(v0))
-    for count in range(1, max_matvecs + 1):  # noqa: B007
+    for count in range(1, max_matvecs + 1):
         v = following
         product = space.matvec(v)
         value = tree.dot(v, product)
         residual = tree.norm(product - value.to(v.dtype) * v)
         converged = residual <= (_RTOL if rtol is None else rtol) * value.abs()
         if rtol is not None:
-            _require_finite(residual, count)
+            if not torch.isfinite(residual):
+                raise krylov.not_finite(count)
             if converged:
                 break
         image = product + shift * v
@@ -92,8 +93,8 @@ def power_iter(
 def lanczos(matvec: MatVec, v0: Tree, num_matvecs: int) -> Tridiagonal:
     """The Lanczos recurrence with full orthogonalisation: ``A Q = Q T + residual e_m'``, ``Q'Q = I``.
 
-    T is tridiagonal with diagonal ``alpha`` and off-diagonal ``beta``; its eigenvalues are those of A as seen from ``v0``.
-    Where the Krylov space ends early, it goes on from a fresh direction, with that beta 0.
+    T is tridiagonal with diagonal ``alpha`` and off-diagonal ``beta``. Where the Krylov space of ``v0`` ends early, it goes
+    on from a fresh direction, and that beta is 0.
 
     Args:
         v0: where to start, as ``gaussian(params, 1)[0]``.
@@ -136,8 +137,8 @@ def eigsh(
 
     Args:
         v0: where to start, as ``gaussian(params, 1)[0]``.
-        which: ``"LM"`` largest magnitude, ``"LA"`` / ``"SA"`` largest / smallest algebraic, ``"BE"`` both ends (one more
-            of the high end where k is odd).
+        which: ``"LM"`` largest magnitude, ``"LA"`` / ``"SA"`` largest / smallest algebraic, ``"BE"`` both ends (one
+            more of the high end where k is odd).
         rtol: the relative residual asked of every pair. None for exactly ``max_matvecs`` products with no restart,
             under ``vmap`` and autograd too; ``converged`` is then judged by 1e-3.
         max_matvecs: the most products spent; by default ten times ``basis_size``.
@@ -214,8 +215,3 @@ def _unrestarted(space: Space, v0: Tree, k: int, which: str, num_matvecs: int) -
 def _require_between(name: str, value: int, n: int) -> None:
     if not 1 <= value <= n:
         raise ValueError(f"{name}={value} must be between 1 and {n}, the number of entries in v0")
-
-
-def _require_finite(number: Tensor, count: int) -> None:
-    if not torch.isfinite(number):
-        raise ValueError(f"product {count} of the matvec is not finite: are the loss and its curvature finite there?")

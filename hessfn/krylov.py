@@ -45,6 +45,10 @@ def unit(v: Tensor, name: str = "v0") -> Tensor:
     return v / size.to(v.dtype)
 
 
+def not_finite(count: int) -> ValueError:
+    return ValueError(f"product {count} of the matvec is not finite: are the loss and its curvature finite there?")
+
+
 def orthogonalize(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """``v`` without its components along orthonormal rows, and those components: twice is enough (Parlett 1980)."""
     components = torch.zeros_like(basis[:, 0])
@@ -112,7 +116,7 @@ def recur(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> tu
 
 
 def _next(residual: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm, direction and whether the space ends here; where it does the first two are 0, and so are their gradients."""
+    """Norm, direction and whether the space ends here: then the first two are 0, and so are their gradients."""
     broken = tree.norm(residual.detach()) <= threshold
     safe = torch.where(broken, torch.ones_like(residual), residual)
     size = tree.norm(safe)

@@ -59,9 +59,7 @@ def thick_restart(
         count += 1
         size = float(tree.norm(product))
         if not math.isfinite(size):
-            raise ValueError(
-                f"product {count} of the matvec is not finite: are the loss and its curvature finite there?"
-            )
+            raise krylov.not_finite(count)
         scale = max(scale, size)
         rest, components = krylov.orthogonalize(product, basis[: done + pending])
         H[: done + pending, done] = components.cpu().double()
@@ -154,7 +152,7 @@ _COLUMNS = 1 << 16
 def _checked(
     multiply: FlatMatVec, basis: Tensor, H: Tensor, done: int, pending: int, ritz: Ritz, wanted: Tensor, count: int
 ) -> Found:
-    """The wanted pairs, after one more product has compared A with what the basis says of it, on the sum of them all."""
+    """The wanted pairs. One more product, of their mean, compares A with what H says of it."""
     turn = ritz.vectors[:, wanted]
     vectors = turn.T.to(basis) @ basis[:done]
     mean = turn.sum(1) / len(wanted) ** 0.5

@@ -9,7 +9,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from hessfn import tree
+from hessfn import krylov, tree
 from hessfn.tree import MatVec, Tree
 
 _MIN_PROBES = 10  # a standard error from fewer is too uncertain to stop on
@@ -98,6 +98,43 @@ def hutchinson_diag(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     return estimate(tree.map(lambda a, b: a * b, z, matvec(z)) for z in probes)
 
 
+def squared_row_norms(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
+    """The squared norm of every row, ``sum_j a_ij^2``, as the mean of ``(Az)^2``; no estimate of a squared diagonal.
+
+    Returns:
+        ``mean`` and ``stderr``, trees like the probes, and ``num_matvecs``.
+
+    Cost: one product a probe; two vectors kept.
+
+    Raises:
+        ValueError: there is no probe.
+
+    >>> from hessfn import rademacher
+    >>> d = torch.tensor([3.0, 1.0])
+    >>> squared_row_norms(lambda v: d * v, rademacher(torch.zeros(2), 4)).mean
+    tensor([9., 1.])
+    """
+    return estimate(tree.map(torch.square, matvec(z)) for z in probes)
+
+
+def squared_frobenius(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
+    """The squared Frobenius norm, ``sum_ij a_ij^2``, the sum of the squared eigenvalues, as the mean of ``||Az||^2``.
+
+    Returns:
+        ``mean`` and ``stderr``, float64 scalars, and ``num_matvecs``.
+
+    Cost: one product a probe; one vector kept.
+
+    Raises:
+        ValueError: there is no probe.
+
+    >>> from hessfn import rademacher
+    >>> squared_frobenius(lambda v: 3 * v, rademacher(torch.zeros(4), 2)).mean
+    tensor(36., dtype=torch.float64)
+    """
+    return estimate(tree.norm(matvec(z)).square() for z in probes)
+
+
 def mean_traces(traces: Estimate, like: Tree) -> Estimate:
     """Traces per leaf divided by the leaf's number of entries: the mean curvature by which layers are given bits.
 
@@ -152,7 +189,7 @@ def deflated_trace(matvec: MatVec, probes: Iterable[Tree], eigenpairs: Any, *, r
 def estimate(samples: Iterable[Tree]) -> Estimate:
     """Mean and standard error of independent trees, entry by entry, one at a time (Welford 1962)."""
     count, mean, squares = 0, None, None
-    for count, sample in enumerate(samples, 1):  # noqa: B007
+    for count, sample in enumerate(samples, 1):
         if mean is None:
             mean, squares = sample, tree.map(torch.zeros_like, sample)
             continue
@@ -183,9 +220,7 @@ def _until(samples: Iterator[Tensor], rtol: float) -> Estimate:
     for sample in samples:
         taken.append(sample)
         if not torch.isfinite(sample):
-            raise ValueError(
-                f"product {len(taken)} of the matvec is not finite: are the loss and its curvature finite there?"
-            )
+            raise krylov.not_finite(len(taken))
         if len(taken) >= _MIN_PROBES:
             so_far = estimate(taken)
             if half_width(so_far.stderr, len(taken)) <= rtol * so_far.mean.abs():
