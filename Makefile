@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check bench notebooks clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/hessfn report --out demo-report
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --doctest-modules hessfn
+
+# Peers are compared where they are installed: .venv/bin/pip install -e ".[bench]"
+bench: $(READY)
+	@set -e; for file in $(wildcard tests/bench/bench_*.py); do echo "== $$file"; $(BIN)/python $$file; done
+	@$(if $(wildcard tests/bench/bench_*.py),:,echo "no benchmarks yet in tests/bench")
+
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+notebooks: $(READY)
+ifeq ($(NOTEBOOKS),)
+	@echo "no notebooks yet in notebooks/"
+else
+	$(BIN)/python -m pip install --quiet -e ".[notebooks]"
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
+endif
+
+clean:
+	rm -rf demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hessfn tests -name __pycache__ -prune -exec rm -rf {} +
+
+# Done once, and again when what is to be installed changes.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,vision,dev]"
+	touch $@

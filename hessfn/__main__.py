@@ -1,0 +1,8 @@
+"""``python -m hessfn`` is the ``hessfn`` command."""
+
+import sys
+
+from hessfn.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
