@@ -40,7 +40,7 @@ def plane(
     steps_y: Iterable[float] | Tensor,
     *args: Any,
 ) -> Tensor:
-    """The losses over a grid, ``loss(params + x directions[0] + y directions[1], *args)``: ``(len(steps_x), len(steps_y))``.
+    """The losses ``loss(params + x directions[0] + y directions[1], *args)``: ``(len(steps_x), len(steps_y))``.
 
     >>> flat = torch.eye(2)
     >>> plane(lambda w: w.square().sum(), torch.zeros(2), (flat[0], flat[1]), [0.0, 1.0], [0.0, 1.0, 2.0])

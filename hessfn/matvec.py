@@ -24,7 +24,7 @@ def restrict(matvec: MatVec, like: Tree, names: str | Iterable[str]) -> MatVec:
         names: glob patterns of dotted leaf names, as in ``"layer1.*"``.
 
     Returns:
-        A matvec on dicts from leaf name to tensor, those of ``tree.select(like, names)``. One product costs one of the whole.
+        A matvec on dicts from leaf name to tensor, those of ``tree.select(like, names)``, at one product of the whole.
 
     Raises:
         ValueError: a pattern matches no leaf.
@@ -39,7 +39,8 @@ def restrict(matvec: MatVec, like: Tree, names: str | Iterable[str]) -> MatVec:
 
     def restricted(v: Tree) -> Tree:
         v = tree.aligned(v, block)
-        padded = [v[name] if name in block else torch.zeros_like(x) for name, x in zip(known, tree.leaves(like))]
+        blank = zip(known, tree.leaves(like), strict=True)
+        padded = [v[name] if name in block else torch.zeros_like(x) for name, x in blank]
         product = dict(zip(known, tree.leaves(matvec(tree.unflatten(padded, like))), strict=True))
         return {name: product[name] for name in block}
 
@@ -91,7 +92,9 @@ def dense(matvec: MatVec, like: Tree) -> Tensor:
             [0., 2.]])
     """
     flat, unravel = tree.ravel(like)
-    columns = [tree.ravel(matvec(unravel(unit)))[0] for unit in torch.eye(len(flat), dtype=flat.dtype, device=flat.device)]
+    columns = [
+        tree.ravel(matvec(unravel(unit)))[0] for unit in torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
+    ]
     return torch.stack(columns, dim=1)
 
 
@@ -139,7 +142,9 @@ def check_matvec(matvec: MatVec, like: Tree, *, seed: int = 0, rtol: float | Non
 
     def require(error: Tensor, scale: Tensor, what: str, cause: str) -> None:
         if error > rtol * scale:
-            raise ValueError(f"the matvec is not {what}: relative error {float(error / scale):.1e} > rtol={rtol:.1e}. {cause}")
+            raise ValueError(
+                f"the matvec is not {what}: relative error {float(error / scale):.1e} > rtol={rtol:.1e}. {cause}"
+            )
 
     require(
         tree.norm(tree.add(ax, again, -1.0)),
@@ -152,8 +157,8 @@ def check_matvec(matvec: MatVec, like: Tree, *, seed: int = 0, rtol: float | Non
     require(tree.norm(combination), size, "linear", "A(x - 2y) differs from Ax - 2Ay: this is no matrix.")
     require(
         (tree.dot(x, ay) - tree.dot(y, ax)).abs(),
-        tree.norm(x) * tree.norm(ay) / tree.numel(like) ** 0.5 + tree.norm(y) * tree.norm(ax) / tree.numel(like) ** 0.5,
+        (tree.norm(x) * tree.norm(ay) + tree.norm(y) * tree.norm(ax)) / tree.numel(like) ** 0.5,
         "symmetric",
-        "x'Ay differs from y'Ax: look for a torch.no_grad() block or .detach() inside the model, a custom backward that "
-        "is not the derivative of its forward, or a matrix that is not a Hessian.",
+        "x'Ay differs from y'Ax: look for a torch.no_grad() block or .detach() inside the model, for a custom backward "
+        "that is not the derivative of its forward, or for a matrix that is not a Hessian.",
     )

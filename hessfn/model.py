@@ -31,8 +31,8 @@ def functionalize(
     Returns:
         ``(loss, params)``. ``loss(params, (inputs, targets))``, with ``inputs`` a tensor, a tuple (``*args``) or a
         mapping (``**kwargs``). A batch that is one mapping, as Hugging Face's collators make, goes to both sides:
-        ``criterion(model(**batch), batch)``. ``params``: dict from name to detached tensor. The tensors share memory with the model's,
-        so they follow an optimiser that steps in place; clone them to keep a moment.
+        ``criterion(model(**batch), batch)``. ``params``: dict from name to detached tensor. The tensors share memory
+        with the model's, so they follow an optimiser that steps in place; clone them to keep a moment.
 
     Raises:
         ValueError: nothing matches, a chosen parameter is not floating-point, they lie on more than one device, or
@@ -85,7 +85,9 @@ def _pair(batch: Any) -> tuple[Any, Any]:
         return batch, batch
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         found = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-        raise ValueError(f"a batch must be a pair (inputs, targets) or a mapping, not a {found}; for others write your own loss")
+        raise ValueError(
+            f"a batch must be a pair (inputs, targets) or a mapping, not a {found}; for others write your own loss"
+        )
     return batch[0], batch[1]
 
 

@@ -26,7 +26,7 @@ def rademacher(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
             entries in order, not of how the tree groups them.
 
     Returns:
-        A lazy sequence: a tree exists only while you hold it, and asking twice gives the same tree. Slices are lazy too.
+        A lazy sequence: a tree exists only while you hold it; asking twice gives the same tree; slices are lazy too.
 
     Raises:
         ValueError: ``num`` or ``seed`` is negative, or a leaf is not a floating-point tensor.
@@ -79,7 +79,9 @@ class _Probes(Sequence[Tree]):
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
         drawn = self._draw(rng, [shape.numel() for shape, _, _ in self._specs])
         specs = zip(drawn, self._specs, strict=True)
-        return tree.unflatten([x.to(dtype).reshape(shape).to(device) for x, (shape, dtype, device) in specs], self._blank)
+        return tree.unflatten(
+            [x.to(dtype).reshape(shape).to(device) for x, (shape, dtype, device) in specs], self._blank
+        )
 
 
 def _signs(rng: np.random.Generator, sizes: list[int]) -> Iterator[Tensor]:

@@ -24,7 +24,9 @@ def names(tree: Tree) -> list[str]:
     ['conv.weight', 'head.0', 'head.1']
     """
     paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    return [".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in p) for p in paths]
+    return [
+        ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in p) for p in paths
+    ]
 
 
 def unflatten(new_leaves: Iterable[Any], like: Tree) -> Tree:
@@ -106,7 +108,9 @@ def select(tree: Tree, patterns: str | Iterable[str]) -> dict[str, Tensor]:
     known = names(tree)
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
-            raise ValueError(f"no leaf matches {pattern!r}; there are: {', '.join(known[:12])}{', ...' * (len(known) > 12)}")
+            raise ValueError(
+                f"no leaf matches {pattern!r}; there are: {', '.join(known[:12])}{', ...' * (len(known) > 12)}"
+            )
     chosen = zip(known, leaves(tree), strict=True)
     return {name: leaf for name, leaf in chosen if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
 
@@ -131,7 +135,9 @@ def aligned(vector: Tree, like: Tree, what: str = "the vector") -> Tree:
         if not isinstance(a, Tensor):
             raise ValueError(f"leaf {name!r} of {what} is a {type(a).__name__}, not a tensor")
         if a.shape != b.shape:
-            raise ValueError(f"leaf {name!r} of {what} has shape {tuple(a.shape)}, the parameters have {tuple(b.shape)}")
+            raise ValueError(
+                f"leaf {name!r} of {what} has shape {tuple(a.shape)}, the parameters have {tuple(b.shape)}"
+            )
         if a.dtype != b.dtype:
             raise ValueError(f"leaf {name!r} of {what} is {a.dtype}, the parameters are {b.dtype}: cast it first")
         if a.device != b.device:

@@ -56,7 +56,13 @@ class Recurrent(nn.Module):
 
 def conv_net(*norms: nn.Module) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False), *norms, nn.Softplus(), nn.Conv2d(4, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)
+        nn.Conv2d(1, 4, 3, bias=False),
+        *norms,
+        nn.Softplus(),
+        nn.Conv2d(4, 2, 2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(8, 3),
     )
 
 

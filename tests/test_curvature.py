@@ -1,5 +1,3 @@
-import warnings
-
 import pytest
 import torch
 from nets import CRITERIA, NETS, classes, dense_hessian, normal, problem, seeded
@@ -7,10 +5,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hessfn import tree
-from hessfn.curvature import choose_way, fvp, ggnvp, hvp, mean_hvp
+from hessfn.curvature import fvp, ggnvp, hvp, mean_hvp
 from hessfn.matvec import check_matvec, dense
 from hessfn.model import functionalize, stateless
 from hessfn.probes import gaussian
+from hessfn.ways import choose_way
 
 
 def close(a, b, rtol=1e-10):
@@ -24,7 +23,7 @@ def test_product_is_the_dense_hessian_times_the_vector(net, criterion):
     loss, params, batch, _ = problem(net, criterion)
     hessian = dense_hessian(loss, params, batch)
     matvec = hvp(loss, params, batch)
-    v, w = gaussian(params, 2, seed=5)
+    v = gaussian(params, 1, seed=5)[0]
     flat, unravel = tree.ravel(v)
     close(matvec(v), unravel(hessian @ flat))
     check_matvec(matvec, params, rtol=1e-10)
@@ -181,7 +180,7 @@ class Shuffled:
 
 
 def test_bad_input_is_named():
-    loss, params, (x, y), model = problem("mlp")
+    loss, params, (x, y), _ = problem("mlp")
     v = gaussian(params, 1)[0]
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
     with pytest.raises(ValueError, match="only once"):
@@ -220,3 +219,16 @@ def test_a_vector_in_another_order_of_keys_is_the_same_vector():
 def test_the_way_taken_can_be_asked_for():
     loss, params, batch, _ = problem("mlp")
     assert choose_way(loss, params, batch) == ("traced", "", 0.0)
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 100])
+def test_microbatches_change_nothing(microbatch):
+    loss, params, (x, y), _ = problem("batch_norm")
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    matvec = mean_hvp(loss, params, batches, microbatch=microbatch)
+    v = gaussian(params, 1)[0]
+    close(matvec(v), mean_hvp(loss, params, batches)(v))
+    by_count = mean_hvp(loss, params, batches, microbatch=microbatch, weights=lambda b: len(b[0]))
+    close(by_count(v), matvec(v))
+    given = mean_hvp(loss, params, batches, microbatch=microbatch, weights=[3.0, 1.0])
+    close(given(v), mean_hvp(loss, params, batches, weights=[3.0, 1.0])(v))

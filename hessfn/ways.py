@@ -1,0 +1,201 @@
+"""The ways to differentiate a loss twice, and the ladder that finds the first one its operations allow."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessfn import tree
+from hessfn.graph import clean
+from hessfn.norms import by_definition
+from hessfn.tree import Tree
+
+with warnings.catch_warnings():
+    # torch imports this at the first forward-mode derivative and then warns of its own use of torch.jit.
+    warnings.simplefilter("ignore", FutureWarning)
+    import torch._decomp.decompositions_for_jvp
+
+Loss = Callable[..., Tensor]
+Product = Callable[[Tree, tuple[Any, ...], Tree], Tree]
+
+
+# One way a function, from a loss to its product.
+
+
+def _forward(loss: Loss, *_: Any) -> Product:
+    def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
+        return torch.func.jvp(lambda p: _gradient(loss, p, args), (params,), (v,))[1]
+
+    return product
+
+
+def _reverse(loss: Loss, *_: Any) -> Product:
+    def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
+        return torch.func.vjp(lambda p: _gradient(loss, p, args), params)[1](v)[0]
+
+    return product
+
+
+def _double_backward(loss: Loss, *_: Any) -> Product:
+    def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
+        leaves, gradient = _autograd(loss, params, args, create_graph=True)
+        pairs = [(g, d) for g, d in zip(gradient, tree.leaves(v), strict=True) if g.requires_grad]
+        if not pairs:
+            return tree.map(torch.zeros_like, params)
+        outputs, directions = zip(*pairs, strict=True)
+        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+        return tree.unflatten(torch.autograd.grad(outputs, leaves, directions, **options), params)
+
+    return product
+
+
+def _difference(loss: Loss, *_: Any) -> Product:
+    return lambda params, args, v: _two_differences(loss, params, args, v)[0]
+
+
+def _traced(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Product:
+    return _forward(clean(loss, params, *args))
+
+
+# In the order of preference.
+WAYS: dict[str, Callable[..., Product]] = {
+    "traced": _traced,
+    "forward": _forward,
+    "reverse": _reverse,
+    "double_backward": _double_backward,
+    "difference": _difference,
+}
+
+
+def _gradient(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tree:
+    value, pullback = torch.func.vjp(lambda p: loss(p, *args), params)
+    return pullback(torch.ones_like(value))[0]
+
+
+def _autograd(loss: Loss, params: Tree, args: tuple[Any, ...], create_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
+    leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
+    with torch.enable_grad():
+        value = loss(tree.unflatten(leaves, params), *args)
+        options: dict[str, Any] = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
+        return leaves, list(torch.autograd.grad(value, leaves, **options))
+
+
+def _two_differences(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> tuple[Tree, Tensor]:
+    """Central differences with steps h and h/2, extrapolated; and how far apart they were, relative to the product."""
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(params))
+    size, length = tree.norm(params), tree.norm(v)
+    # Relative to the parameters, between what truncation (h^4) and rounding (eps / h) would like.
+    step = eps**0.25 * torch.where(size > 0, size, 1.0) / torch.where(length > 0, length, 1.0)
+
+    def central(h: Tensor) -> Tree:
+        plus, minus = (_autograd(loss, tree.add(params, v, c), args, create_graph=False)[1] for c in (h, -h))
+        return tree.unflatten([(p - m) / (2 * h).to(p.dtype) for p, m in zip(plus, minus, strict=True)], params)
+
+    coarse, fine = central(step), central(step / 2)
+    apart = tree.add(fine, coarse, -1.0)
+    return tree.add(fine, apart, 1 / 3), tree.norm(apart) / tree.norm(fine)
+
+
+class Way(NamedTuple):
+    """How products are made: the mode, why no earlier one would do, and the relative error if it is a difference."""
+
+    mode: str
+    reason: str
+    error: float
+
+
+def choose_way(loss: Loss, params: Tree, *args: Any) -> Way:
+    """The mode that ``hvp(mode="auto")`` takes for this loss, and why; at the cost of one product.
+
+    >>> choose_way(lambda w: (w**4).sum(), torch.ones(3))
+    Way(mode='traced', reason='', error=0.0)
+    """
+    v = tree.map(torch.ones_like, params)
+    with sdpa_kernel(SDPBackend.MATH):
+        return _first(loss, params, args, v, "auto")[1]
+
+
+def product_of(loss: Loss, mode: str) -> Product:
+    """The product in a mode, which finds its way at the first call for arguments of their shapes."""
+    if mode != "auto" and mode not in WAYS:
+        raise ValueError(f"mode={mode!r} must be 'auto' or one of {', '.join(map(repr, WAYS))}")
+    found: dict[Any, Product] = {}
+    said: set[str] = set()
+
+    def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
+        if torch.compiler.is_compiling():
+            return WAYS["forward" if mode == "auto" else mode](loss)(params, args, v)
+        shapes = (_is_differentiated(params, args), *_shapes((params, args)))
+        with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have neither forward rules nor double backward
+            if shapes in found:
+                return found[shapes](params, args, v)
+            found[shapes], way, result = _first(loss, params, args, v, mode)
+        if way.reason and way.mode not in {"traced", "forward", *said}:
+            said.add(way.mode)
+            warnings.warn(_announce(way), stacklevel=3)
+        return result
+
+    return product
+
+
+def _shapes(arguments: Any) -> Any:
+    """What a trace is good for: the structure, the shapes and dtypes of tensors, the values of all else."""
+    kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else repr(x) for x in tree.leaves(arguments)]
+    return (*tree.names(arguments), *kinds)
+
+
+def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) -> tuple[Product, Way, Tree]:
+    _check_loss(loss, params, args)
+    reasons: list[str] = []
+    differentiated = _is_differentiated(params, args)
+    if differentiated:
+        loss = by_definition(loss)
+    for name in (("forward", "reverse") if differentiated else WAYS) if mode == "auto" else (mode,):
+        try:
+            product = WAYS[name](loss, params, args)
+            result = product(params, args, v)
+        except (RuntimeError, NotImplementedError) as error:
+            if mode != "auto":
+                raise
+            reasons.append(f"{name}: {str(error).splitlines()[0]}")
+            continue
+        error = float(_two_differences(loss, params, args, v)[1]) if name == "difference" else 0.0
+        return product, Way(name, "; ".join(reasons), error), result
+    raise RuntimeError("this loss cannot be differentiated twice in any way:\n" + "\n".join(reasons))
+
+
+def _is_differentiated(params: Tree, args: tuple[Any, ...]) -> bool:
+    """Whether the product itself is to be differentiated: then some ways would cut its graph."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in stack):
+        return True
+    leaves = tree.leaves((params, args))
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
+
+
+def _announce(way: Way) -> str:
+    exact = f"is not exact: its relative error is about {way.error:.1g}" if way.error else "is exact but may cost more"
+    return f"Hessian-vector products in mode {way.mode!r}, which {exact}. Not possible were: {way.reason}"
+
+
+def _check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> None:
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        value = loss(params, *args)
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
+        raise ValueError(
+            "the loss draws random numbers, so it is not a function of its parameters: call model.eval(), or draw "
+            "the numbers beforehand and pass them in the batch"
+        )
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the loss must be one real number, not {found}: reduce it, for example by its mean")
+    if tree.known(value.isfinite().all()) is False:
+        raise ValueError(f"the loss is {value.item()} at these parameters: curvature needs a finite one")

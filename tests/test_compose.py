@@ -1,0 +1,153 @@
+"""What people do with it: products and consumers under vmap, under autograd, under torch.compile, in any tree."""
+
+import itertools
+
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import NETS, classes, conv_net, dense_hessian, normal, problem, seeded
+from torch import nn
+
+import hessfn as hf
+from hessfn import tree
+
+
+def value(consume, loss, params, batch):
+    matvec = hf.hvp(loss, params, batch)
+    v0 = hf.gaussian(params, 1, seed=4)[0]
+    return {
+        "power_iter": lambda: hf.power_iter(matvec, v0, max_matvecs=20, rtol=None).value,
+        "lanczos": lambda: hf.lanczos(matvec, v0, 8).alpha,
+        "eigsh": lambda: hf.eigsh(matvec, v0, 2, rtol=None, max_matvecs=12).values,
+        "hutchinson": lambda: torch.stack(hf.hutchinson(matvec, hf.rademacher(params, 4))[:2]),
+        "slq": lambda: hf.slq(matvec, hf.gaussian(params, 2), 8).nodes,
+    }[consume]()
+
+
+consumers = pytest.mark.parametrize("consume", ["power_iter", "lanczos", "eigsh", "hutchinson", "slq"])
+
+
+@consumers
+def test_vmap_over_batches_and_over_models_is_the_loop(consume):
+    problems = [problem("layer_norm", seed=s) for s in range(3)]
+    loss, _, (x, y), _ = problems[0]
+    batches = torch.stack([x, x.flip(0) * 1.5, x.sin()]), torch.stack([y, y, y.flip(0)])
+    params = tree.map(lambda *ps: torch.stack(ps), *[p for _, p, _, _ in problems])
+    together = torch.func.vmap(lambda p, b: value(consume, loss, p, b))(params, batches)
+    for i in range(3):
+        p, b = tree.map(lambda leaf: leaf[i], (params, batches))  # noqa: B023
+        assert torch.allclose(together[i], value(consume, loss, p, b), rtol=1e-8, atol=1e-10)
+
+
+@consumers
+def test_a_result_can_be_differentiated_by_the_parameters(consume):
+    loss, params, batch, _ = problem("layer_norm")
+    flat, unravel = tree.ravel(params)
+
+    def scalar(p):
+        return value(consume, loss, unravel(p), batch).square().sum()
+
+    gradient = torch.func.grad(scalar)(flat)
+    direction = normal(len(flat)) / len(flat) ** 0.5
+    h = 1e-4
+    difference = (scalar(flat + h * direction) - scalar(flat - h * direction)) / (2 * h)
+    assert torch.allclose(gradient @ direction, difference, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["auto", "forward", "reverse"])
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm", "instance_norm", "group_norm"])
+def test_third_derivatives_of_norms_are_right(norm, mode):
+    build, shape = {
+        "layer_norm": NETS["layer_norm"],
+        "batch_norm": NETS["batch_norm"],
+        "instance_norm": (lambda: conv_net(nn.InstanceNorm2d(4, affine=True)), (5, 1, 5, 5)),
+        "group_norm": NETS["group_norm"],
+    }[norm]
+    loss, params = hf.functionalize(seeded(build).train(), nn.CrossEntropyLoss())
+    batch = (normal(*shape), classes(shape[0], 3))
+    v, direction = hf.gaussian(params, 2)
+
+    def curvature(p):
+        return tree.dot(v, hf.hvp(loss, p, batch, mode=mode)(v))
+
+    slope = tree.dot(torch.func.grad(curvature)(params), direction)
+    h = 1e-4
+    difference = (curvature(tree.add(params, direction, h)) - curvature(tree.add(params, direction, -h))) / (2 * h)
+    assert torch.allclose(slope, difference, rtol=1e-5)
+
+
+def test_a_trace_is_a_regulariser_by_plain_autograd():
+    loss, params, batch, _ = problem("mlp")
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    estimate = hf.hutchinson(hf.hvp(loss, leaves, batch), hf.rademacher(params, 3))
+    (estimate.mean + loss(leaves, batch)).backward()
+
+    def scalar(p):
+        return hf.hutchinson(hf.hvp(loss, p, batch), hf.rademacher(params, 3)).mean + loss(p, batch)
+
+    for name, gradient in torch.func.grad(scalar)(params).items():
+        assert torch.allclose(leaves[name].grad, gradient, rtol=1e-10)
+
+
+def test_vmap_over_vectors_gives_the_whole_hessian():
+    loss, params, batch, _ = problem("mlp")
+    flat, unravel = tree.ravel(params)
+    matvec = hf.hvp(loss, params, batch)
+    rows = torch.func.vmap(lambda v: tree.ravel(matvec(unravel(v)))[0])(torch.eye(len(flat)).double())
+    assert torch.allclose(rows, dense_hessian(loss, params, batch), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "net", ["mlp", "conv", "batch_norm", "group_norm", "layer_norm", "rms_norm", "attention", "lstm"]
+)
+@pytest.mark.parametrize("criterion", ["cross_entropy", "mse"])
+def test_estimates_of_real_losses_agree_with_scipy(net, criterion):
+    loss, params, batch, _ = problem(net, criterion)
+    exact = scipy.linalg.eigh(dense_hessian(loss, params, batch).numpy(), eigvals_only=True)
+    exact = torch.from_numpy(exact)
+    matvec = hf.hvp(loss, params, batch)
+    v0 = hf.gaussian(params, 1, seed=2)[0]
+    wanted = {"LM": exact[exact.abs().argsort(descending=True)][:3], "LA": exact.flip(0)[:3], "SA": exact[:3]}
+    for which, values in wanted.items():
+        found = hf.eigsh(matvec, v0, 3, which=which, rtol=1e-8)
+        assert found.converged.all()
+        assert torch.allclose(found.values, values, rtol=1e-8, atol=1e-10 * float(exact.abs().max()))
+        assert (found.residuals <= 1e-8 * found.values.abs() * 1.01).all()
+    trace = hf.hutchinson(matvec, hf.rademacher(params, 30))
+    assert abs(trace.mean - exact.sum()) <= 4 * trace.stderr
+    nodes, weights = hf.slq(matvec, hf.gaussian(params, 10), min(40, len(exact)))
+    means = (weights * nodes).sum(1) * len(exact)
+    assert abs(means.mean() - exact.sum()) <= 4 * means.std() / 10**0.5
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    samples=st.integers(1, 4),
+    activation=st.sampled_from([nn.Tanh, nn.Softplus, nn.GELU, nn.ReLU, nn.Sigmoid]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    bias=st.booleans(),
+    nested=st.booleans(),
+    seed=st.integers(0, 50),
+)
+def test_products_are_right_linear_and_symmetric_for_any_net(widths, samples, activation, dtype, bias, nested, seed):
+    layers = [f for a, b in itertools.pairwise(widths) for f in (nn.Linear(a, b, bias=bias), activation())]
+    model = seeded(lambda: nn.Sequential(*layers[:-1], nn.Linear(widths[-1], 2)), seed).to(dtype)
+    plain, params = hf.functionalize(model, nn.CrossEntropyLoss())
+    batch = (normal(samples, widths[0], seed=seed).to(dtype), classes(samples, 2, seed=seed))
+
+    def loss(p, b):
+        return plain(dict(p[0]) if nested else p, b)
+
+    params = [params] if nested else params
+    v, w = hf.gaussian(params, 2, seed=seed)
+    matvec = hf.hvp(loss, params, batch)
+    hessian = dense_hessian(loss, params, batch)
+    rtol = 1e-10 if dtype == torch.float64 else 1e-3
+    scale = rtol * (hessian.norm() * tree.norm(v) * tree.norm(w) + torch.finfo(dtype).tiny)
+    assert tree.norm(tree.add(matvec(v), tree.ravel(v)[1](hessian @ tree.ravel(v)[0]), -1.0)) <= scale
+    together, apart = matvec(tree.add(v, w, 2.0)), tree.add(matvec(v), matvec(w), 2.0)
+    assert tree.norm(tree.add(together, apart, -1.0)) <= scale
+    assert abs(tree.dot(v, matvec(w)) - tree.dot(w, matvec(v))) <= scale

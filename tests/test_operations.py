@@ -1,0 +1,224 @@
+"""Every kind of net and loss, one row each: its product is right, and made in the way that the documentation says."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import classes, normal, seeded
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hessfn import tree
+from hessfn.curvature import hvp
+from hessfn.model import functionalize
+from hessfn.probes import gaussian
+from hessfn.ways import choose_way
+
+
+class Row(NamedTuple):
+    what: str
+    build: Callable[[], nn.Module]
+    inputs: Any
+    criterion: Callable[[Any, Any], torch.Tensor] = nn.CrossEntropyLoss()
+    targets: Any = classes(4, 3)
+    way: str = "traced"
+
+
+def net(*middle: nn.Module, width: int = 5) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(4, width), *middle, nn.Linear(width, 3))
+
+
+def image(*middle: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3), *middle, nn.Conv2d(4, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)
+    )
+
+
+class Module(nn.Module):
+    """A module from a function of (its layers, inputs)."""
+
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self, *inputs)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+class CubeWithSetup(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+def blocks(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.out(checkpoint(m.block, torch.tanh(m.inp(x)), use_reentrant=False))
+
+
+def branching(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = torch.tanh(m.inp(x))
+    for _ in range(3 if hidden.sum() > 0 else 5):
+        hidden = torch.tanh(m.block(hidden))
+    return m.out(hidden)
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+    model[2].weight = model[0].weight
+    return model
+
+
+def partly_frozen() -> nn.Module:
+    model = net(nn.Tanh())()
+    model[0].weight.requires_grad_(False)
+    return model
+
+
+def three(**more: nn.Module) -> dict[str, nn.Module]:
+    return {"inp": nn.Linear(4, 4), "block": nn.Linear(4, 4), "out": nn.Linear(4, 3), **more}
+
+
+SEQUENCE = normal(4, 5, 4)
+WORDS = classes(12, 7).view(4, 3)
+X = normal(4, 4)
+IMAGES = normal(4, 1, 5, 5)
+REAL = normal(4, 3, seed=7)
+UNIT = torch.sigmoid(REAL)
+
+ROWS = [
+    # layers
+    Row("BatchNorm, eval", image(nn.BatchNorm2d(4)), IMAGES),
+    Row("BatchNorm, training", lambda: image(nn.BatchNorm2d(4), nn.Softplus())().train(), IMAGES),
+    Row("InstanceNorm", image(nn.InstanceNorm2d(4, affine=True), nn.Softplus()), IMAGES),
+    Row("LayerNorm", net(nn.LayerNorm(5), nn.GELU()), X),
+    Row("GroupNorm", image(nn.GroupNorm(2, 4), nn.SiLU()), IMAGES),
+    Row("RMSNorm", net(nn.RMSNorm(5), nn.SiLU()), X),
+    Row("MaxPool, AvgPool", image(nn.MaxPool2d(2, 1, 1), nn.AvgPool2d(2, 1)), IMAGES),
+    Row("ConvTranspose", image(nn.ConvTranspose2d(4, 4, 1), nn.Tanh()), IMAGES),
+    Row("Embedding", lambda: nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)), WORDS),
+    Row("EmbeddingBag", lambda: nn.Sequential(nn.EmbeddingBag(7, 4), nn.Tanh(), nn.Linear(4, 3)), WORDS),
+    Row("PReLU, ELU, LeakyReLU", net(nn.PReLU(), nn.ELU(), nn.LeakyReLU()), X),
+    Row("Hardswish, Hardsigmoid, ReLU6", net(nn.Hardswish(), nn.Hardsigmoid(), nn.ReLU6()), X),
+    Row("in-place activations", net(nn.ReLU(inplace=True), nn.Linear(5, 5), nn.ELU(inplace=True)), X),
+    Row("Dropout, eval", net(nn.Tanh(), nn.Dropout(0.5)), X),
+    Row("MultiheadAttention", lambda: Module(
+        lambda m, x: m.out(m.attend(x, x, x, need_weights=False)[0].mean(1)),
+        attend=nn.MultiheadAttention(4, 2, batch_first=True), out=nn.Linear(4, 3)), SEQUENCE),
+    Row("scaled_dot_product_attention", lambda: Module(
+        lambda m, x: m.out(F.scaled_dot_product_attention(*m.qkv(x).chunk(3, -1), is_causal=True).mean(1)),
+        qkv=nn.Linear(4, 12), out=nn.Linear(4, 3)), SEQUENCE),
+    Row("TransformerEncoderLayer", lambda: Module(
+        lambda m, x: m.out(m.layer(x).mean(1)),
+        layer=nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), out=nn.Linear(4, 3)), SEQUENCE),
+    Row("RNN", lambda: Module(lambda m, x: m.rnn(x)[0][:, -1], rnn=nn.RNN(4, 3)), SEQUENCE),
+    Row("LSTM, two layers, both ways", lambda: Module(
+        lambda m, x: m.out(m.rnn(x)[0][:, -1]), rnn=nn.LSTM(4, 3, 2, bidirectional=True), out=nn.Linear(6, 3)),
+        SEQUENCE),
+    Row("GRU", lambda: Module(lambda m, x: m.rnn(x)[0][:, -1], rnn=nn.GRU(4, 3)), SEQUENCE),
+    Row("weight_norm (parametrization)", lambda: nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)), X),
+    Row("spectral_norm, eval", lambda: nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)), X),
+    Row("grid_sample", lambda: Module(
+        lambda m, x: m.out(F.grid_sample(x, m.where(x.flatten(1)).view(4, 3, 3, 2), align_corners=False).flatten(1)),
+        where=nn.Linear(25, 18), out=nn.Linear(9, 3)), IMAGES),
+    Row("tied weights", tied, X),
+    Row("frozen parameters", partly_frozen, X),
+    Row("unused parameters", lambda: Module(lambda m, x: m.out(torch.tanh(m.inp(x))), **three()), X),
+    # losses
+    *(
+        Row(name, net(nn.Tanh()), X, criterion, targets, way)
+        for name, criterion, targets, way in [
+            ("mse_loss", nn.MSELoss(), REAL, "traced"),
+            ("mse_loss, sum", nn.MSELoss(reduction="sum"), REAL, "traced"),
+            ("huber_loss", nn.HuberLoss(delta=0.5), REAL, "traced"),
+            ("smooth_l1_loss", nn.SmoothL1Loss(), REAL, "traced"),
+            ("soft_margin_loss", nn.SoftMarginLoss(), REAL.sign(), "traced"),
+            ("multi_margin_loss", nn.MultiMarginLoss(p=2), classes(4, 3), "traced"),
+            ("kl_div", lambda o, t: F.kl_div(o.log_softmax(1), t, reduction="batchmean"), UNIT, "traced"),
+            ("binary_cross_entropy", lambda o, t: F.binary_cross_entropy(o.sigmoid(), t), UNIT, "traced"),
+            ("binary_cross_entropy_with_logits", nn.BCEWithLogitsLoss(), UNIT, "traced"),
+            ("nll_loss", lambda o, t: F.nll_loss(o.log_softmax(1), t), classes(4, 3), "traced"),
+            ("cross_entropy, label smoothing", nn.CrossEntropyLoss(label_smoothing=0.1), classes(4, 3), "traced"),
+            ("cosine_embedding_loss", lambda o, t: F.cosine_embedding_loss(o, t, torch.ones(4)), REAL, "traced"),
+            ("gaussian_nll_loss", lambda o, t: F.gaussian_nll_loss(o, t, o.exp()), REAL, "forward"),
+        ]
+    ),
+    Row("ctc_loss", lambda: Module(lambda m, x: m.out(torch.tanh(m.inp(x))).log_softmax(-1).transpose(0, 1), **three()),
+        SEQUENCE, lambda o, t: F.ctc_loss(o, t, torch.full((4,), 5), torch.full((4,), 2)), 1 + classes(8, 2).view(4, 2),
+        "difference"),
+    # ways of computing
+    Row("activation checkpointing", lambda: Module(blocks, **three()), X),
+    Row("autograd.Function, old style", lambda: Module(
+        lambda m, x: m.out(Cube.apply(m.inp(x))), **three()), X, way="double_backward"),
+    Row("autograd.Function with setup_context", lambda: Module(
+        lambda m, x: m.out(CubeWithSetup.apply(m.inp(x))), **three()), X, way="reverse"),
+    Row("control flow on values", lambda: Module(branching, **three()), X, way="forward"),
+    Row("outputs in a dict", lambda: Module(lambda m, x: {"logits": m.out(torch.tanh(m.inp(x)))}, **three()), X,
+        lambda o, t: F.cross_entropy(o["logits"], t)),
+]  # fmt: skip
+
+
+def difference(model, criterion, batch, v, step=1e-3):
+    """Five-point central difference of the model's own gradient, by plain autograd on copies of it."""
+
+    def gradient(c):
+        moved = copy.deepcopy(model).requires_grad_()
+        params = dict(moved.named_parameters())
+        with torch.no_grad():
+            for name, p in params.items():
+                p.add_(v[name], alpha=c)
+        inputs = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+        loss = criterion(moved(*inputs), batch[1])
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in grads])
+
+    near, far = (gradient(c * step) - gradient(-c * step) for c in (1, 2))
+    return (8 * near - far) / (12 * step)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what)
+def test_row(row):
+    model = seeded(row.build)
+    if "training" in row.what:
+        model.train()
+    loss, params = functionalize(model, row.criterion)
+    batch = (row.inputs, row.targets)
+    with warnings.catch_warnings():
+        if row.way not in ("traced", "forward"):
+            warnings.simplefilter("ignore", UserWarning)
+        matvec = hvp(loss, params, batch)
+        v, w = (tree.scale(1 / tree.norm(u), u) for u in gaussian(params, 2, seed=3))
+        hv, hw = matvec(v), matvec(w)
+    size = float(tree.norm(hv) + tree.norm(hw))
+    assert size > 0
+    assert torch.linalg.vector_norm(tree.ravel(hv)[0] - difference(model, row.criterion, batch, v)) <= 1e-8 * size
+    assert abs(tree.dot(w, hv) - tree.dot(v, hw)) <= 1e-10 * size
+    way = choose_way(loss, params, batch)
+    assert way.mode == row.way, way
+    assert (way.error > 0) == (row.way == "difference")
