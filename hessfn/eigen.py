@@ -93,8 +93,8 @@ def power_iter(
 def lanczos(matvec: MatVec, v0: Tree, num_matvecs: int) -> Tridiagonal:
     """The Lanczos recurrence with full orthogonalisation: ``A Q = Q T + residual e_m'``, ``Q'Q = I``.
 
-    T is tridiagonal with diagonal ``alpha`` and off-diagonal ``beta``. Where the Krylov space of ``v0`` ends early, it goes
-    on from a fresh direction, and that beta is 0.
+    T is tridiagonal with diagonal ``alpha`` and off-diagonal ``beta``. Where the Krylov space of ``v0`` ends early,
+    it goes on from a fresh direction, and that beta is 0.
 
     Args:
         v0: where to start, as ``gaussian(params, 1)[0]``.
@@ -136,7 +136,8 @@ def eigsh(
     """k eigenpairs at the ends of the spectrum, by thick-restart Lanczos with full orthogonalisation.
 
     Args:
-        v0: where to start, as ``gaussian(params, 1)[0]``.
+        v0: where to start, as ``gaussian(params, 1)[0]``; or the sum of the ``vectors`` found for a matrix that has
+            changed since, by a tenth even, which saves about half of the products.
         which: ``"LM"`` largest magnitude, ``"LA"`` / ``"SA"`` largest / smallest algebraic, ``"BE"`` both ends (one
             more of the high end where k is odd).
         rtol: the relative residual asked of every pair. None for exactly ``max_matvecs`` products with no restart,
@@ -144,9 +145,9 @@ def eigsh(
         max_matvecs: the most products spent; by default ten times ``basis_size``.
         basis_size: the most vectors kept, by default 2k + 20. Fewer cost more products.
         basis_device: where they are kept, such as ``"cpu"``; by default where the entries of ``v0`` are.
-        warm_start: more vectors to begin with, a tree whose leaves carry a leading axis: the ``vectors`` of an earlier,
-            similar matrix, which may leave little to do; or p random ones, so that eigenvalues up to p + 1 times
-            repeated are seen as often (from ``v0`` alone only one copy is certain).
+        warm_start: several vectors to start from instead of ``v0``, a tree whose leaves carry a leading axis: the
+            ``vectors`` of a matrix that differs by a thousandth or so, which leave little to do; or p random ones, to
+            see eigenvalues p times repeated as often (of those beyond the first, ``v0`` alone sees what rounding shows).
 
     Returns:
         ``values (k,)`` float64, ``vectors``, orthonormal, a tree whose leaves carry a leading axis of k, ``residuals
@@ -175,20 +176,24 @@ def eigsh(
         if max_matvecs is None:
             raise ValueError("rtol=None asks for a fixed number of products: give it as max_matvecs")
         return _unrestarted(space, v0, k, which, min(max_matvecs, n))
-    size = min(n, 2 * k + 20) if basis_size is None else min(n, basis_size)
-    if size < min(n, k + 2):
-        raise ValueError(f"basis_size={basis_size} must be at least k + 2 = {k + 2}")
+    starts = space.ravel(v0)[None] if warm_start is None else torch.func.vmap(space.ravel)(warm_start)
+    if starts.shape[1] != n:
+        raise ValueError(f"the vectors of warm_start have {starts.shape[1]} entries, v0 has {n}")
+    least = max(k, len(starts)) + 2
+    size = min(n, max(2 * k + 20, least) if basis_size is None else basis_size)
+    if size < min(n, least):
+        raise ValueError(f"basis_size={basis_size} must be at least {least}, 2 more than k and the starting vectors")
     budget = 10 * size if max_matvecs is None else max_matvecs
-    if budget < k + 1:
-        raise ValueError(f"max_matvecs={budget} must be at least k + 1 = {k + 1}: one for each pair, one to check them")
-    start = space.ravel(v0)[None]
-    if warm_start is not None:
-        start = torch.cat([torch.cat([x.reshape(len(x), -1) for x in tree.leaves(warm_start)], dim=1).to(start), start])
-    found = thick_restart(space, start, k, which, rtol, budget, size, basis_device)
+    if budget <= max(k, len(starts)):
+        raise ValueError(
+            f"max_matvecs={budget} must be at least {max(k, len(starts)) + 1}: one for each pair and each starting vector, "
+            "and one to check the residuals"
+        )
+    found = thick_restart(space, starts, k, which, rtol, budget, size, basis_device)
     allowed = (rtol * found.values.abs()).clamp(min=found.floor)
     return EigenPairs(
         found.values,
-        space.unravel(found.vectors.to(start.device)),
+        space.unravel(found.vectors.to(starts.device)),
         found.residuals,
         torch.tensor(found.num_matvecs),
         found.residuals <= allowed,

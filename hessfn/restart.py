@@ -40,16 +40,16 @@ def thick_restart(
     """Grows an orthonormal basis whose first ``done`` rows have been multiplied; ``pending`` more wait behind them.
 
     ``A Q_done = Q_{done + pending} H`` holds throughout, with H dense, after a restart as before, so H alone knows the
-    residual of every Ritz pair. A breakdown takes one from ``pending``. When none is left the space is invariant: a
-    fresh direction goes on in its complement, which may hold further copies of what was found.
+    residual of every Ritz pair. A breakdown takes one from ``pending``. When those left are none, or rounding, the space
+    is closed: a new direction, at row ``segment``, goes on in the complement, which may hold copies of what was found.
     """
     n = starts.shape[1]
     rows = min(basis_size + len(starts), n)
     basis = torch.empty(rows, n, dtype=starts.dtype, device=basis_device or starts.device)
     H = torch.zeros(rows, rows, dtype=torch.float64)
-    pending = _begin(basis, starts)
-    done = count = segment = 0  # segment: where the last fresh direction came in
-    scale, exhausted = 0.0, False
+    first = pending = _begin(basis, starts)
+    done = count = segment = 0
+    scale, reopened = 0.0, False
 
     def multiply(v: Tensor) -> Tensor:
         return space.matvec(v.to(starts.device)).to(basis.device)
@@ -70,36 +70,39 @@ def thick_restart(
             pending += 1
         done, pending = done + 1, pending - 1
 
-        if done < k and pending:
+        if done < max(k, first) and pending:
             continue
         ritz = _ritz(H, done, pending, space.eps)
-        if pending:
-            # Behind an exhausted space the fresh direction's own best must settle before the wanted are known.
-            wanted = select(ritz.values, min(k + 2 * exhausted, done), which)
+        coupling = torch.linalg.matrix_norm(H[done : done + pending, :done]) if pending else 0.0
+        closed = coupling <= space.eps ** (2 / 3) * scale
+        if closed:
+            finished = done == n or (done >= k and _repeats_change_nothing(H, ritz, segment, k, which))
+        else:
+            # Behind a closed space the new direction's own best must settle before the wanted are known.
+            wanted = select(ritz.values, min(k + 2 * reopened, done), which)
             allowed = (rtol * ritz.values.abs()).clamp(min=ritz.floor)
             unsettled = wanted[ritz.residuals[wanted] > allowed[wanted]]
             finished = len(unsettled) == 0
-        else:
-            finished = done == n or (done >= k and _repeats_change_nothing(H, ritz, segment, k, which))
         if finished or count >= max_matvecs - 1:
             return _checked(multiply, basis, H, done, pending, ritz, select(ritz.values, k, which), count)
-        if pending > 1:
-            worst = unsettled[0]
-            _turn(basis, H, done, pending, H[done : done + pending, :done] @ ritz.vectors[:, worst])
+        if pending > 1 and not closed:
+            _turn(basis, H, done, pending, H[done : done + pending, :done] @ ritz.vectors[:, unsettled[0]])
         if done == basis_size:
             keep = k + (basis_size - k) // 2
             _compress(basis, H, done, pending, ritz, select(ritz.values, keep, which))
             done, segment = keep, 0
+        if closed:
+            reopened, segment = True, done
         if not pending:
             basis[done] = krylov.fresh(starts[0], basis[:done], count)
-            exhausted, segment, pending = True, done, 1
+            pending = 1
 
 
 def _begin(basis: Tensor, starts: Tensor) -> int:
     """Writes orthonormal rows that span the starts; says how many there are."""
     count = 0
     for start in starts:
-        start = krylov.unit(start, "a starting vector").to(basis.device)
+        start = krylov.unit(start, "the starting vector").to(basis.device)
         rest, _ = krylov.orthogonalize(start, basis[:count])
         size = float(tree.norm(rest))
         if size > 10 * torch.finfo(rest.dtype).eps and count < len(basis):

@@ -150,7 +150,7 @@ def _leave_one_out(sketch: Tensor) -> _Sketch:
 
 
 def _angles(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines between what leaves with i and with j: ``u_ij = (s_j - cosine s_i) / sine`` leaves after s_i."""
+    """Cosines and sines between s_i and s_j; leaving out j after i takes ``u_ij = (s_j - cosine s_i) / sine``."""
     cosine = s.mT @ s
     cosine = cosine - cosine.diagonal().diag_embed()
     return cosine, (1 - cosine.square()).sqrt()

@@ -174,7 +174,7 @@ def deflated_trace(matvec: MatVec, probes: Iterable[Tree], eigenpairs: Any, *, r
     >>> deflated_trace(lambda v: A @ v, rademacher(torch.zeros(3), 10), pairs).mean.round(decimals=2)
     tensor(11., dtype=torch.float64)
     """
-    rows = torch.cat([leaf.reshape(len(leaf), -1) for leaf in tree.leaves(eigenpairs.vectors)], dim=1)
+    rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(eigenpairs.vectors)
     known = eigenpairs.values.sum()
 
     def outside() -> Iterator[Tree]:
