@@ -88,12 +88,12 @@ def summary(result: dict[str, Any]) -> str:
     """The numbers in at most 80 columns."""
     settings, trace = result["settings"], result["trace"]
     lines = [
-        f"{_cut(settings['problem'] or 'report', 30)}: {settings['parameters']:,} parameters, "
-        f"{settings['samples']:,} samples, {settings['dtype']}",
+        _cut(settings["problem"], 80),
+        f"{settings['parameters']:,} parameters, {settings['samples']:,} samples, {settings['dtype']}",
         "",
         f"{'loss':<12}{number(result['loss'])}",
         f"{'trace':<12}{estimate(trace['mean'], trace['stderr'])}   (one standard error, {settings['probes']} probes)",
-        f"{'eigenvalues':<12}{'residual':>26}",
+        f"{'eigenvalues':<26}{'residual':>12}",
     ]
     for value, residual, converged in zip(result["eigenvalues"], result["residuals"], result["converged"], strict=True):
         lines.append(f"{'':<12}{number(value):<14}{residual:>12.1e}{'' if converged else '   not converged'}")

@@ -21,6 +21,7 @@ from hessfn.batches import mean
 from hessfn.model import Choice
 from hessfn.trace import estimate
 from hessfn.tree import Tree
+from hessfn.ways import check_loss
 
 Loss = Callable[[Tree, Any], Tensor]
 
@@ -163,8 +164,7 @@ def _first_pass(loss: Loss, theta: Tree, batches: Iterable[Any]) -> tuple[Tensor
             value = loss(theta, batch)
         except Exception as error:
             raise ValueError(f"no loss could be computed: {_brief(error)}") from error
-        if isinstance(value, Tensor) and not value.isfinite().all():
-            raise ValueError(f"the loss is {value.detach().cpu().numpy()}, and curvature needs a finite one")
+        check_loss(loss, theta, (batch,))
         sizes.append(len(next(x for x in tree.leaves(batch) if isinstance(x, Tensor))))
         return value
 

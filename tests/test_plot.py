@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import hessfn as hf
+from hessfn import plot
+
+GRID = torch.linspace(-1, 2, 301)
+DENSITY = hf.Density(GRID, torch.exp(-50 * GRID**2))
+
+
+def pairs(*values: float) -> hf.EigenPairs:
+    k = len(values)
+    return hf.EigenPairs(torch.tensor(values), torch.eye(k), torch.full((k,), 0.5), torch.tensor(9), torch.ones(k) > 0)
+
+
+def layers(*means: float) -> hf.Estimate:
+    names = [f"layer{i}" for i in range(len(means))]
+    return hf.Estimate(
+        {name: torch.tensor(mean) for name, mean in zip(names, means, strict=True)},
+        {name: torch.tensor(0.25) for name in names},
+        torch.tensor(3),
+    )
+
+
+STEPS = torch.linspace(-1, 1, 11)
+LOSSES = 1 + STEPS[:, None] ** 2 + 3 * STEPS[:7] ** 2
+DRAWN: dict[str, Callable[[Any], Any]] = {
+    "density_plot": lambda ax: plot.density_plot(DENSITY, ax),
+    "eigen_plot": lambda ax: plot.eigen_plot(pairs(3.0, 2.0, -1.0), ax),
+    "layer_plot": lambda ax: plot.layer_plot(layers(3.0, -2.0), ax),
+    "line_plot": lambda ax: plot.line_plot(STEPS, STEPS**2, ax),
+    "plane_plot": lambda ax: plot.plane_plot(STEPS, STEPS[:7], LOSSES, ax),
+    "surface_plot": lambda ax: plot.surface_plot(STEPS, STEPS[:7], LOSSES, ax),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_plots_draw_where_they_are_told_and_touch_nothing_else(name: str) -> None:
+    settings, figures = dict(mpl.rcParams), plt.get_fignums()
+    figure = Figure()
+    ax = figure.add_subplot(projection="3d" if name == "surface_plot" else None)
+    assert DRAWN[name](ax) is ax
+    assert ax.has_data()
+    assert ax.get_xlabel()
+    figure.savefig("/dev/null", format="png", dpi=40)
+    assert dict(mpl.rcParams) == settings
+    assert plt.get_fignums() == figures
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_plots_without_axes_open_a_figure(name: str) -> None:
+    ax = DRAWN[name](None)
+    assert plt.get_fignums() == [ax.figure.number]
+    plt.close(ax.figure)
+
+
+def test_density_is_logarithmic_and_shows_one_eigenvalue_among_many() -> None:
+    values = torch.exp(-50 * GRID**2) + 1e-6 * torch.exp(-500 * (GRID - 1.8) ** 2)
+    ax = plot.density_plot(hf.Density(GRID, values), Figure().subplots())
+    low, high = ax.get_xlim()
+    assert ax.get_yscale() == "log"
+    assert ax.get_ylim()[0] < 1e-7
+    assert low < -0.5
+    assert high > 1.8
+
+
+def test_eigenvalues_carry_their_residuals() -> None:
+    ax = plot.eigen_plot(pairs(3.0, 2.0), Figure().subplots())
+    (bars,) = ax.containers[0].lines[2]
+    ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+    assert ends.tolist() == [[2.5, 3.5], [1.5, 2.5]]
+
+
+def test_layers_stand_in_the_order_of_the_net_with_their_errors() -> None:
+    ax = plot.layer_plot(layers(1.0, 5.0, 2.0), Figure().subplots())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["layer0", "layer1", "layer2"]
+    assert ax.yaxis_inverted()
+    assert [bar.get_width() for bar in ax.patches] == [1.0, 5.0, 2.0]
+    (bars,) = ax.containers[1].lines[2]
+    assert bars.get_segments()[1][:, 0].tolist() == [4.75, 5.25]
+
+
+def test_many_layers_stay_readable() -> None:
+    ax = plot.layer_plot(layers(*range(1, 1001)))
+    assert len(ax.get_yticks()) <= 80
+    assert ax.figure.get_figheight() <= 16
+    plt.close(ax.figure)
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([1.0, 2.0, 3.0], "linear"),
+        ([1e-3, 1e-2, 9.0], "log"),
+        ([-1e-3, 1e-2, 9.0], "symlog"),
+        ([0.0, 0.0, 0.0], "linear"),
+    ],
+)
+def test_axes_follow_the_data(values: list[float], scale: str) -> None:
+    assert plot.line_plot([0.0, 1.0, 2.0], torch.tensor(values), Figure().subplots()).get_yscale() == scale
+    assert plot.eigen_plot(pairs(*values), Figure().subplots()).get_yscale() == scale
+    assert plot.layer_plot(layers(*values), Figure().subplots()).get_xscale() == scale
+
+
+def test_lines_are_told_apart_by_more_than_colour() -> None:
+    ax = plot.line_plot(STEPS, {"a": STEPS**2, "b": STEPS, "c": 2 * STEPS}, Figure().subplots())
+    assert len({line.get_linestyle() for line in ax.lines}) == 3
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b", "c"]
+
+
+def test_losses_that_are_not_finite_leave_gaps() -> None:
+    losses = LOSSES.clone()
+    losses[0, 0], losses[1, 1] = torch.nan, torch.inf
+    figure = Figure()
+    plot.plane_plot(STEPS, STEPS[:7], losses, figure.add_subplot(1, 2, 1))
+    plot.line_plot(STEPS, losses[:, 0], figure.add_subplot(1, 2, 2))
+    figure.savefig("/dev/null", format="png", dpi=40)
+
+
+def test_planes_have_the_first_direction_along_x() -> None:
+    ax = plot.plane_plot(
+        [0.0, 1.0, 2.0], [0.0, 5.0], torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), Figure().subplots()
+    )
+    assert ax.get_xlim() == (0.0, 2.0)
+    assert ax.get_ylim() == (0.0, 5.0)
+
+
+def test_a_surface_in_flat_axes_says_how_to_make_them() -> None:
+    with pytest.raises(ValueError, match='projection="3d"'):
+        plot.surface_plot(STEPS, STEPS[:7], LOSSES, Figure().subplots())
