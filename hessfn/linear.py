@@ -1,16 +1,19 @@
-"""The derivative of a loss's gradient as one linear graph: everything that does not depend on the vector is done once."""
+"""The derivative of a loss's gradient as one linear graph: what does not depend on the vector is computed once."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hessfn import tree
-from hessfn.graph import clean
+from hessfn.graph import aten, clean
 from hessfn.tree import MatVec, Tree
 
 
@@ -33,51 +36,91 @@ def linearized(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: b
     tensor([ 6., 12.])
     """
     graph = clean(loss, params, *args)
-    point = [leaf.detach() for leaf in tree.leaves(params)]
+    # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new.
+    params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
+    point = tuple(tree.leaves(params))
+
+    def gradient(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.grad(lambda ls: graph(tree.unflatten(ls, params), *args))(leaves)
 
     def derivative(*v: Tensor) -> list[Tensor]:
-        def gradient(*leaves: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.grad(lambda ls: graph(tree.unflatten(ls, params), *args))(leaves)
+        _, tangents = torch.func.jvp(gradient, point, v)
+        return [t.contiguous() if p.is_contiguous() else t for t, p in zip(tangents, point, strict=True)]
 
-        return torch.func.jvp(gradient, tuple(point), v)[1]
-
-    module = make_fx(derivative)(*(torch.zeros_like(leaf) for leaf in point))
-    module.graph.eliminate_dead_code()
-    product = _fold_constants(module)
+    module = record(torch.func.functionalize(derivative, remove="mutations"), [torch.zeros_like(p) for p in point])
 
     def matvec(v: Tree) -> Tree:
         with torch.no_grad():
-            return tree.unflatten(product(*tree.leaves(v)), params)
+            return tree.unflatten(module(*tree.leaves(v)), params)
 
-    matvec.module = product
+    matvec.module = module  # type: ignore[attr-defined]
     return matvec
 
 
-def _fold_constants(module: fx.GraphModule) -> fx.GraphModule:
-    """What does not depend on the inputs, computed now."""
-    varies: set[fx.Node] = set()
-    values: dict[fx.Node, Any] = {}
-    new = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    constants = torch.nn.Module()
-    run = fx.Interpreter(module)
-    last_use = {i: node for node in module.graph.nodes for i in node.all_input_nodes}
+def record(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> fx.GraphModule:
+    """The graph of a linear function, with all that does not depend on the inputs folded into constants."""
+    recorder = _Recorder(inputs)
+    with recorder:
+        outputs = function(*inputs)
+    nodes = [recorder.node_of(output) for output in outputs]
+    for i, node in enumerate(nodes):
+        if node.op != "call_function" or node in nodes[:i]:  # a result shares memory with nothing
+            nodes[i] = recorder.graph.call_function(aten.clone.default, (node,))
+    recorder.graph.output(nodes)
+    recorder.graph.eliminate_dead_code()
+    module = fx.GraphModule(recorder.constants, recorder.graph)
+    return module
 
-    def hand_over(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            name = f"constant{len(copies)}"
-            constants.register_buffer(name, values[node])
-            copies[node] = new.get_attr(name)
-        return copies[node]
 
-    for node in module.graph.nodes:
-        if node.op in ("placeholder", "output") or any(i in varies for i in node.all_input_nodes):
-            varies.add(node)
-            copies[node] = new.node_copy(node, hand_over)
+class _Recorder(TorchDispatchMode):
+    """Runs operations and writes down those whose inputs vary: they must be linear in what varies, and out of place."""
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.constants = torch.nn.Module()
+        self.varying = WeakTensorKeyDictionary()
+        self.known = WeakTensorKeyDictionary()
+        for i, tensor in enumerate(inputs):
+            self.varying[tensor] = self.graph.placeholder(f"v{i}")
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        if tensor in self.varying:
+            return self.varying[tensor]
+        if tensor not in self.known:
+            name = f"constant{len(self.known)}"
+            self.constants.register_buffer(name, tensor)
+            self.known[tensor] = self.graph.get_attr(name)
+        return self.known[tensor]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        varying = [t for t in tree.leaves((args, kwargs)) if isinstance(t, Tensor) and t in self.varying]
+        if not varying or func in _FORGETS or not isinstance(out, (Tensor, tuple, list)):
+            return out
+        if self._hands_on(func, args, kwargs, varying[0], out):
+            self.varying[out] = self.varying[varying[0]]
+            return out
+        call = self.graph.call_function(func, *tree_map_only(Tensor, self.node_of, (args, kwargs)))
+        if isinstance(out, Tensor):
+            self.varying[out] = call
         else:
-            run.env = values
-            values[node] = run.run_node(node)
-        for i in node.all_input_nodes:
-            if last_use[i] is node:
-                values.pop(i, None)
-    return fx.GraphModule(constants, new)
+            for i, part in enumerate(out):
+                if isinstance(part, Tensor):
+                    self.varying[part] = self.graph.call_function(operator.getitem, (call, i))
+        return out
+
+    def _hands_on(self, func: Any, args: Any, kwargs: Any, varying: Tensor, out: Any) -> bool:
+        """Whether the result is what varies in it, unchanged: derivative rules leave many of these behind."""
+        if func is aten.add.Tensor:
+            others = [t for t in args if t is not varying]
+            if kwargs or len(others) != 1 or not isinstance(others[0], Tensor) or others[0] in self.varying or others[0].any():
+                return False
+        elif func not in _MAY_HAND_ON:
+            return False
+        return (varying.shape, varying.stride(), varying.dtype) == (out.shape, out.stride(), out.dtype)
+
+
+_FORGETS = {aten.zeros_like.default, aten.ones_like.default, aten.new_zeros.default, aten.full_like.default}
+_MAY_HAND_ON = {aten.expand.default, aten._to_copy.default, aten.alias.default, aten.detach.default, aten.clone.default}
