@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -187,17 +188,27 @@ def deflated_trace(matvec: MatVec, probes: Iterable[Tree], eigenpairs: Any, *, r
 
 
 def estimate(samples: Iterable[Tree]) -> Estimate:
-    """Mean and standard error of independent trees, entry by entry, one at a time (Welford 1962)."""
-    count, mean, squares = 0, None, None
-    for count, sample in enumerate(samples, 1):
-        if mean is None:
-            mean, squares = sample, tree.map(torch.zeros_like, sample)
-            continue
-        before = tree.map(torch.sub, sample, mean)
-        mean = tree.map(lambda m, d, c=count: m + d / c, mean, before)
-        squares = tree.map(lambda s, d, x, m: s + d * (x - m), squares, before, sample, mean)
-    if mean is None:
+    """Mean and standard error of independent trees, entry by entry, one at a time."""
+    last = deque(_running(samples), maxlen=1)
+    if not last:
         raise ValueError("there is no probe: rademacher(params, num) needs num >= 1")
+    return _of(*last[0])
+
+
+def _running(samples: Iterable[Tree]) -> Iterator[tuple[int, Tree, Tree]]:
+    """Count, mean and sum of squared deviations so far (Welford 1962)."""
+    mean = squares = None
+    for count, sample in enumerate(samples, 1):
+        if count == 1:
+            mean, squares = sample, tree.map(torch.zeros_like, sample)
+        else:
+            step = tree.map(torch.sub, sample, mean)
+            mean = tree.map(lambda m, d, c=count: m + d / c, mean, step)
+            squares = tree.map(lambda s, d, x, m: s + d * (x - m), squares, step, sample, mean)
+        yield count, mean, squares
+
+
+def _of(count: int, mean: Tree, squares: Tree) -> Estimate:
     if count == 1:
         stderr = tree.map(lambda s: torch.full_like(s, torch.inf), squares)
     else:
@@ -214,15 +225,13 @@ def _quadratic_forms(matvec: MatVec, probes: Iterable[Tree]) -> Iterator[Tensor]
     return (tree.dot(z, matvec(z)) for z in probes)
 
 
-def _until(samples: Iterator[Tensor], rtol: float) -> Estimate:
+def _until(samples: Iterable[Tensor], rtol: float) -> Estimate:
     """As many samples as the tolerance takes, at least ten where there are ten."""
-    taken: list[Tensor] = []
-    for sample in samples:
-        taken.append(sample)
-        if not torch.isfinite(sample):
-            raise krylov.not_finite(len(taken))
-        if len(taken) >= _MIN_PROBES:
-            so_far = estimate(taken)
-            if half_width(so_far.stderr, len(taken)) <= rtol * so_far.mean.abs():
-                return so_far
-    return estimate(taken)
+    result = None
+    for count, mean, squares in _running(samples):
+        if not torch.isfinite(mean):
+            raise krylov.not_finite(count)
+        result = _of(count, mean, squares)
+        if count >= _MIN_PROBES and half_width(result.stderr, count) <= rtol * mean.abs():
+            break
+    return estimate([]) if result is None else result
