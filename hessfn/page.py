@@ -99,8 +99,8 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"{'':<12}{number(value):<14}{residual:>12.1e}{'' if converged else '   not converged'}")
     ranked = sorted(result["layers"].items(), key=lambda item: -abs(item[1]["trace"] or 0))
     shown = ranked[:8]
-    lines += ["", f"{'largest traces of layers':<40}{'numel':>10}   trace"]
-    lines += [f"  {_cut(name, 36):<38}{x['numel']:>10,}   {estimate(x['trace'], x['stderr'])}" for name, x in shown]
+    lines += ["", f"{'largest traces of layers':<46}{'numel':>10}   trace"]
+    lines += [f"  {_cut(name, 42):<44}{x['numel']:>10,}   {estimate(x['trace'], x['stderr'])}" for name, x in shown]
     if len(ranked) > len(shown):
         lines.append(f"  and {len(ranked) - len(shown)} more in report.json")
     return "\n".join(lines)

@@ -84,8 +84,8 @@ def layer_plot(estimates: Any, ax: Axes | None = None) -> Axes:
     shown = rows[:: -(-len(rows) // 80)]
     ax.set_yticks(shown, [names[row] for row in shown], fontsize=8)
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    if len(rows):
-        _set_scale(ax, "x", means)
+    ax.locator_params(axis="x", nbins=5)
+    _set_scale(ax, "x", means)
     ax.set(xlabel="trace and standard error")
     return ax
 

@@ -128,8 +128,8 @@ def cifar10_resnet20(
         except OSError as error:
             raise FileNotFoundError(
                 f"the weights of resnet20_cifar10 cannot be downloaded ({type(error).__name__}). Where there is "
-                "network, fetch resnet20_cifar10-0597-9b0024ac.pth.zip from github.com/osmr/imgclsmob, release v0.0.163, "
-                "and unzip it; then pass weights=PATH of the .pth file (hessfn report: --set weights=PATH)"
+                "network, fetch resnet20_cifar10-0597-9b0024ac.pth.zip from github.com/osmr/imgclsmob, release "
+                "v0.0.163, and unzip it; then pass weights=PATH of the .pth file (hessfn report: --set weights=PATH)"
             ) from error
     if weights is not None:
         _load(model, Path(weights).expanduser())
