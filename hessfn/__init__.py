@@ -9,7 +9,7 @@ Make a matvec from a loss, transform it, consume it:
 """
 
 from hessfn import plot, tree
-from hessfn.curvature import fvp, ggnvp, hvp, mean_hvp
+from hessfn.curvature import fvp, ggnvp, hvp, linearized_hvp, mean_hvp
 from hessfn.eigen import EigenPair, EigenPairs, Tridiagonal, eigsh, lanczos, power_iter
 from hessfn.landscape import filter_normalized, gradient_direction, line, plane, random_direction
 from hessfn.matvec import as_linear_operator, check_matvec, deflate, dense, progress, restrict
@@ -49,6 +49,7 @@ __all__ = [
     "hvp",
     "lanczos",
     "line",
+    "linearized_hvp",
     "mean_hvp",
     "plane",
     "plot",

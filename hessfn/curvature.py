@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn import tree
 from hessfn.batches import Weights, mean
+from hessfn.linear import linearized
 from hessfn.tree import MatVec, Tree
-from hessfn.ways import Loss, product_of
+from hessfn.ways import Loss, check_loss, product_of
 
 
 def hvp(loss: Loss, params: Tree, *args: Any, mode: str = "auto") -> MatVec:
@@ -52,6 +53,33 @@ def hvp(loss: Loss, params: Tree, *args: Any, mode: str = "auto") -> MatVec:
         return product(params, args, tree.aligned(v, params))
 
     return matvec
+
+
+def linearized_hvp(loss: Loss, params: Tree, *args: Any, compile: bool = False) -> MatVec:
+    """The products of :func:`hvp`, with all that does not depend on the vector computed once, here: the fastest ones.
+
+    A product costs about 2 gradients instead of 3. Kept in memory are the intermediate results of one gradient. The
+    matrix is that of the parameters and data as they are now, also if they change in place later.
+
+    Args:
+        loss, params, args: as for :func:`hvp`.
+        compile: put the products through ``torch.compile`` and compare one with the uncompiled product: tens of seconds
+            once, faster products ever after.
+
+    Returns:
+        A matvec on trees like ``params``; it can be put under ``vmap``.
+
+    Raises:
+        Untraceable: one trace cannot stand for this loss, and why (it branches on values, say): take :func:`hvp`.
+        ValueError: the loss is not one finite number.
+
+    >>> matvec = linearized_hvp(lambda w: (w**3).sum(), torch.tensor([1.0, 2.0]))
+    >>> matvec(torch.tensor([1.0, 1.0]))
+    tensor([ 6., 12.])
+    """
+    check_loss(loss, params, args)
+    product = linearized(loss, params, *args, compile=compile)
+    return lambda v: product(tree.aligned(v, params))
 
 
 def mean_hvp(

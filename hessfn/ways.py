@@ -151,7 +151,7 @@ def _shapes(arguments: Any) -> Any:
 
 
 def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) -> tuple[Product, Way, Tree]:
-    _check_loss(loss, params, args)
+    check_loss(loss, params, args)
     reasons: list[str] = []
     differentiated = _is_differentiated(params, args)
     if differentiated:
@@ -184,7 +184,7 @@ def _announce(way: Way) -> str:
     return f"Hessian-vector products in mode {way.mode!r}, which {exact}. Not possible were: {way.reason}"
 
 
-def _check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> None:
+def check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> None:
     before = torch.get_rng_state()
     with torch.no_grad():
         value = loss(params, *args)

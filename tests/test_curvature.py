@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hessfn import tree
-from hessfn.curvature import fvp, ggnvp, hvp, mean_hvp
+from hessfn.curvature import fvp, ggnvp, hvp, linearized_hvp, mean_hvp
 from hessfn.matvec import check_matvec, dense
 from hessfn.model import functionalize, stateless
 from hessfn.probes import gaussian
@@ -29,6 +29,27 @@ def test_product_is_the_dense_hessian_times_the_vector(net, criterion):
     check_matvec(matvec, params, rtol=1e-10)
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("net", NETS)
+def test_linearized_product_is_the_same(net, criterion):
+    loss, params, batch, _ = problem(net, criterion)
+    matvec = linearized_hvp(loss, params, batch)
+    v = gaussian(params, 3, seed=5)
+    close(matvec(v[0]), hvp(loss, params, batch)(v[0]), 1e-12)
+    stack = tree.map(lambda *leaves: torch.stack(leaves), *v)
+    close(tree.map(lambda x: x[2], torch.func.vmap(matvec)(stack)), matvec(v[2]), 1e-12)
+
+
+def test_linearized_product_is_of_the_moment():
+    loss, params, batch, model = problem("batch_norm")
+    matvec, v = linearized_hvp(loss, params, batch), gaussian(params, 1)[0]
+    before = matvec(v)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    close(matvec(v), before, 1e-14)
+
+
 @pytest.mark.parametrize("net", NETS)
 def test_nothing_of_the_users_changes(net):
     loss, params, batch, model = problem(net)
@@ -39,6 +60,7 @@ def test_nothing_of_the_users_changes(net):
     before = {name: (x.clone(), x._version, x.data_ptr()) for name, x in model.state_dict().items()}
     rng, modes = torch.get_rng_state(), [m.training for m in model.modules()]
     dense(hvp(loss, params, batch), params)
+    linearized_hvp(loss, params, batch)(params)
     after = {name: (x, x._version, x.data_ptr()) for name, x in model.state_dict().items()}
     assert all(torch.equal(a[0], b[0]) and a[1:] == b[1:] for a, b in zip(before.values(), after.values(), strict=True))
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())

@@ -1,0 +1,75 @@
+"""ResNet20 on CIFAR-10, really trained: needs the folder of weights and images beside the repository."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hessfn as hf
+from hessfn import problems, tree
+
+DATA = Path(os.environ.get("HESSFN_DATA", Path(__file__).parents[2] / "shared" / "data"))
+FILES = {"weights": DATA / "resnet20_cifar10_trained.pth", "data": DATA / "cifar10_train_first4000.npz"}
+pytestmark = pytest.mark.skipif(not all(map(Path.is_file, FILES.values())), reason=f"no weights and images in {DATA}")
+
+
+def resnet20(num_images):
+    model, criterion, batches = problems.cifar10_resnet20(**FILES, num_images=num_images, batch_size=num_images)
+    loss, params = hf.functionalize(model, criterion)
+    return loss, params, batches[0], model
+
+
+@pytest.fixture
+def all_cores():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("all_cores")
+def test_top_eigenvalues_and_trace():
+    loss, params, batch, _ = resnet20(200)
+    matvec = hf.linearized_hvp(loss, params, batch)
+    eig = hf.eigsh(matvec, hf.gaussian(params, 1, seed=0)[0], k=5)
+    assert eig.num_matvecs <= 20
+    assert torch.allclose(eig.values, torch.tensor([56.632, 22.729, 14.616, 11.467, 5.277]).double(), rtol=1e-3)
+    assert (eig.residuals <= 1e-3 * eig.values).all()
+    trace = hf.hutchinson(matvec, hf.rademacher(params, 12))
+    assert abs(trace.mean - 142.2) <= 4 * trace.stderr
+
+
+@pytest.mark.usefixtures("all_cores")
+def test_products_agree_with_double_backward_in_float32():
+    loss, params, batch, model = resnet20(32)
+    v = hf.gaussian(params, 1)[0]
+    exact = hf.hvp(loss, params, batch, mode="double_backward")(v)
+    for matvec in (hf.hvp(loss, params, batch), hf.linearized_hvp(loss, params, batch)):
+        assert tree.norm(tree.add(matvec(v), exact, -1.0)) <= 1e-3 * tree.norm(exact)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+from test_real_net import hf, resnet20
+loss, params, batch, _ = resnet20(16)
+matvec = hf.hvp(loss, params, batch)
+peaks = []
+for count in (5, 45):
+    for v in hf.gaussian(params, count):
+        matvec(v)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(*peaks)
+"""
+
+
+@pytest.mark.usefixtures("all_cores")
+def test_memory_is_flat():
+    script = MEMORY.format(folder=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    after_5, after_50 = map(int, done.stdout.split())
+    assert after_50 <= 1.02 * after_5
