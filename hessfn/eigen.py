@@ -1,4 +1,8 @@
-"""Eigenpairs of a matvec, each with the norm of its residual: power iteration, Lanczos, thick-restart Lanczos."""
+"""Eigenpairs of a matvec, each with the norm of its residual: power iteration, Lanczos, thick-restart Lanczos.
+
+A matrix that is given becomes a matvec in one line: ``lambda v: A @ v`` for a tensor, and for a NumPy array, a SciPy
+sparse matrix or a SciPy operator S ``lambda v: torch.from_numpy(S @ v.numpy())``, with ``v0`` of the same dtype.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +151,7 @@ def eigsh(
         basis_device: where they are kept, such as ``"cpu"``; by default where the entries of ``v0`` are.
         warm_start: several vectors to start from instead of ``v0``, a tree whose leaves carry a leading axis: the
             ``vectors`` of a matrix that differs by a thousandth or so, which leave little to do; or p random ones, to
-            see eigenvalues p times repeated as often (of those beyond the first, ``v0`` alone sees what rounding shows).
+            see an eigenvalue that is p times repeated as often (``v0`` alone is sure to see it once).
 
     Returns:
         ``values (k,)`` float64, ``vectors``, orthonormal, a tree whose leaves carry a leading axis of k, ``residuals
@@ -186,8 +190,7 @@ def eigsh(
     budget = 10 * size if max_matvecs is None else max_matvecs
     if budget <= max(k, len(starts)):
         raise ValueError(
-            f"max_matvecs={budget} must be at least {max(k, len(starts)) + 1}: one for each pair and each starting vector, "
-            "and one to check the residuals"
+            f"max_matvecs={budget} must be at least {max(k, len(starts)) + 1}, one more than k and the starting vectors"
         )
     found = thick_restart(space, starts, k, which, rtol, budget, size, basis_device)
     allowed = (rtol * found.values.abs()).clamp(min=found.floor)

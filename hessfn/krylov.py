@@ -78,7 +78,8 @@ class Krylov(NamedTuple):
 def expand(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> Krylov:
     """Lanczos with full two-pass orthogonalisation, functional throughout: for ``vmap`` and autograd."""
     basis = unit(start)[None]
-    alpha, beta = [], []
+    alpha: list[Tensor] = []
+    beta: list[Tensor] = []
     scale = torch.zeros_like(tree.wide(start[0]))
     for step in range(num_matvecs):
         product = matvec(basis[-1])

@@ -40,8 +40,8 @@ def thick_restart(
     """Grows an orthonormal basis whose first ``done`` rows have been multiplied; ``pending`` more wait behind them.
 
     ``A Q_done = Q_{done + pending} H`` holds throughout, with H dense, after a restart as before, so H alone knows the
-    residual of every Ritz pair. A breakdown takes one from ``pending``. When those left are none, or rounding, the space
-    is closed: a new direction, at row ``segment``, goes on in the complement, which may hold copies of what was found.
+    residual of every Ritz pair. A breakdown takes one from ``pending``. When none are left, or all are rounding, the
+    space is closed: a new direction, at row ``segment``, goes on in the complement, which may hold further copies.
     """
     n = starts.shape[1]
     rows = min(basis_size + len(starts), n)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfn import krylov, tree
-from hessfn.trace import Estimate, estimate
+from hessfn.trace import Estimate, estimate, half_width
 from hessfn.tree import MatVec, Tree
 
 
@@ -20,6 +20,17 @@ class Quadrature(NamedTuple):
 
 
 class Density(NamedTuple):
+    grid: Tensor
+    values: Tensor
+
+
+class Band(NamedTuple):
+    grid: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+class Cumulative(NamedTuple):
     grid: Tensor
     values: Tensor
 
@@ -69,7 +80,9 @@ def slq(matvec: MatVec, probes: Iterable[Tree], num_matvecs: int, *, orthogonali
     return Quadrature(torch.stack(nodes), torch.stack(weights))
 
 
-def density(quadrature: Quadrature, grid: Tensor | None = None, *, sigma: float | None = None) -> Density:
+def density(
+    quadrature: Quadrature, grid: Tensor | None = None, *, sigma: float | None = None, linthresh: float | None = None
+) -> Density:
     """The spectral density, smoothed by a Gaussian of width ``sigma``; it integrates to 1.
 
     ``values(x) = mean over probes of sum_j weights_j N(x; nodes_j, sigma^2)``.
@@ -77,9 +90,14 @@ def density(quadrature: Quadrature, grid: Tensor | None = None, *, sigma: float 
     Args:
         grid: where to evaluate ``(g,)``; by default evenly over all nodes and five widths beyond.
         sigma: in the units of the eigenvalues; by default ``range / ((m - 1) sqrt(8 ln 3))``, what m nodes resolve.
+        linthresh: for a logarithmic axis. The smoothing is done, the grid laid and ``sigma`` measured along
+            ``asinh(x / linthresh)``, which is linear for eigenvalues below ``linthresh`` in size, logarithmic beyond.
 
     Returns:
-        ``grid (g,)`` and ``values (g,)``, per unit of eigenvalue.
+        ``grid (g,)`` and ``values (g,)``, per unit of eigenvalue on either axis.
+
+    Raises:
+        ValueError: ``sigma`` or ``linthresh`` is not positive.
 
     Source: Lin, Saad and Yang (2016), which also gives the width.
 
@@ -88,32 +106,92 @@ def density(quadrature: Quadrature, grid: Tensor | None = None, *, sigma: float 
     >>> round(float(torch.trapezoid(y, x)), 6)
     1.0
     """
-    nodes, weights = quadrature
-    low, high = float(nodes.min()), float(nodes.max())
-    if sigma is None:
-        # A single point has no range of its own: its size is the only scale there is.
-        span = high - low if high > low else abs(high) or 1.0
-        sigma = span / (max(nodes.shape[-1] - 1, 1) * math.sqrt(8 * math.log(3)))
-    if sigma <= 0:
-        raise ValueError(f"sigma={sigma} must be positive; it is in the units of the eigenvalues")
+    grid, rows = _smoothed(quadrature, grid, sigma, linthresh)
+    return Density(grid, rows.mean(0))
+
+
+def density_band(
+    quadrature: Quadrature,
+    grid: Tensor | None = None,
+    *,
+    sigma: float | None = None,
+    linthresh: float | None = None,
+    level: float = 0.95,
+) -> Band:
+    """Where the smoothed density lies, point by point, as the spread over the probes has it (Student's t).
+
+    Args:
+        level: of confidence; the others are those of :func:`density`.
+
+    Returns:
+        ``grid``, ``lower`` and ``upper``, each ``(g,)``.
+
+    Raises:
+        ValueError: there are fewer than two probes.
+
+    >>> rule = Quadrature(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.full((2, 2), 0.5))
+    >>> grid, lower, upper = density_band(rule)
+    >>> bool((lower == upper).all())
+    True
+    """
+    if len(quadrature.nodes) < 2:
+        raise ValueError("one probe has no spread: a band takes the quadrature of two or more")
+    grid, rows = _smoothed(quadrature, grid, sigma, linthresh)
+    mean, stderr, _ = estimate(rows)
+    half = half_width(stderr, len(rows), level)
+    return Band(grid, (mean - half).clamp(min=0), mean + half)
+
+
+def cumulative(quadrature: Quadrature, grid: Tensor | None = None) -> Cumulative:
+    """The fraction of the eigenvalues up to x, with no smoothing: the sum of the weights of the nodes up to x.
+
+    Args:
+        grid: where to evaluate ``(g,)``; by default at all nodes, where it steps.
+
+    Returns:
+        ``grid (g,)``, ascending by default, and ``values (g,)`` between 0 and 1.
+
+    >>> cumulative(Quadrature(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.3, 0.7]]))).values
+    tensor([0.3000, 1.0000])
+    """
+    nodes, order = quadrature.nodes.flatten().sort()
+    steps = (quadrature.weights.flatten()[order] / len(quadrature.nodes)).cumsum(0)
     if grid is None:
-        steps = max(1024, math.ceil(2 * (high - low) / sigma) + 20)
-        grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, steps, dtype=nodes.dtype, device=nodes.device)
-    rows = [_smoothed(grid, n, w, sigma) for n, w in zip(nodes, weights, strict=True)]
-    return Density(grid, torch.stack(rows).mean(0))
+        return Cumulative(nodes, steps)
+    count = torch.searchsorted(nodes, grid.to(nodes), right=True)
+    return Cumulative(grid, torch.cat([torch.zeros_like(steps[:1]), steps])[count])
+
+
+def wasserstein(a: Quadrature, b: Quadrature | Tensor) -> Tensor:
+    """The Wasserstein-1 distance of two spectra, ``int |F_a - F_b| dx``, in the units of the eigenvalues.
+
+    Args:
+        b: another quadrature, or all eigenvalues ``(n,)``.
+
+    >>> float(wasserstein(Quadrature(torch.tensor([[1.0]]), torch.tensor([[1.0]])), torch.tensor([3.0, 3.0])))
+    2.0
+    """
+    if isinstance(b, Tensor):
+        b = Quadrature(b[None], torch.full_like(b[None], 1 / len(b)))
+    at = torch.cat([a.nodes.flatten(), b.nodes.flatten().to(a.nodes)]).sort().values
+    gap = (cumulative(a, at).values - cumulative(b, at.to(b.nodes)).values.to(at)).abs()
+    return (gap[:-1] * at.diff()).sum()
 
 
 def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> Estimate:
     """``tr fn(A)`` for a function of the eigenvalues, from a quadrature.
 
     Args:
-        fn: elementwise, ``(p, m) -> (p, m)``: ``lambda x: (x + shift).log()`` for the log-determinant of
-            ``A + shift I``, ``lambda x: x / (x + alpha)`` for the effective dimension.
+        fn: elementwise, ``(p, m) -> (p, m)``. ``lambda x: (x + shift).log()`` gives the log-determinant of
+            ``A + shift I``, ``lambda x: x / (x + alpha)`` the effective dimension, and ``lambda x: -x.clamp(max=0)``
+            over ``torch.abs`` the fraction of curvature that is negative.
         n: the number of entries of a probe.
 
     Returns:
-        ``mean``; ``stderr``, the spread over the probes, which does not know the error of the rule itself; and
-        ``num_matvecs``.
+        ``mean``; ``stderr``, the spread over the probes, which knows nothing of the error of the rule itself (take more
+        steps and compare); and ``num_matvecs``. Differentiable where the nodes are distinct.
+
+    Source: Ubaru, Chen and Saad (2017).
 
     >>> rule = Quadrature(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]]))
     >>> trace_of(rule, torch.log, 2).mean
@@ -124,6 +202,31 @@ def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> 
     return result._replace(num_matvecs=torch.tensor(nodes.numel()))
 
 
-def _smoothed(grid: Tensor, nodes: Tensor, weights: Tensor, sigma: float) -> Tensor:
-    z = (grid[:, None] - nodes) / sigma
-    return (-0.5 * z.square()).exp() @ weights / (sigma * math.sqrt(2 * math.pi))
+def _smoothed(
+    quadrature: Quadrature, grid: Tensor | None, sigma: float | None, linthresh: float | None
+) -> tuple[Tensor, Tensor]:
+    """Grid ``(g,)`` and the density of every probe ``(p, g)``."""
+    nodes, weights = quadrature
+    for name, value in (("sigma", sigma), ("linthresh", linthresh)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value} must be positive: it is a width on the axis of the eigenvalues")
+    if linthresh is not None:
+        nodes = (nodes / linthresh).asinh()
+    low, high = float(nodes.min()), float(nodes.max())
+    if sigma is None:
+        # Nodes that differ by rounding have no range of their own: their size is the only scale there is.
+        size = max(abs(low), abs(high))
+        span = high - low if high - low > 1e-6 * size else 1e-3 * size or 1.0
+        sigma = span / (max(nodes.shape[-1] - 1, 1) * math.sqrt(8 * math.log(3)))
+    if grid is None:
+        steps = max(1024, math.ceil(2 * (high - low) / sigma) + 20)
+        at = torch.linspace(low - 5 * sigma, high + 5 * sigma, steps, dtype=nodes.dtype, device=nodes.device)
+        grid = at if linthresh is None else at.sinh() * linthresh
+    at = grid if linthresh is None else (grid / linthresh).asinh()
+
+    def row(theta: Tensor, weight: Tensor) -> Tensor:
+        z = (at[:, None] - theta) / sigma
+        return (-0.5 * z.square()).exp() @ weight / (sigma * math.sqrt(2 * math.pi))
+
+    rows = torch.stack([row(theta, weight) for theta, weight in zip(nodes, weights, strict=True)])
+    return grid, rows if linthresh is None else rows / (grid.square() + linthresh**2).sqrt()

@@ -230,14 +230,14 @@ def test_eigsh_of_fixed_cost_differentiates_to_the_projector():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(k=0), r"k=0 must be between 1 and 60, the number of entries in v0"),
-        (dict(k=61), r"k=61 must be between 1 and 60, the number of entries in v0"),
-        (dict(which="XX"), r"which='XX' must be one of LM, LA, SA, BE"),
-        (dict(k=5, basis_size=6), r"basis_size=6 must be at least 7"),
-        (dict(k=5, max_matvecs=5), r"max_matvecs=5 must be at least 6"),
-        (dict(rtol=None), r"give it as max_matvecs"),
-        (dict(rtol=None, k=5, max_matvecs=4), r"max_matvecs=4 must be at least k=5"),
-        (dict(warm_start=torch.ones(2, 7).double()), r"warm_start have 7 entries, v0 has 60"),
+        ({"k": 0}, r"k=0 must be between 1 and 60, the number of entries in v0"),
+        ({"k": 61}, r"k=61 must be between 1 and 60, the number of entries in v0"),
+        ({"which": "XX"}, r"which='XX' must be one of LM, LA, SA, BE"),
+        ({"k": 5, "basis_size": 6}, r"basis_size=6 must be at least 7"),
+        ({"k": 5, "max_matvecs": 5}, r"max_matvecs=5 must be at least 6"),
+        ({"rtol": None}, r"give it as max_matvecs"),
+        ({"rtol": None, "k": 5, "max_matvecs": 4}, r"max_matvecs=4 must be at least k=5"),
+        ({"warm_start": torch.ones(2, 7).double()}, r"warm_start have 7 entries, v0 has 60"),
     ],
 )
 def test_eigsh_refuses_what_is_out_of_range(options, message):
