@@ -1,4 +1,4 @@
-"""Norm layers by their definitions: torch's third derivatives of the fused ones are silently wrong."""
+"""Operations by their definitions, where torch's own derivatives of them are silently not those of one function."""
 
 from __future__ import annotations
 
@@ -11,25 +11,47 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
+def fixed_padding(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same loss, in which an embedding's padding row is a constant, as torch's gradient has it.
+
+    Its forward rule knows nothing of ``padding_idx``, so the Hessian would not be symmetric.
+    """
+    return _with(loss, {F.embedding: _embedding})
+
+
 def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same loss, in which LayerNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary
-    operations, so that a derivative of its Hessian is right too, in every mode and under ``vmap``.
+    operations: torch's third derivatives of the fused ones are wrong, in every mode.
 
     >>> loss = by_definition(lambda w, x: torch.nn.functional.layer_norm(w * x, (3,)).square().sum())
     >>> loss(torch.tensor(2.0), torch.arange(3.0))
     tensor(3.0000)
     """
+    return _with(loss, {F.layer_norm: _layer_norm, F.batch_norm: _batch_norm, F.instance_norm: _instance_norm})
 
+
+class _Replacing(TorchFunctionMode):
+    def __init__(self, definitions: dict[Any, Callable[..., Tensor]]) -> None:
+        super().__init__()
+        self.definitions = definitions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.definitions.get(func, func)(*args, **(kwargs or {}))
+
+
+def _with(loss: Callable[..., Tensor], definitions: dict[Any, Callable[..., Tensor]]) -> Callable[..., Tensor]:
     def defined(*args: Any) -> Tensor:
-        with _Definitions():
+        with _Replacing(definitions):
             return loss(*args)
 
     return defined
 
 
-class _Definitions(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _DEFINITIONS.get(func, func)(*args, **(kwargs or {}))
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **options: Any) -> Tensor:
+    if padding_idx is not None:
+        padding = torch.arange(len(weight), device=weight.device) == padding_idx % len(weight)
+        weight = torch.where(padding[:, None], weight.detach(), weight)
+    return F.embedding(input, weight, None, *args, **options)
 
 
 def _layer_norm(
@@ -85,10 +107,3 @@ def _per_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
-
-
-_DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
-    F.layer_norm: _layer_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-}

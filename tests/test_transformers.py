@@ -1,0 +1,78 @@
+"""Hugging Face models: batches are mappings, outputs are objects, losses are averaged over tokens."""
+
+import pytest
+import torch
+from nets import dense_hessian
+
+import hessfn as hf
+from hessfn import tree
+
+transformers = pytest.importorskip("transformers")
+
+
+def gpt2():
+    config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, n_inner=8)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert():
+    config = transformers.BertConfig(
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=8,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def build(kind):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind().double().eval()
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(11, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def next_token(outputs, labels):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def check(loss, params, batch, rtol=1e-10):
+    matvec = hf.hvp(loss, params, batch)
+    hessian = dense_hessian(loss, params, batch)
+    for i, v in enumerate(hf.gaussian(params, 2, seed=1)):
+        wanted = hessian @ tree.ravel(v)[0]
+        assert torch.allclose(tree.ravel(matvec(v))[0], wanted, atol=rtol * float(wanted.abs().max())), i
+    assert hf.choose_way(loss, params, batch).mode in ("traced", "forward")
+
+
+@pytest.mark.parametrize("kind", [gpt2, bert])
+def test_a_model_that_computes_its_own_loss(kind):
+    loss, params = hf.functionalize(build(kind), lambda outputs, batch: outputs.loss)
+    labels = tokens(2, 6) if kind is gpt2 else torch.tensor([0, 1])
+    # Its own loss is computed in float32, whatever the dtype of the model.
+    check(loss, params, {"input_ids": tokens(2, 6), "attention_mask": torch.ones(2, 6).long(), "labels": labels}, 1e-5)
+
+
+def test_a_criterion_on_the_output_object():
+    loss, params = hf.functionalize(build(gpt2), next_token)
+    ids = tokens(2, 6)
+    check(loss, params, ({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids))
+
+
+def test_a_loss_averaged_over_tokens_is_weighed_by_its_tokens():
+    loss, params = hf.functionalize(build(gpt2), next_token)
+    ids, labels = tokens(4, 6), tokens(4, 6).clone()
+    labels[0, 2:] = labels[3, 4:] = -100
+    batches = [({"input_ids": ids[rows]}, labels[rows]) for rows in (slice(0, 1), slice(1, 4))]
+    v = hf.gaussian(params, 1)[0]
+    whole = hf.hvp(loss, params, ({"input_ids": ids}, labels))(v)
+    by_tokens = hf.mean_hvp(loss, params, batches, weights=lambda batch: (batch[1][:, 1:] != -100).sum())(v)
+    assert tree.norm(tree.add(whole, by_tokens, -1.0)) <= 1e-10 * tree.norm(whole)
+    by_samples = hf.mean_hvp(loss, params, batches)(v)
+    assert tree.norm(tree.add(whole, by_samples, -1.0)) >= 1e-3 * tree.norm(whole)
