@@ -87,7 +87,8 @@ def _parts(batch: Any, index: int, weights: Weights, microbatch: int | None) -> 
     for start in range(0, size, microbatch or size):
         part = batch if microbatch is None else _rows(batch, start, start + microbatch)
         if callable(weights):
-            yield weights(part), part
+            weight = weights(part)  # a count of tokens is an integer tensor, whose inverse would be float32
+            yield tree.wide(weight) if isinstance(weight, Tensor) else weight, part
         elif weights is None:
             yield _size(part), part
         elif index < len(weights):

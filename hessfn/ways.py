@@ -12,8 +12,8 @@ from torch._C._functorch import TransformType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn import tree
+from hessfn.definitions import by_definition, fixed_padding
 from hessfn.graph import clean
-from hessfn.norms import by_definition
 from hessfn.tree import Tree
 
 with warnings.catch_warnings():
@@ -154,8 +154,7 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
     check_loss(loss, params, args)
     reasons: list[str] = []
     differentiated = _is_differentiated(params, args)
-    if differentiated:
-        loss = by_definition(loss)
+    loss = fixed_padding(by_definition(loss) if differentiated else loss)
     for name in (("forward", "reverse") if differentiated else WAYS) if mode == "auto" else (mode,):
         try:
             product = WAYS[name](loss, params, args)
