@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-def fixed_padding(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same loss, in which an embedding's padding row is a constant, as torch's gradient has it.
+def plain_embeddings(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same loss, in which an embedding's padding row is a constant, as torch's gradient has it, and bags are sums.
 
-    Its forward rule knows nothing of ``padding_idx``, so the Hessian would not be symmetric.
+    The forward rule knows nothing of ``padding_idx``, so the Hessian would not be symmetric; bags have no rule at all.
     """
-    return _with(loss, {F.embedding: _embedding})
+    return _with(loss, {F.embedding: _embedding, F.embedding_bag: _embedding_bag})
 
 
 def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -52,6 +52,19 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *a
         padding = torch.arange(len(weight), device=weight.device) == padding_idx % len(weight)
         weight = torch.where(padding[:, None], weight.detach(), weight)
     return F.embedding(input, weight, None, *args, **options)
+
+
+def _embedding_bag(
+    input: Tensor, weight: Tensor, offsets: Tensor | None = None, *args: Any, mode: str = "mean", **options: Any
+) -> Tensor:
+    weights, padding_idx = options.get("per_sample_weights"), options.get("padding_idx")
+    if input.dim() != 2 or mode == "max" or args or options.get("max_norm") is not None:
+        return F.embedding_bag(input, weight, offsets, *args, mode=mode, **options)
+    counted = torch.ones_like(input, dtype=weight.dtype)
+    if padding_idx is not None:
+        counted = (input != padding_idx % len(weight)).to(weight.dtype)
+    rows = F.embedding(input, weight) * (counted if weights is None else counted * weights)[..., None]
+    return rows.sum(1) if mode == "sum" else rows.sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
 
 
 def _layer_norm(

@@ -125,6 +125,7 @@ def _trace(
         raise Untraceable(f"the loss cannot be traced: {_explain(str(error))}") from error
     for node in watch.cut:
         node.target = aten.detach.default
+    _out_of_place(module.graph)
     _drop_dead(module.graph)
     _refuse(module, watch.switched_off, num_params)
     for name, constant in (*module.named_parameters(), *module.named_buffers()):
@@ -204,10 +205,42 @@ _WITHOUT_RULES = [
     aten.hardsigmoid,
     aten.hardswish,
     aten._weight_norm_interface,
+    aten.multi_margin_loss,
+    aten.multilabel_margin_loss_forward,
 ]
 
 
 # Passes
+
+
+def _out_of_place(graph: fx.Graph) -> None:
+    """Composite operations work in place on their own results, below what functionalize sees; where nothing else shares
+    the memory, the plain operation does the same."""
+    for node in graph.nodes:
+        name, overload = _name(node).rpartition(".")[::2]
+        base = node.args[0] if name.endswith("_") and node.args else None
+        if (
+            not isinstance(base, fx.Node)
+            or base.op != "call_function"
+            or _shares(base)
+            or any(map(_shares, base.users))
+        ):
+            continue
+        plain = getattr(getattr(aten, name[:-1], None), overload, None)
+        if plain is not None:
+            node.target = plain
+            base.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)
+
+
+def _name(node: fx.Node) -> str:
+    """Such as ``add_.Tensor``; empty where it is no aten operation."""
+    return str(node.target).removeprefix("aten.") if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether the node's result may be another name for its input's memory."""
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def _drop_dead(graph: fx.Graph) -> None:

@@ -6,6 +6,7 @@ import copy
 import fnmatch
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def stateless(model: nn.Module, *, params: Choice = "*") -> tuple[Callable[[Para
         kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
         # A module may write to its buffers: it writes to copies.
         state = {**{name: b.clone() for name, b in buffers.items()}, **constants, **params}
-        with one_at_a_time:
+        with nullcontext() if torch.compiler.is_compiling() else one_at_a_time:
             return torch.func.functional_call(skeleton, state, args, kwargs)
 
     return forward, chosen

@@ -12,7 +12,7 @@ from torch._C._functorch import TransformType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn import tree
-from hessfn.definitions import by_definition, fixed_padding
+from hessfn.definitions import by_definition, plain_embeddings
 from hessfn.graph import clean
 from hessfn.tree import Tree
 
@@ -130,7 +130,8 @@ def product_of(loss: Loss, mode: str) -> Product:
 
     def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
         if torch.compiler.is_compiling():
-            return WAYS["forward" if mode == "auto" else mode](loss)(params, args, v)
+            with sdpa_kernel(SDPBackend.MATH):
+                return WAYS["forward" if mode == "auto" else mode](loss)(params, args, v)
         shapes = (_is_differentiated(params, args), *_shapes((params, args)))
         with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have neither forward rules nor double backward
             if shapes in found:
@@ -154,7 +155,7 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
     check_loss(loss, params, args)
     reasons: list[str] = []
     differentiated = _is_differentiated(params, args)
-    loss = fixed_padding(by_definition(loss) if differentiated else loss)
+    loss = plain_embeddings(by_definition(loss) if differentiated else loss)
     for name in (("forward", "reverse") if differentiated else WAYS) if mode == "auto" else (mode,):
         try:
             product = WAYS[name](loss, params, args)

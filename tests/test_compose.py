@@ -91,6 +91,14 @@ def test_a_trace_is_a_regulariser_by_plain_autograd():
         assert torch.allclose(leaves[name].grad, gradient, rtol=1e-10)
 
 
+@pytest.mark.parametrize(("make", "net"), [(hf.hvp, "attention"), (hf.linearized_hvp, "batch_norm")])
+def test_products_compile_without_graph_breaks(make, net):
+    loss, params, batch, _ = problem(net)
+    matvec, v = make(loss, params, batch), hf.gaussian(params, 1)[0]
+    compiled = torch.compile(matvec, fullgraph=True, backend="aot_eager")
+    assert tree.norm(tree.add(compiled(v), matvec(v), -1.0)) <= 1e-12 * tree.norm(matvec(v))
+
+
 def test_vmap_over_vectors_gives_the_whole_hessian():
     loss, params, batch, _ = problem("mlp")
     flat, unravel = tree.ravel(params)

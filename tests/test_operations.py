@@ -123,7 +123,12 @@ ROWS = [
     Row("Embedding", lambda: nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 3)), WORDS),
     Row("Embedding with padding_idx", lambda: nn.Sequential(
         nn.Embedding(7, 4, padding_idx=2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)), WORDS),
-    Row("EmbeddingBag", lambda: nn.Sequential(nn.EmbeddingBag(7, 4), nn.Tanh(), nn.Linear(4, 3)), WORDS),
+    Row("EmbeddingBag", lambda: nn.Sequential(nn.EmbeddingBag(7, 4, padding_idx=1), nn.Tanh(), nn.Linear(4, 3)), WORDS),
+    Row("EmbeddingBag, sum, weighted", lambda: Module(
+        lambda m, x: m.out(m.bag(x, per_sample_weights=x.double().sin())), bag=nn.EmbeddingBag(7, 4, mode="sum"),
+        out=nn.Linear(4, 3)), WORDS),
+    Row("EmbeddingBag, max", lambda: nn.Sequential(nn.EmbeddingBag(7, 4, mode="max"), nn.Linear(4, 3)), WORDS,
+        way="difference"),
     Row("PReLU, ELU, LeakyReLU", net(nn.PReLU(), nn.ELU(), nn.LeakyReLU()), X),
     Row("Hardswish, Hardsigmoid, ReLU6", net(nn.Hardswish(), nn.Hardsigmoid(), nn.ReLU6()), X),
     Row("in-place activations", net(nn.ReLU(inplace=True), nn.Linear(5, 5), nn.ELU(inplace=True)), X),
@@ -147,8 +152,9 @@ ROWS = [
     Row("spectral_norm, eval", lambda: nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)), X),
     Row("grid_sample", lambda: Module(
-        lambda m, x: m.out(F.grid_sample(x, m.where(x.flatten(1)).view(4, 3, 3, 2), align_corners=False).flatten(1)),
-        where=nn.Linear(25, 18), out=nn.Linear(9, 3)), IMAGES),
+        lambda m, x: m.out(F.grid_sample(x, 0.2 + 0.1 * m.where(x.flatten(1)).tanh().view(4, 3, 3, 2),
+                                       align_corners=False).flatten(1)),
+        where=nn.Linear(25, 18), out=nn.Linear(9, 3)), IMAGES, way="reverse"),
     Row("tied weights", tied, X),
     Row("frozen parameters", partly_frozen, X),
     Row("unused parameters", lambda: Module(lambda m, x: m.out(torch.tanh(m.inp(x))), **three()), X),
@@ -217,7 +223,7 @@ def test_row(row):
         matvec = hvp(loss, params, batch)
         v, w = (tree.scale(1 / tree.norm(u), u) for u in gaussian(params, 2, seed=3))
         hv, hw = matvec(v), matvec(w)
-    if "padding_idx" in row.what:
+    if row.what == "Embedding with padding_idx":
         assert (row.inputs == 2).any() and not hv["0.weight"][2].any()
         v["0.weight"][2] = 0  # the model's own gradient takes that row for a constant
     size = float(tree.norm(hv) + tree.norm(hw))
@@ -227,3 +233,21 @@ def test_row(row):
     way = choose_way(loss, params, batch)
     assert way.mode == row.way, way
     assert (way.error > 0) == (row.way == "difference")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_inside_the_loss(dtype):
+    model = seeded(net(nn.Tanh())).float()
+    plain, params = functionalize(model, lambda outputs, targets: F.cross_entropy(outputs.float(), targets))
+    batch = (X.float(), classes(4, 3))
+
+    def loss(p, b):
+        with torch.autocast("cpu", dtype=dtype):
+            return plain(p, b)
+
+    assert choose_way(loss, params, batch).mode == "traced"
+    v, w = (tree.scale(1 / tree.norm(u), u) for u in gaussian(params, 2, seed=3))
+    exact, matvec = hvp(plain, params, batch)(v), hvp(loss, params, batch)
+    size = tree.norm(exact)
+    assert tree.norm(tree.add(matvec(v), exact, -1.0)) <= 4 * torch.finfo(dtype).eps * size
+    assert abs(tree.dot(w, matvec(v)) - tree.dot(v, matvec(w))) <= 4 * torch.finfo(dtype).eps * size
