@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -251,3 +252,10 @@ def test_autocast_inside_the_loss(dtype):
     size = tree.norm(exact)
     assert tree.norm(tree.add(matvec(v), exact, -1.0)) <= 4 * torch.finfo(dtype).eps * size
     assert abs(tree.dot(w, matvec(v)) - tree.dot(v, matvec(w))) <= 4 * torch.finfo(dtype).eps * size
+
+
+def test_the_documentation_has_the_same_table():
+    page = (Path(__file__).parents[1] / "docs" / "operations.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| ")][1:] == [
+        f"| {r.what} | {r.way} |" for r in ROWS
+    ]
