@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 .PHONY: demo test check bench notebooks clean
 .DELETE_ON_ERROR:
 
+# The net is so small that threads would mostly wait for each other.
 demo: $(READY)
-	$(BIN)/hessfn report --out demo-report
+	OMP_NUM_THREADS=1 $(BIN)/hessfn report --out demo-report
 
 test: $(READY)
 	$(BIN)/python -m pytest
