@@ -101,7 +101,8 @@ def recur(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> tu
     Once the space is exhausted, the rest is decoupled: beta 0 and alpha repeated.
     """
     previous, current = torch.zeros_like(start), unit(start)
-    alpha, beta = [], [torch.zeros_like(tree.wide(start[0]))]
+    alpha: list[Tensor] = []
+    beta = [torch.zeros_like(tree.wide(start[0]))]
     scale, ended = beta[0], beta[0] > 0
     for _ in range(num_matvecs):
         product = matvec(current)
