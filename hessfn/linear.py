@@ -122,5 +122,11 @@ class _Recorder(TorchDispatchMode):
         return (varying.shape, varying.stride(), varying.dtype) == (out.shape, out.stride(), out.dtype)
 
 
-_FORGETS = {aten.zeros_like.default, aten.ones_like.default, aten.new_zeros.default, aten.full_like.default}
-_MAY_HAND_ON = {aten.expand.default, aten._to_copy.default, aten.alias.default, aten.detach.default, aten.clone.default}
+_FORGETS = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten._new_zeros_with_same_feature_meta.default,
+}
+_MAY_HAND_ON = {aten.expand.default, aten._to_copy.default, aten.alias.default, aten.detach.default, aten.clone.default, aten.copy.default}
