@@ -1,0 +1,197 @@
+"""What one Hessian-vector product costs, beside those of the peers that are installed: time, error, memory, growth.
+
+``python tests/bench/bench_products.py [resnet20] [gpt] [mlp]``: one table a model. Times are medians of rounds in which
+every way has its turn, so that they share the drift of the machine; memory is the peak of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import MODELS, Problem, mlp, resnet20
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hessfn as hf
+from hessfn import tree
+
+Vector = dict[str, Tensor]
+Make = Callable[[nn.Module, nn.Module, tuple[Tensor, Tensor]], Callable[[Vector], Vector]]
+
+
+def with_hessfn(make: Callable[..., hf.MatVec], **options: Any) -> Make:
+    def build(model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[Vector], Vector]:
+        loss, params = hf.functionalize(model, criterion)
+        return make(loss, params, batch, **options)
+
+    return build
+
+
+def gradient(model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[Vector], Vector]:
+    names, params = zip(*model.named_parameters(), strict=True)
+    return lambda v: dict(zip(names, torch.autograd.grad(criterion(model(batch[0]), batch[1]), params), strict=True))
+
+
+def pyhessian_kept(model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[Vector], Vector]:
+    from pyhessian import hessian
+    from pyhessian.utils import hessian_vector_product
+
+    kept = hessian(model, criterion, data=batch, cuda=False)
+    names = [name for name, _ in model.named_parameters()]
+    return lambda v: dict(zip(names, hessian_vector_product(kept.gradsH, kept.params, list(v.values())), strict=True))
+
+
+def pyhessian_loader(
+    model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]
+) -> Callable[[Vector], Vector]:
+    from pyhessian import hessian
+
+    over = hessian(model, criterion, dataloader=[batch], cuda=False)
+    names = [name for name, _ in model.named_parameters()]
+    return lambda v: dict(zip(names, over.dataloader_hv_product(list(v.values()))[1], strict=True))
+
+
+def curvlinops(model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[Vector], Vector]:
+    from curvlinops import HessianLinearOperator
+
+    names, params = zip(*model.named_parameters(), strict=True)
+    operator = HessianLinearOperator(model, criterion, list(params), [batch], check_deterministic=False)
+    return lambda v: dict(zip(names, operator @ list(v.values()), strict=True))
+
+
+def eigenthings(model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[Vector], Vector]:
+    from hessian_eigenthings import HessianOperator
+    from hessian_eigenthings.loss_fns import supervised_loss
+
+    operator = HessianOperator(model, [batch], supervised_loss(criterion))
+    _, unravel = tree.ravel(dict(model.named_parameters()))
+    return lambda v: unravel(operator.matvec(tree.ravel(v)[0]))
+
+
+WAYS: dict[str, Make] = {
+    "gradient": gradient,
+    "PyHessian, one batch (graph kept)": pyhessian_kept,
+    "PyHessian, loader": pyhessian_loader,
+    "curvlinops": curvlinops,
+    "hessian-eigenthings": eigenthings,
+    "hessfn double backward": with_hessfn(hf.hvp, mode="double_backward"),
+    "hessfn hvp": with_hessfn(hf.hvp),
+    "hessfn linearized_hvp": with_hessfn(hf.linearized_hvp),
+    "hessfn linearized_hvp, compiled": with_hessfn(hf.linearized_hvp, compile=True),
+}
+KEPT = "PyHessian, one batch (graph kept)"
+FRESH = ("PyHessian, loader", "curvlinops", "hessian-eigenthings")
+
+
+def built(name: str, problem: Problem) -> Callable[[], Vector] | None:
+    """One product as a function of nothing; None where the peer is not installed."""
+    model, criterion, batch = problem
+    v = hf.gaussian({key: p.detach() for key, p in model.named_parameters()}, 1)[0]
+    try:
+        product = WAYS[name](copy.deepcopy(model), criterion, batch)  # some leave their gradients on it
+    except ImportError:
+        return None
+
+    def run() -> Vector:
+        # Only hessfn finds by itself the attention kernel that can be differentiated twice.
+        with nullcontext() if name.startswith("hessfn") else sdpa_kernel(SDPBackend.MATH):
+            return {key: p.detach() for key, p in product(v).items()}
+
+    return run
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
+
+
+def table(model: str, rounds: int) -> Iterator[str]:
+    problem = MODELS[model]()
+    runs = {name: run for name in WAYS if (run := built(name, problem)) is not None}
+    exact = truth(*problem)
+    seconds = in_turns(runs, rounds)
+    fresh = min((seconds[name] for name in FRESH if name in seconds), default=float("nan"))
+    kept = seconds.get(KEPT, float("nan"))
+    yield f"\n{model}: a product in ms, and over PyHessian's kept graph and the fastest peer that keeps none"
+    yield f"{'':34} {'ms':>7} {'/ kept':>7} {'/ fresh':>8} {'error':>8} {'MB':>6}"
+    for name, run in runs.items():
+        error = "" if name == "gradient" else f"{relative_error(run(), exact):.0e}"
+        memory = f"{peak_memory(model, name) / 1024:6.0f}"
+        t = seconds[name]
+        yield f"{name:34} {1e3 * t:7.0f} {t / kept:7.2f} {t / fresh:8.2f} {error:>8} {memory}"
+
+
+def truth(model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> Vector:
+    """The product by double backward, in float64."""
+    loss, params = hf.functionalize(model, criterion)
+    v = hf.gaussian(params, 1)[0]
+    model = model.double()
+    wide, batch = tree.map(lambda x: x.double() if x.is_floating_point() else x, (params, batch))
+    loss, _ = hf.functionalize(model, criterion)
+    exact = hf.hvp(loss, wide, batch, mode="double_backward")(tree.map(Tensor.double, v))
+    model.float()
+    return exact
+
+
+def relative_error(found: Vector, exact: Vector) -> float:
+    difference = {name: found[name].double() - exact[name] for name in exact}
+    return float(tree.norm(difference) / tree.norm(exact))
+
+
+def peak_memory(model: str, way: str) -> int:
+    """In kilobytes, of a process that makes three products and nothing else."""
+    command = [sys.executable, __file__, model, "--memory-of", way]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def growth() -> Iterator[str]:
+    yield "\nhow a linearized product grows: ms, and ms per sample or per 1000 parameters"
+    for batch in (16, 32, 64, 128, 256):
+        t = in_turns({"": built("hessfn linearized_hvp", resnet20(batch))}, 5)[""]
+        yield f"resnet20, batch {batch:4}: {1e3 * t:7.0f} {1e3 * t / batch:9.3f}"
+    for width in (256, 512, 1024, 2048):
+        problem = mlp(width=width)
+        n = sum(p.numel() for p in problem[0].parameters())
+        t = in_turns({"": built("hessfn linearized_hvp", problem)}, 5)[""]
+        yield f"mlp, {n:8} parameters: {1e3 * t:7.1f} {1e6 * t / n:9.5f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=[*MODELS, "growth"], choices=[*MODELS, "growth"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # the peers' deprecations
+    if arguments.memory_of:
+        run = built(arguments.memory_of, MODELS[arguments.models[0]]())
+        for _ in range(3):
+            run()
+        # Not ru_maxrss, which a process has from its parent.
+        print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+        return
+    for model in arguments.models:
+        for line in growth() if model == "growth" else table(model, arguments.rounds):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
