@@ -83,8 +83,7 @@ def power_iter(
         residual = tree.norm(product - value.to(v.dtype) * v)
         converged = residual <= (_RTOL if rtol is None else rtol) * value.abs()
         if rtol is not None:
-            if not torch.isfinite(residual):
-                raise krylov.not_finite(count)
+            krylov.number(residual, count)
             if converged:
                 break
         image = product + shift * v

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,8 +46,13 @@ def unit(v: Tensor, name: str = "v0") -> Tensor:
     return v / size.to(v.dtype)
 
 
-def not_finite(count: int) -> ValueError:
-    return ValueError(f"product {count} of the matvec is not finite: are the loss and its curvature finite there?")
+def number(x: Tensor, count: int) -> float:
+    """A scalar from the latest product, to decide on."""
+    if tree.known(x == x) is None:
+        raise ValueError("a tolerance stops on numbers that vmap hides: pass rtol=None for a fixed number of products")
+    if not math.isfinite(x):
+        raise ValueError(f"product {count} of the matvec is not finite: are the loss and its curvature finite there?")
+    return float(x)
 
 
 def orthogonalize(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -43,7 +42,7 @@ def thick_restart(
     residual of every Ritz pair. A breakdown takes one from ``pending``. When none are left, or all are rounding, the
     space is closed: a new direction, at row ``segment``, goes on in the complement, which may hold further copies.
     """
-    n = starts.shape[1]
+    n, starts = starts.shape[1], starts.detach()
     rows = min(basis_size + len(starts), n)
     basis = torch.empty(rows, n, dtype=starts.dtype, device=basis_device or starts.device)
     H = torch.zeros(rows, rows, dtype=torch.float64)
@@ -52,15 +51,12 @@ def thick_restart(
     scale, reopened = 0.0, False
 
     def multiply(v: Tensor) -> Tensor:
-        return space.matvec(v.to(starts.device)).to(basis.device)
+        return space.matvec(v.to(starts.device)).detach().to(basis.device)
 
     while True:
         product = multiply(basis[done])
         count += 1
-        size = float(tree.norm(product))
-        if not math.isfinite(size):
-            raise krylov.not_finite(count)
-        scale = max(scale, size)
+        scale = max(scale, krylov.number(tree.norm(product), count))
         rest, components = krylov.orthogonalize(product, basis[: done + pending])
         H[: done + pending, done] = components.cpu().double()
         beta = float(tree.norm(rest))
@@ -80,7 +76,8 @@ def thick_restart(
         else:
             # Behind a closed space the new direction's own best must settle before the wanted are known.
             wanted = select(ritz.values, min(k + 2 * reopened, done), which)
-            allowed = (rtol * ritz.values.abs()).clamp(min=ritz.floor)
+            # A little less than asked for leaves room for the error that the last product may find.
+            allowed = (0.9 * rtol * ritz.values.abs()).clamp(min=ritz.floor)
             unsettled = wanted[ritz.residuals[wanted] > allowed[wanted]]
             finished = len(unsettled) == 0
         if finished or count >= max_matvecs - 1:
@@ -162,4 +159,4 @@ def _checked(
     expected = (H[: done + pending, :done] @ mean).to(basis) @ basis[: done + pending]
     error = multiply(mean.to(basis) @ basis[:done]) - expected
     residuals = torch.hypot(ritz.residuals[wanted], tree.norm(error).cpu())
-    return Found(ritz.values[wanted], vectors, residuals, count + 1, ritz.floor)
+    return Found(ritz.values[wanted], vectors, residuals, count + 1, 3 * ritz.floor)

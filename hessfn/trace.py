@@ -229,8 +229,7 @@ def _until(samples: Iterable[Tensor], rtol: float) -> Estimate:
     """As many samples as the tolerance takes, at least ten where there are ten."""
     result = None
     for count, mean, squares in _running(samples):
-        if not torch.isfinite(mean):
-            raise krylov.not_finite(count)
+        krylov.number(mean, count)
         result = _of(count, mean, squares)
         if count >= _MIN_PROBES and half_width(result.stderr, count) <= rtol * mean.abs():
             break

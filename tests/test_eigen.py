@@ -9,6 +9,7 @@ from torch.func import grad, vmap
 from hessfn import tree
 from hessfn.eigen import eigsh, lanczos, power_iter
 from hessfn.probes import gaussian
+from hessfn.trace import hutchinson
 
 FLAT = LIKES["tensor"]
 V0 = gaussian(FLAT, 1, seed=1)[0]
@@ -256,6 +257,17 @@ def test_a_start_of_zero_or_nan_is_refused(run):
 def test_a_product_that_is_not_finite_is_refused(run):
     with pytest.raises(ValueError, match=r"product 1 of the matvec is not finite"):
         run(lambda v: v / 0, V0)
+
+
+@pytest.mark.parametrize("run", [power_iter, eigsh, lambda f, v, **o: hutchinson(f, [v], rtol=0.1)])
+def test_a_tolerance_under_vmap_is_refused(run):
+    with pytest.raises(ValueError, match="pass rtol=None"):
+        vmap(lambda A: run(lambda v: A @ v, V0))(STACK)
+
+
+def test_eigsh_leaves_no_graph_behind():
+    A = symmetric(SPECTRA["flat"]).requires_grad_()
+    assert not any(leaf.requires_grad for leaf in tree.leaves(eigsh(lambda v: A @ v, V0, 2)))
 
 
 # lanczos
