@@ -3,10 +3,14 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
+from nets import classes, dense_hessian, normal, seeded
 from spectra import LIKES, SPECTRA, N, on, symmetric
+from torch import nn
 from torch.func import grad, vmap
 
 from hessfn import tree
+from hessfn.curvature import hvp
+from hessfn.model import functionalize
 from hessfn.probes import gaussian, rademacher
 from hessfn.spectrum import (
     Quadrature,
@@ -115,6 +119,21 @@ def test_one_probe_of_90_steps_is_within_one_percent(d, n):
     }[d]
     rule = slq(lambda v: values * v, gaussian(values, 1), 90)
     assert wasserstein(rule, values) <= 0.01 * (values.max() - values.min())
+
+
+def test_one_probe_sees_the_spectrum_of_a_trained_net():
+    """Its Hessian has a few outliers and most of its eigenvalues near zero."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 18), nn.Tanh(), nn.Linear(18, 18), nn.Tanh(), nn.Linear(18, 4)))
+    centers, labels = normal(4, 8, seed=3), classes(200, 4)
+    batch = centers[labels] + 0.7 * normal(200, 8, seed=4), labels
+    loss, params = functionalize(model, nn.CrossEntropyLoss())
+    for _ in range(40):
+        step = grad(loss)(params, batch)
+        params = {name: p - 0.5 * step[name] for name, p in params.items()}
+    matvec = hvp(loss, params, batch)
+    exact = torch.linalg.eigvalsh(dense_hessian(loss, params, batch))
+    rule = slq(matvec, gaussian(params, 1), 90)
+    assert wasserstein(rule, exact) <= 0.01 * (exact[-1] - exact[0])
 
 
 @either
