@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,20 +26,20 @@ def hutchpp(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     Returns:
         ``mean``, ``stderr`` (of the second part, the first has no error) and ``num_matvecs``.
 
-    Cost: 3p/2 products; p/2 vectors kept.
+    Cost: 3p/2 products; p/2 vectors kept, and three times that while they are orthogonalised.
 
     Raises:
         ValueError: there are fewer than two probes.
 
     Source: Meyer, Musco, Musco and Woodruff (2021).
     """
-    space, rows = _stack(matvec, probes)
-    half = len(rows) // 2
-    basis = _orthonormal(torch.stack([space.matvec(z) for z in rows[:half]]))
-    inside = torch.stack([tree.dot(q, space.matvec(q)) for q in basis]).sum()
-    rest = rows[half:] - rows[half:] @ basis.mT @ basis
+    space, probes = _open(matvec, probes)
+    half = len(probes) // 2
+    q = _sketch(space, probes[:half]).q
+    inside = torch.stack([tree.dot(row, space.matvec(row)) for row in q]).sum()
+    rest = (z - (q @ z) @ q for z in map(space.ravel, probes[half:]))
     result = estimate(inside + tree.dot(z, space.matvec(z)) for z in rest)
-    return result._replace(num_matvecs=torch.tensor(2 * half + len(rest)))
+    return result._replace(num_matvecs=torch.tensor(half + len(probes)))
 
 
 def xtrace(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
@@ -55,7 +55,7 @@ def xtrace(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     Returns:
         ``mean``, ``stderr`` and ``num_matvecs``.
 
-    Cost: 2p products; 3p vectors kept.
+    Cost: 2p products; p vectors kept, and three times that while they are orthogonalised.
 
     Raises:
         ValueError: there are fewer than two probes, or more than n.
@@ -63,17 +63,17 @@ def xtrace(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     Source: Epperly, Tropp and Webber (2024), whose error estimate leaves the covariance out and is too small by up to
     a half.
     """
-    space, z = _stack(matvec, probes)
-    p, n = z.shape
-    q, r, s = _leave_one_out(torch.stack([space.matvec(row) for row in z]))
-    aq = torch.stack([space.matvec(row) for row in q])
-    h, w = tree.wide(q @ aq.mT), tree.wide(q @ z.mT)
+    space, probes = _open(matvec, probes)
+    p, n = len(probes), tree.numel(probes[0])
+    q, r, s = _sketch(space, probes)
+    h = tree.wide(torch.stack([q @ space.matvec(row) for row in q], dim=1))
+    w = tree.wide(torch.stack([q @ space.ravel(z) for z in probes], dim=1))
     # Columns belong to probes: w, x and r hold Q'z_i, Q'(I - P_i)z_i and Q'A z_i.
     x = w - s * (s * w).sum(0)
     hs, hx = h @ s, h @ x
     inside = h.trace() - (s * hs).sum(0)
     outside = (w * r).sum(0) - 2 * (x * r).sum(0) + (x * hx).sum(0)
-    size = tree.wide(z.square().sum(1)) - x.square().sum(0)
+    size = torch.stack([tree.norm(z).square() for z in probes]) - x.square().sum(0)
     samples = inside + outside * (n - p + 1) / size
 
     cosine, sine = _angles(s)
@@ -111,9 +111,9 @@ def xdiag(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
 
     Source: Epperly, Tropp and Webber (2024).
     """
-    space, z = _stack(matvec, probes)
-    p = len(z)
-    q, r, s = _leave_one_out(torch.stack([space.matvec(row) for row in z]))
+    space, probes = _open(matvec, probes)
+    p, z = len(probes), torch.stack([space.ravel(z) for z in probes])
+    q, r, s = _sketch(space, probes)
     aq = torch.stack([space.matvec(row) for row in q])
     whole = (q * aq).sum(0)
     out, image = s.mT.to(q.dtype) @ q, s.mT.to(q.dtype) @ aq  # what leaves the span with each probe, and A times it
@@ -138,7 +138,8 @@ class _Sketch(NamedTuple):
     s: Tensor  # (p, p), column i: the direction that leaves the span with row i, or zero
 
 
-def _leave_one_out(sketch: Tensor) -> _Sketch:
+def _sketch(space: krylov.Space, probes: Sequence[Tree]) -> _Sketch:
+    sketch = torch.stack([space.matvec(space.ravel(z)) for z in probes])
     q, triangle = torch.linalg.qr(sketch.mT)
     u, sigma, vh = torch.linalg.svd(tree.wide(triangle))
     kept = sigma > len(sketch) * torch.finfo(sketch.dtype).eps * sigma[0]
@@ -165,16 +166,11 @@ def _with_covariance(stderr: Tensor, products: Tensor, p: int) -> Tensor:
     return (stderr.square() + products.clamp(min=0) / (p * (p - 1))).sqrt()
 
 
-def _orthonormal(sketch: Tensor) -> Tensor:
-    return _leave_one_out(sketch).q
-
-
-def _stack(matvec: MatVec, probes: Iterable[Tree]) -> tuple[krylov.Space, Tensor]:
-    trees = list(probes)
-    if len(trees) < 2:
-        raise ValueError(f"{len(trees)} probes leave nothing to test the sketch with: there must be at least 2")
-    n = tree.numel(trees[0])
-    if len(trees) > n:
-        raise ValueError(f"{len(trees)} probes for {n} entries: dense(matvec, like) costs less and is exact")
-    space = krylov.flatten(matvec, trees[0])
-    return space, torch.stack([space.ravel(z) for z in trees])
+def _open(matvec: MatVec, probes: Iterable[Tree]) -> tuple[krylov.Space, Sequence[Tree]]:
+    probes = probes if isinstance(probes, Sequence) else list(probes)
+    if len(probes) < 2:
+        raise ValueError(f"{len(probes)} probes leave nothing to test the sketch with: there must be at least 2")
+    n = tree.numel(probes[0])
+    if len(probes) > n:
+        raise ValueError(f"{len(probes)} probes for {n} entries: dense(matvec, like) costs less and is exact")
+    return krylov.flatten(matvec, probes[0]), probes
