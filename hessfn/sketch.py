@@ -32,6 +32,11 @@ def hutchpp(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
         ValueError: there are fewer than two probes.
 
     Source: Meyer, Musco, Musco and Woodruff (2021).
+
+    >>> from hessfn import rademacher
+    >>> low_rank = lambda v: torch.ones(50) * v.sum()
+    >>> hutchpp(low_rank, rademacher(torch.zeros(50), 4)).mean.round(decimals=2)
+    tensor(50., dtype=torch.float64)
     """
     space, probes = _open(matvec, probes)
     half = len(probes) // 2
@@ -62,6 +67,11 @@ def xtrace(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
 
     Source: Epperly, Tropp and Webber (2024), whose error estimate leaves the covariance out and is too small by up to
     a half.
+
+    >>> from hessfn import rademacher
+    >>> low_rank = lambda v: torch.ones(50) * v.sum()
+    >>> xtrace(low_rank, rademacher(torch.zeros(50), 4)).mean.round(decimals=2)
+    tensor(50., dtype=torch.float64)
     """
     space, probes = _open(matvec, probes)
     p, n = len(probes), tree.numel(probes[0])
@@ -110,6 +120,11 @@ def xdiag(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
         ValueError: there are fewer than two probes, or more than n.
 
     Source: Epperly, Tropp and Webber (2024).
+
+    >>> from hessfn import rademacher
+    >>> low_rank = lambda v: torch.ones(50) * v.sum()
+    >>> xdiag(low_rank, rademacher(torch.zeros(50), 4)).mean[:3].round(decimals=3)
+    tensor([1., 1., 1.])
     """
     space, probes = _open(matvec, probes)
     p, z = len(probes), torch.stack([space.ravel(z) for z in probes])
