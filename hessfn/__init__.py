@@ -11,16 +11,40 @@ Make a matvec from a loss, transform it, consume it:
 from hessfn import plot, tree
 from hessfn.curvature import fvp, ggnvp, hvp, linearized_hvp, mean_hvp
 from hessfn.eigen import EigenPair, EigenPairs, Tridiagonal, eigsh, lanczos, power_iter
+from hessfn.graph import Untraceable
 from hessfn.landscape import filter_normalized, gradient_direction, line, plane, random_direction
 from hessfn.matvec import as_linear_operator, check_matvec, deflate, dense, progress, restrict
 from hessfn.model import functionalize, stateless
 from hessfn.probes import gaussian, rademacher
-from hessfn.spectrum import Density, Quadrature, density, slq
-from hessfn.trace import Estimate, hutchinson, hutchinson_diag, hutchinson_per_leaf
+from hessfn.sketch import hutchpp, xdiag, xtrace
+from hessfn.spectrum import (
+    Band,
+    Cumulative,
+    Density,
+    Quadrature,
+    cumulative,
+    density,
+    density_band,
+    slq,
+    trace_of,
+    wasserstein,
+)
+from hessfn.trace import (
+    Estimate,
+    deflated_trace,
+    hutchinson,
+    hutchinson_diag,
+    hutchinson_per_leaf,
+    mean_traces,
+    squared_frobenius,
+    squared_row_norms,
+)
 from hessfn.tree import MatVec, Tree
 from hessfn.ways import Way, choose_way
 
 __all__ = [
+    "Band",
+    "Cumulative",
     "Density",
     "EigenPair",
     "EigenPairs",
@@ -29,13 +53,17 @@ __all__ = [
     "Quadrature",
     "Tree",
     "Tridiagonal",
+    "Untraceable",
     "Way",
     "as_linear_operator",
     "check_matvec",
     "choose_way",
+    "cumulative",
     "deflate",
+    "deflated_trace",
     "dense",
     "density",
+    "density_band",
     "eigsh",
     "filter_normalized",
     "functionalize",
@@ -46,11 +74,13 @@ __all__ = [
     "hutchinson",
     "hutchinson_diag",
     "hutchinson_per_leaf",
+    "hutchpp",
     "hvp",
     "lanczos",
     "line",
     "linearized_hvp",
     "mean_hvp",
+    "mean_traces",
     "plane",
     "plot",
     "power_iter",
@@ -59,6 +89,12 @@ __all__ = [
     "random_direction",
     "restrict",
     "slq",
+    "squared_frobenius",
+    "squared_row_norms",
     "stateless",
+    "trace_of",
     "tree",
+    "wasserstein",
+    "xdiag",
+    "xtrace",
 ]

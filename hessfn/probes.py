@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -47,6 +48,24 @@ def gaussian(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
     torch.Size([2, 3])
     """
     return _Probes(_normals, like, num, seed)
+
+
+def each(function: Callable[[Tree], Any], probes: Iterable[Tree], batch_size: int = 1) -> Iterator[Any]:
+    """``function(probe)`` for every probe, so many at a time under ``vmap``.
+
+    >>> [float(x) for x in each(torch.sum, [torch.ones(2), torch.zeros(2), torch.ones(2)], batch_size=2)]
+    [2.0, 0.0, 2.0]
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    probes = iter(probes)
+    while group := list(itertools.islice(probes, batch_size)):
+        if len(group) == 1:
+            yield function(group[0])
+            continue
+        results = torch.func.vmap(function)(tree.map(lambda *leaves: torch.stack(leaves), *group))
+        for i in range(len(group)):
+            yield tree.map(lambda x: x[i], results)  # noqa: B023
 
 
 class _Probes(Sequence[Tree]):

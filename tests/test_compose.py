@@ -99,6 +99,20 @@ def test_products_compile_without_graph_breaks(make, net):
     assert tree.norm(tree.add(compiled(v), matvec(v), -1.0)) <= 1e-12 * tree.norm(matvec(v))
 
 
+def test_products_in_groups_give_the_same_estimates():
+    loss, params, batch, _ = problem("layer_norm")
+    matvec = hf.hvp(loss, params, batch)
+    signs, normals = hf.rademacher(params, 5), hf.gaussian(params, 5)
+    for consume in (
+        lambda size: hf.hutchinson(matvec, signs, batch_size=size),
+        lambda size: hf.hutchinson_per_leaf(matvec, signs, batch_size=size),
+        lambda size: hf.hutchinson_diag(matvec, signs, batch_size=size),
+        lambda size: hf.slq(matvec, normals, 8, batch_size=size),
+    ):
+        alone, grouped = tree.leaves(consume(1)), tree.leaves(consume(2))
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(alone, grouped, strict=True))
+
+
 def test_vmap_over_vectors_gives_the_whole_hessian():
     loss, params, batch, _ = problem("mlp")
     flat, unravel = tree.ravel(params)
