@@ -54,7 +54,9 @@ def mean(
     first_pass: list[Tensor] = []
 
     def averaged(*args: Any) -> Tree:
-        total, total_weight, this_pass = None, 0.0, []
+        total: Tree = None
+        total_weight: float | Tensor = 0.0
+        this_pass: list[Tensor] = []
         for index, batch in enumerate(_iterate(batches)):
             batch = tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
             this_pass.append(_fingerprint(batch))

@@ -14,7 +14,7 @@ from hessfn.batches import Weights, mean
 from hessfn.definitions import plain_embeddings
 from hessfn.linear import linearized
 from hessfn.tree import MatVec, Tree
-from hessfn.ways import Loss, check_loss, product_of
+from hessfn.ways import Loss, check_loss, product_of, vjp
 
 
 def hvp(loss: Loss, params: Tree, *args: Any, mode: str = "auto") -> MatVec:
@@ -153,9 +153,9 @@ def ggnvp(
     def matvec(v: Tree) -> Tree:
         v = tree.aligned(v, params)
         with sdpa_kernel(SDPBackend.MATH):
-            out, pullback = torch.func.vjp(outputs, params)
+            out, pullback = vjp(outputs, params)
             # Reverse mode: the criterion is cheap, and the common ones lack a forward rule.
-            _, curvature = torch.func.vjp(torch.func.grad(lambda o: criterion(o, targets)), out)
+            _, curvature = vjp(torch.func.grad(lambda o: criterion(o, targets)), out)
             return pullback(curvature(_pushforward(outputs, params, v))[0])[0]
 
     return matvec
@@ -188,7 +188,7 @@ def fvp(
     def matvec(v: Tree) -> Tree:
         v = tree.aligned(v, params)
         with sdpa_kernel(SDPBackend.MATH):
-            each, pullback = torch.func.vjp(losses, params)
+            each, pullback = vjp(losses, params)
             return pullback(_pushforward(losses, params, v) / each.numel())[0]
 
     return matvec
@@ -199,5 +199,5 @@ def _pushforward(function: Callable[[Tree], Any], point: Tree, v: Tree) -> Any:
     try:
         return torch.func.jvp(function, (point,), (v,))[1]
     except (RuntimeError, NotImplementedError):
-        out, pullback = torch.func.vjp(function, point)
-        return torch.func.vjp(lambda u: pullback(u)[0], tree.map(torch.zeros_like, out))[1](v)[0]
+        out, pullback = vjp(function, point)
+        return vjp(lambda u: pullback(u)[0], tree.map(torch.zeros_like, out))[1](v)[0]

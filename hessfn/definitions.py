@@ -54,12 +54,10 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *a
     return F.embedding(input, weight, None, *args, **options)
 
 
-def _embedding_bag(
-    input: Tensor, weight: Tensor, offsets: Tensor | None = None, *args: Any, mode: str = "mean", **options: Any
-) -> Tensor:
-    weights, padding_idx = options.get("per_sample_weights"), options.get("padding_idx")
-    if input.dim() != 2 or mode == "max" or args or options.get("max_norm") is not None:
-        return F.embedding_bag(input, weight, offsets, *args, mode=mode, **options)
+def _embedding_bag(input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+    mode, weights, padding_idx = (options.get(name) for name in ("mode", "per_sample_weights", "padding_idx"))
+    if input.dim() != 2 or mode == "max" or len(args) > 1 or options.get("max_norm") is not None:
+        return F.embedding_bag(input, weight, *args, **options)
     counted = torch.ones_like(input, dtype=weight.dtype)
     if padding_idx is not None:
         counted = (input != padding_idx % len(weight)).to(weight.dtype)

@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     import torch._decomp.decompositions_for_jvp
 
 Loss = Callable[..., Tensor]
+vjp: Callable[..., Any] = torch.func.vjp  # as it is annotated, it always returns an auxiliary output too
 Product = Callable[[Tree, tuple[Any, ...], Tree], Tree]
 
 
@@ -37,7 +38,7 @@ def _forward(loss: Loss, *_: Any) -> Product:
 
 def _reverse(loss: Loss, *_: Any) -> Product:
     def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
-        return torch.func.vjp(lambda p: _gradient(loss, p, args), params)[1](v)[0]
+        return vjp(lambda p: _gradient(loss, p, args), params)[1](v)[0]
 
     return product
 
@@ -74,7 +75,7 @@ WAYS: dict[str, Callable[..., Product]] = {
 
 
 def _gradient(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tree:
-    value, pullback = torch.func.vjp(lambda p: loss(p, *args), params)
+    value, pullback = vjp(lambda p: loss(p, *args), params)
     return pullback(torch.ones_like(value))[0]
 
 
@@ -165,8 +166,8 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
                 raise
             reasons.append(f"{name}: {str(error).splitlines()[0]}")
             continue
-        error = float(_two_differences(loss, params, args, v)[1]) if name == "difference" else 0.0
-        return product, Way(name, "; ".join(reasons), error), result
+        apart = float(_two_differences(loss, params, args, v)[1]) if name == "difference" else 0.0
+        return product, Way(name, "; ".join(reasons), apart), result
     raise RuntimeError("this loss cannot be differentiated twice in any way:\n" + "\n".join(reasons))
 
 

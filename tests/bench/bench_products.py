@@ -99,14 +99,18 @@ def built(name: str, problem: Problem) -> Callable[[], Vector] | None:
     """One product as a function of nothing; None where the peer is not installed."""
     model, criterion, batch = problem
     v = hf.gaussian({key: p.detach() for key, p in model.named_parameters()}, 1)[0]
+
+    def kernel() -> Any:  # only hessfn finds by itself the attention kernel that can be differentiated twice
+        return nullcontext() if name.startswith("hessfn") else sdpa_kernel(SDPBackend.MATH)
+
     try:
-        product = WAYS[name](copy.deepcopy(model), criterion, batch)  # some leave their gradients on it
+        with kernel():
+            product = WAYS[name](copy.deepcopy(model), criterion, batch)  # some leave their gradients on it
     except ImportError:
         return None
 
     def run() -> Vector:
-        # Only hessfn finds by itself the attention kernel that can be differentiated twice.
-        with nullcontext() if name.startswith("hessfn") else sdpa_kernel(SDPBackend.MATH):
+        with kernel():
             return {key: p.detach() for key, p in product(v).items()}
 
     return run
