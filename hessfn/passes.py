@@ -1,0 +1,115 @@
+"""What makes a traced graph clean: each pass rewrites the graph in place, and leaves it the same function."""
+
+from __future__ import annotations
+
+import operator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def out_of_place(graph: fx.Graph) -> None:
+    """Composite operations work in place on their own results, below what functionalize sees.
+
+    Where nothing else shares the memory, the plain operation does the same.
+    """
+    for node in graph.nodes:
+        name, overload = _name(node).rpartition(".")[::2]
+        base = node.args[0] if name.endswith("_") and node.args else None
+        if not isinstance(base, fx.Node) or base.op != "call_function" or any(map(_shares, (base, *base.users))):
+            continue
+        plain = getattr(getattr(aten, name[:-1], None), overload, None)
+        if plain is not None:
+            node.target = plain
+            base.replace_all_uses_with(node, delete_user_cb=partial(operator.lt, node))
+
+
+def plain_copies(graph: fx.Graph) -> None:
+    """An assignment to a slice leaves a ``copy``, which has no derivative rule: it is its source, cast and expanded."""
+    for copy in graph.find_nodes(op="call_function", target=aten.copy.default):
+        result = copy.meta["val"]
+        with graph.inserting_before(copy):
+            cast = graph.call_function(aten.to.dtype, (copy.args[1], result.dtype))
+            new = graph.call_function(aten.expand.default, (cast, list(result.shape)))
+        new.meta = dict(copy.meta)
+        copy.replace_all_uses_with(new)
+
+
+def _name(node: fx.Node) -> str:
+    """Such as ``add_.Tensor``; empty where it is no aten operation."""
+    return str(node.target).removeprefix("aten.") if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether the node's result may be another name for its input's memory."""
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
+def fold_batch_norm(graph: fx.Graph) -> None:
+    """BatchNorm in eval mode is affine: it goes into the convolution's weight, or else is a multiply-add per channel.
+
+    No work of the size of the activations is left of it, neither in the loss nor in its derivatives.
+    """
+    for norm in list(graph.nodes):
+        if norm.target not in (aten.native_batch_norm.default, aten.cudnn_batch_norm.default) or norm.args[5]:
+            continue
+        x, gamma, beta, mean, var, _, _, eps = norm.args
+        outputs = [user for user in norm.users if user.args[1] == 0]
+        with graph.inserting_before(norm):
+            scale = graph.call_function(aten.rsqrt.default, (graph.call_function(aten.add.Scalar, (var, eps)),))
+            if gamma is not None:
+                scale = graph.call_function(aten.mul.Tensor, (scale, gamma))
+            shift = graph.call_function(aten.neg.default, (graph.call_function(aten.mul.Tensor, (mean, scale)),))
+            if beta is not None:
+                shift = graph.call_function(aten.add.Tensor, (shift, beta))
+            dtype = x.meta["val"].dtype
+            of_one_dtype = dtype == var.meta["val"].dtype  # not so under autocast
+            if x.target is aten.convolution.default and len(x.users) == 1 and not x.args[6] and of_one_dtype:
+                weight, bias = x.args[1:3]
+                weight = graph.call_function(aten.mul.Tensor, (weight, _column(graph, scale, _ndim(weight) - 1)))
+                if bias is not None:
+                    shift = graph.call_function(aten.addcmul.default, (shift, bias, scale))
+                new = graph.call_function(x.target, (x.args[0], weight, shift, *x.args[3:]))
+                new.meta = dict(x.meta)
+            else:
+                wide = _ndim(x) - 2
+                scaled = graph.call_function(aten.mul.Tensor, (x, _column(graph, scale, wide)))
+                new = graph.call_function(aten.add.Tensor, (scaled, _column(graph, shift, wide)))
+                if not of_one_dtype:
+                    new = graph.call_function(aten.to.dtype, (new, dtype))
+        for output in outputs:
+            output.replace_all_uses_with(new)
+
+
+def channels_last(graph: fx.Graph) -> None:
+    """Convolutions of images run faster with the channels innermost, and what follows keeps the layout."""
+    convs = [n for n in graph.find_nodes(op="call_function", target=aten.convolution.default) if _ndim(n) == 4]
+    if graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        return  # it reads memory as the layout was
+    for conv in (c for c in convs if c.meta["val"].dtype != torch.float64):
+        with graph.inserting_before(conv):
+            x, weight = (graph.call_function(aten.contiguous.default, (i,), _NHWC) for i in conv.args[:2])
+        conv.args = (x, weight, *conv.args[2:])
+    for target in (aten.view.default, aten._unsafe_view.default):
+        for view in graph.find_nodes(op="call_function", target=target):
+            view.target = aten.reshape.default  # a view copies where the layout is no longer its own
+
+
+_NHWC: dict[str, Any] = {"memory_format": torch.channels_last}
+
+
+def _column(graph: fx.Graph, vector: fx.Node, trailing: int) -> fx.Node:
+    return graph.call_function(aten.view.default, (vector, [-1] + [1] * trailing))
+
+
+def _ndim(node: fx.Node) -> int:
+    return node.meta["val"].dim()
