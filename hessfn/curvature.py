@@ -150,12 +150,15 @@ def ggnvp(
     def outputs(p: Tree) -> Any:
         return forward(p, inputs)
 
+    def loss_of(out: Any) -> Tensor:
+        return criterion(out, targets)
+
     def matvec(v: Tree) -> Tree:
         v = tree.aligned(v, params)
         with sdpa_kernel(SDPBackend.MATH):
             out, pullback = vjp(outputs, params)
             # Reverse mode: the criterion is cheap, and the common ones lack a forward rule.
-            _, curvature = vjp(torch.func.grad(lambda o: criterion(o, targets)), out)
+            _, curvature = vjp(torch.func.grad(loss_of), out)
             return pullback(curvature(_pushforward(outputs, params, v))[0])[0]
 
     return matvec
