@@ -113,13 +113,9 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         varying = [t for t in tree.leaves((args, kwargs)) if isinstance(t, Tensor) and t in self.varying]
-        if func is aten._has_same_storage_numel.default:
-            return True  # what varies has none
-        if not varying or func in _FORGETS:
-            return func(*args, **kwargs)
-        out = _hollow(func, args, kwargs, varying[0].device)
-        if not isinstance(out, (Tensor, tuple, list)):
+        if not varying or func in _FORGETS or not isinstance(out, (Tensor, tuple, list)):
             return out
         if self._hands_on(func, args, kwargs, varying[0], out):
             self.varying[out] = self.varying[varying[0]]
@@ -149,22 +145,6 @@ class _Recorder(TorchDispatchMode):
         elif func not in _MAY_HAND_ON:
             return False
         return (varying.shape, varying.stride(), varying.dtype) == (out.shape, out.stride(), out.dtype)
-
-
-def _hollow(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """The result's shapes and layouts, without its values or memory: of what varies, nothing else matters."""
-
-    def to_meta(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        return torch.device("meta") if isinstance(x, torch.device) else x
-
-    def to_device(x: Tensor) -> Tensor:
-        hollow = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-        hollow.untyped_storage().resize_(0)
-        return hollow
-
-    return tree_map_only(Tensor, to_device, func(*tree.map(to_meta, args), **tree.map(to_meta, kwargs)))
 
 
 _VIEWS = {aten.view.default, aten._unsafe_view.default}

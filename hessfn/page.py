@@ -12,18 +12,31 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from hessfn import plot
+from hessfn.eigen import EigenPairs
+from hessfn.spectrum import Density
+from hessfn.trace import Estimate
 
 if TYPE_CHECKING:
     import jinja2
     from matplotlib.axes import Axes
 
-    from hessfn.report import Analysis
+
+class Analysis(NamedTuple):
+    """All that a report shows."""
+
+    loss: Tensor
+    eigen: EigenPairs
+    trace: Estimate
+    layers: Estimate
+    density: Density
+    steps: Tensor
+    losses: dict[str, Tensor]
 
 
 def template() -> jinja2.Template:

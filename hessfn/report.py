@@ -9,7 +9,7 @@ import math
 import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,12 @@ import hessfn as hf
 from hessfn import page, tree
 from hessfn.batches import mean
 from hessfn.model import Choice
+from hessfn.page import Analysis
 from hessfn.trace import estimate
 from hessfn.tree import Tree
 from hessfn.ways import check_loss
 
 Loss = Callable[[Tree, Any], Tensor]
-
-
-class Analysis(NamedTuple):
-    loss: Tensor
-    eigen: hf.EigenPairs
-    trace: hf.Estimate
-    layers: hf.Estimate
-    density: hf.Density
-    steps: Tensor
-    losses: dict[str, Tensor]
 
 
 def report(
