@@ -40,5 +40,5 @@ clean:
 # Done once, and again when what is to be installed changes.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,vision,dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[demo,vision,transformers,dev]"
 	touch $@

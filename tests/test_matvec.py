@@ -8,7 +8,7 @@ from nets import dense_hessian, normal, problem
 from torch import nn
 
 from hessfn import tree
-from hessfn.curvature import hvp
+from hessfn.curvature import hvp, mean_hvp
 from hessfn.matvec import as_linear_operator, check_matvec, deflate, dense, progress, restrict
 from hessfn.model import functionalize
 from hessfn.probes import gaussian
@@ -103,6 +103,36 @@ def test_check_matvec_catches_a_no_grad_block():
     batch = (normal(6, 4), torch.arange(6) % 3)
     with pytest.raises(ValueError, match="not symmetric.*no_grad"):
         check_matvec(hvp(loss, params, batch), params)
+
+
+def test_check_matvec_catches_dropout_and_shuffling():
+    weight = normal(3, 4)
+    batch = (normal(6, 4), torch.arange(6) % 3)
+
+    def dropping(w, batch):
+        return nn.functional.cross_entropy(nn.functional.dropout(batch[0], 0.5) @ w.T, batch[1])
+
+    def careless(v):  # a product of somebody else's, with nothing of hessfn in it
+        leaf = weight.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(dropping(leaf, batch), leaf, create_graph=True)
+        return torch.autograd.grad(gradient, leaf, v)[0]
+
+    with torch.random.fork_rng(devices=[]), pytest.raises(ValueError, match="not deterministic.*dropout"):
+        check_matvec(careless, weight)
+    with pytest.raises(ValueError, match="draws random numbers.*eval"):
+        check_matvec(hvp(dropping, weight, batch), weight)
+    order = iter(range(100))
+
+    class Shuffling:
+        def __iter__(self):
+            batches = [tuple(x[i : i + 2] for x in batch) for i in (0, 2, 4)]
+            return iter(batches[next(order) % 3 :] + batches[: next(order) % 3])
+
+    def loss(w, batch):
+        return nn.functional.cross_entropy(batch[0] @ w.T, batch[1])
+
+    with pytest.raises(ValueError, match="batches of this pass.*shuffle=False"):
+        check_matvec(mean_hvp(loss, weight, Shuffling()), weight)
 
 
 def test_a_check_costs_four_products():
