@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn import tree
 from hessfn.batches import Weights, mean
-from hessfn.definitions import plain_embeddings
+from hessfn.definitions import by_definition
 from hessfn.linear import linearized
 from hessfn.tree import MatVec, Tree
 from hessfn.ways import Loss, check_loss, product_of, vjp
@@ -79,7 +79,7 @@ def linearized_hvp(loss: Loss, params: Tree, *args: Any, compile: bool = False) 
     tensor([ 6., 12.])
     """
     check_loss(loss, params, args)
-    product = linearized(plain_embeddings(loss), params, *args, compile=compile)
+    product = linearized(by_definition(loss), params, *args, compile=compile)
     return lambda v: product(tree.aligned(v, params))
 
 

@@ -11,23 +11,26 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-def plain_embeddings(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same loss, in which an embedding's padding row is a constant, as torch's gradient has it, and bags are sums.
+def by_definition(loss: Callable[..., Tensor], *, thrice: bool = False) -> Callable[..., Tensor]:
+    """The same loss, made of operations whose second derivatives are right; or ``thrice``, their third ones too.
 
-    The forward rule knows nothing of ``padding_idx``, so the Hessian would not be symmetric; bags have no rule at all.
-    """
-    return _with(loss, {F.embedding: _embedding, F.embedding_bag: _embedding_bag})
+    - The padding row of an embedding is a constant, as torch's gradient has it: the forward rule knows nothing of
+      ``padding_idx``, so the Hessian would not be symmetric. Bags are sums: they have no second derivative.
+    - Weight normalisation is a quotient: the second derivative of the fused operation is wrong in reverse mode.
+    - ``thrice``: LayerNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary operations: the
+      third derivatives of the fused ones are wrong in every mode.
 
-
-def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same loss, in which LayerNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary
-    operations: torch's third derivatives of the fused ones are wrong, in every mode.
-
-    >>> loss = by_definition(lambda w, x: torch.nn.functional.layer_norm(w * x, (3,)).square().sum())
+    >>> loss = by_definition(lambda w, x: torch.nn.functional.layer_norm(w * x, (3,)).square().sum(), thrice=True)
     >>> loss(torch.tensor(2.0), torch.arange(3.0))
     tensor(3.0000)
     """
-    return _with(loss, {F.layer_norm: _layer_norm, F.batch_norm: _batch_norm, F.instance_norm: _instance_norm})
+    definitions = {**_TWICE, **_THRICE} if thrice else _TWICE
+
+    def defined(*args: Any) -> Tensor:
+        with _Replacing(definitions):
+            return loss(*args)
+
+    return defined
 
 
 class _Replacing(TorchFunctionMode):
@@ -37,14 +40,6 @@ class _Replacing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.definitions.get(func, func)(*args, **(kwargs or {}))
-
-
-def _with(loss: Callable[..., Tensor], definitions: dict[Any, Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    def defined(*args: Any) -> Tensor:
-        with _Replacing(definitions):
-            return loss(*args)
-
-    return defined
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **options: Any) -> Tensor:
@@ -63,6 +58,13 @@ def _embedding_bag(input: Tensor, weight: Tensor, *args: Any, **options: Any) ->
         counted = (input != padding_idx % len(weight)).to(weight.dtype)
     rows = F.embedding(input, weight) * (counted if weights is None else counted * weights)[..., None]
     return rows.sum(1) if mode == "sum" else rows.sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    squares = v.square()
+    if dim == -1:  # one norm for all
+        return v * (g * squares.sum().rsqrt())
+    return v * (g * squares.sum([i for i in range(v.dim()) if i != dim], keepdim=True).rsqrt())
 
 
 def _layer_norm(
@@ -118,3 +120,15 @@ def _per_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
+
+
+_TWICE: dict[Any, Callable[..., Tensor]] = {
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+    torch._weight_norm: _weight_norm,
+}
+_THRICE: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+}

@@ -12,7 +12,7 @@ from torch._C._functorch import TransformType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn import tree
-from hessfn.definitions import by_definition, plain_embeddings
+from hessfn.definitions import by_definition
 from hessfn.graph import clean
 from hessfn.tree import Tree
 
@@ -156,7 +156,7 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
     check_loss(loss, params, args)
     reasons: list[str] = []
     differentiated = _is_differentiated(params, args)
-    loss = plain_embeddings(by_definition(loss) if differentiated else loss)
+    loss = by_definition(loss, thrice=differentiated)
     for name in (("forward", "reverse") if differentiated else WAYS) if mode == "auto" else (mode,):
         try:
             product = WAYS[name](loss, params, args)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from nets import CRITERIA, NETS, classes, dense_hessian, normal, problem, seeded
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
 from hessfn import tree
@@ -126,6 +127,16 @@ def test_what_has_no_forward_rule_falls_back_with_a_warning_that_names_it():
     with pytest.warns(UserWarning, match="mode 'reverse', which is exact .*autograd.Function.*forward: .*jvp"):
         matvec(w)
     close(dense(matvec, w), dense_hessian(loss, w))
+
+
+@pytest.mark.parametrize("mode", ["traced", "forward", "reverse", "double_backward", "difference"])
+def test_every_mode_is_right_about_weight_norm(mode):
+    model = seeded(lambda: nn.Sequential(weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)))
+    loss, params = functionalize(model, nn.CrossEntropyLoss())
+    batch, v = (normal(6, 4), classes(6, 3)), gaussian(params, 1)[0]
+    h = 1e-5
+    above, below = (torch.func.grad(loss)(tree.add(params, v, c), batch) for c in (h, -h))
+    close(hvp(loss, params, batch, mode=mode)(v), tree.scale(1 / (2 * h), tree.add(above, below, -1.0)), 1e-7)
 
 
 @pytest.mark.parametrize("mode", ["traced", "forward", "reverse", "double_backward", "difference"])
