@@ -11,7 +11,7 @@ demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/hessfn report --out demo-report
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: $(READY)
 	$(BIN)/ruff check .
