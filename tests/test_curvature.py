@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from nets import CRITERIA, NETS, classes, dense_hessian, normal, problem, seeded
@@ -39,6 +41,13 @@ def test_linearized_product_is_the_same(net, criterion):
     close(matvec(v[0]), hvp(loss, params, batch)(v[0]), 1e-12)
     stack = tree.map(lambda *leaves: torch.stack(leaves), *v)
     close(tree.map(lambda x: x[2], torch.func.vmap(matvec)(stack)), matvec(v[2]), 1e-12)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_linearized_product_compiled_by_the_library_is_the_same():
+    loss, params, batch, _ = problem("layer_norm")
+    v = gaussian(params, 1)[0]
+    close(linearized_hvp(loss, params, batch, compile=True)(v), hvp(loss, params, batch)(v), 1e-12)
 
 
 def test_linearized_product_is_of_the_moment():
