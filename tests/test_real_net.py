@@ -13,7 +13,10 @@ from hessfn import problems, tree
 
 DATA = Path(os.environ.get("HESSFN_DATA", Path(__file__).parents[2] / "shared" / "data"))
 FILES = {"weights": DATA / "resnet20_cifar10_trained.pth", "data": DATA / "cifar10_train_first4000.npz"}
-pytestmark = pytest.mark.skipif(not all(map(Path.is_file, FILES.values())), reason=f"no weights and images in {DATA}")
+pytestmark = [
+    pytest.mark.skipif(not all(map(Path.is_file, FILES.values())), reason=f"no weights and images in {DATA}"),
+    pytest.mark.timeout(900),  # the net is real, and the machine may be busy
+]
 
 
 def resnet20(num_images):
