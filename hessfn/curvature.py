@@ -14,7 +14,7 @@ from hessfn.batches import Weights, mean
 from hessfn.definitions import by_definition
 from hessfn.linear import linearized
 from hessfn.tree import MatVec, Tree
-from hessfn.ways import Loss, check_loss, product_of, vjp
+from hessfn.ways import Loss, check_loss, is_differentiated, product_of, vjp
 
 
 def hvp(loss: Loss, params: Tree, *args: Any, mode: str = "auto") -> MatVec:
@@ -147,14 +147,16 @@ def ggnvp(
     """
     inputs, targets = batch
 
-    def outputs(p: Tree) -> Any:
-        return forward(p, inputs)
-
     def loss_of(out: Any) -> Tensor:
         return criterion(out, targets)
 
     def matvec(v: Tree) -> Tree:
         v = tree.aligned(v, params)
+        defined = by_definition(forward, thrice=is_differentiated(params, (batch,)))
+
+        def outputs(p: Tree) -> Any:
+            return defined(p, inputs)
+
         with sdpa_kernel(SDPBackend.MATH):
             out, pullback = vjp(outputs, params)
             # Reverse mode: the criterion is cheap, and the common ones lack a forward rule.
@@ -185,11 +187,13 @@ def fvp(
         one = tree.map(lambda leaf: leaf.unsqueeze(0), (output, target))
         return criterion(*one)
 
-    def losses(p: Tree) -> Tensor:
-        return torch.func.vmap(alone)(forward(p, inputs), targets)
-
     def matvec(v: Tree) -> Tree:
         v = tree.aligned(v, params)
+        defined = by_definition(forward, thrice=is_differentiated(params, (batch,)))
+
+        def losses(p: Tree) -> Tensor:
+            return torch.func.vmap(alone)(defined(p, inputs), targets)
+
         with sdpa_kernel(SDPBackend.MATH):
             each, pullback = vjp(losses, params)
             return pullback(_pushforward(losses, params, v) / each.numel())[0]

@@ -119,7 +119,7 @@ def _trace(
     rules: Any = get_decompositions(_WITHOUT_RULES)
     pure = torch.func.functionalize(flat, remove="mutations")
     try:
-        with _traceable():
+        with _traceable({t.device for t in given if t.is_cuda}):
             module = make_fx(pure, decomposition_table=rules)(*(t.detach() for t in given))
     except Untraceable:
         raise
@@ -139,10 +139,10 @@ def _trace(
 
 
 @contextmanager
-def _traceable() -> Iterator[None]:
+def _traceable(gpus: set[torch.device]) -> Iterator[None]:
     """Kernels that can be differentiated twice, derivatives on, and the user's random state put back."""
     kernels = sdpa_kernel(SDPBackend.MATH), _without_onednn(), torch.backends.cudnn.flags(enabled=False)
-    with kernels[0], kernels[1], kernels[2], torch.enable_grad(), torch.random.fork_rng():
+    with kernels[0], kernels[1], kernels[2], torch.enable_grad(), torch.random.fork_rng(devices=list(gpus)):
         yield
 
 

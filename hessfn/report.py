@@ -22,7 +22,7 @@ from hessfn.model import Choice
 from hessfn.page import Analysis
 from hessfn.trace import estimate
 from hessfn.tree import Tree
-from hessfn.ways import check_loss
+from hessfn.ways import check_loss, plain_gradient
 
 Loss = Callable[[Tree, Any], Tensor]
 
@@ -205,7 +205,7 @@ def _landscape(
         "top eigenvector": tree.map(lambda leaf: leaf[top], eigen.vectors),
         "random": hf.random_direction(theta, seed=settings["seed"]),
     }
-    gradient = mean(lambda batch: _gradient(loss, theta, batch), batches)()
+    gradient = mean(lambda batch: tree.unflatten(plain_gradient(loss, theta, (batch,))[1], theta), batches)()
     if tree.norm(gradient) > 0:
         directions["gradient"] = tree.scale(1 / tree.norm(gradient), gradient)
     tenfold = float((20 * value.abs() / eigen.values[top].abs()).sqrt())
@@ -213,16 +213,6 @@ def _landscape(
     radius = settings["radius"] or default
     steps = torch.linspace(-radius, radius, 31, dtype=torch.float64)
     return steps, {name: hf.line(mean(loss, batches), theta, way, steps) for name, way in directions.items()}
-
-
-def _gradient(loss: Loss, params: Tree, batch: Any) -> Tree:
-    """By plain autograd, which also does what ``torch.func`` refuses and products have other ways for."""
-    live = tree.map(lambda p: p.detach().requires_grad_(), params)
-    with torch.enable_grad():
-        value = loss(live, batch)
-    return tree.unflatten(
-        torch.autograd.grad(value, tree.leaves(live), allow_unused=True, materialize_grads=True), live
-    )
 
 
 def _named(analysis: Analysis, theta: Tree) -> dict[str, Any]:

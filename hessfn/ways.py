@@ -45,7 +45,7 @@ def _reverse(loss: Loss, *_: Any) -> Product:
 
 def _double_backward(loss: Loss, *_: Any) -> Product:
     def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
-        leaves, gradient = _autograd(loss, params, args, create_graph=True)
+        leaves, gradient = plain_gradient(loss, params, args, create_graph=True)
         pairs = [(g, d) for g, d in zip(gradient, tree.leaves(v), strict=True) if g.requires_grad]
         if not pairs:
             return tree.map(torch.zeros_like, params)
@@ -79,7 +79,10 @@ def _gradient(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tree:
     return pullback(torch.ones_like(value))[0]
 
 
-def _autograd(loss: Loss, params: Tree, args: tuple[Any, ...], create_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
+def plain_gradient(
+    loss: Loss, params: Tree, args: tuple[Any, ...], create_graph: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The leaves and the gradient by them, by plain autograd, which also does what ``torch.func`` refuses."""
     leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
     with torch.enable_grad():
         value = loss(tree.unflatten(leaves, params), *args)
@@ -95,7 +98,7 @@ def _two_differences(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -
     step = eps**0.25 * torch.where(size > 0, size, 1.0) / torch.where(length > 0, length, 1.0)
 
     def central(h: Tensor) -> Tree:
-        plus, minus = (_autograd(loss, tree.add(params, v, c), args, create_graph=False)[1] for c in (h, -h))
+        plus, minus = (plain_gradient(loss, tree.add(params, v, c), args)[1] for c in (h, -h))
         return tree.unflatten([(p - m) / (2 * h).to(p.dtype) for p, m in zip(plus, minus, strict=True)], params)
 
     coarse, fine = central(step), central(step / 2)
@@ -133,7 +136,7 @@ def product_of(loss: Loss, mode: str) -> Product:
         if torch.compiler.is_compiling():
             with sdpa_kernel(SDPBackend.MATH):
                 return WAYS["forward" if mode == "auto" else mode](loss)(params, args, v)
-        shapes = (_is_differentiated(params, args), *_shapes((params, args)))
+        shapes = (is_differentiated(params, args), *_shapes((params, args)))
         with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have neither forward rules nor double backward
             if shapes in found:
                 return found[shapes](params, args, v)
@@ -155,7 +158,7 @@ def _shapes(arguments: Any) -> Any:
 def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) -> tuple[Product, Way, Tree]:
     check_loss(loss, params, args)
     reasons: list[str] = []
-    differentiated = _is_differentiated(params, args)
+    differentiated = is_differentiated(params, args)
     loss = by_definition(loss, thrice=differentiated)
     for name in (("forward", "reverse") if differentiated else WAYS) if mode == "auto" else (mode,):
         try:
@@ -171,7 +174,7 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
     raise RuntimeError("this loss cannot be differentiated twice in any way:\n" + "\n".join(reasons))
 
 
-def _is_differentiated(params: Tree, args: tuple[Any, ...]) -> bool:
+def is_differentiated(params: Tree, args: tuple[Any, ...]) -> bool:
     """Whether the product itself is to be differentiated: then some ways would cut its graph."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     if any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in stack):

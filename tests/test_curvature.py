@@ -210,6 +210,30 @@ def test_fisher_is_the_mean_outer_product_of_the_samples_gradients(net):
     close(matrix, gradients.T @ gradients / len(x))
 
 
+@pytest.mark.parametrize("make", [ggnvp, fvp])
+def test_products_of_jacobians_are_symmetric_where_an_embedding_has_padding(make):
+    model = seeded(lambda: nn.Sequential(nn.Embedding(7, 4, padding_idx=2), nn.Flatten(), nn.Tanh(), nn.Linear(12, 3)))
+    forward, params = stateless(model)
+    words = torch.tensor([[0, 2, 1], [2, 3, 4]])
+    matrix = dense(make(forward, nn.CrossEntropyLoss(), params, (words, classes(2, 3))), params)
+    close(matrix, matrix.T)
+
+
+@pytest.mark.parametrize("make", [ggnvp, fvp])
+def test_products_of_jacobians_can_be_differentiated_through_a_layer_norm(make):
+    _, params, batch, model = problem("layer_norm")
+    forward, _ = stateless(model)
+    v, direction = gaussian(params, 2)
+
+    def curvature(p):
+        return tree.dot(v, make(forward, nn.CrossEntropyLoss(), p, batch)(v))
+
+    h = 1e-5
+    above, below = (curvature(tree.add(params, direction, c)) for c in (h, -h))
+    slope = tree.dot(torch.func.grad(curvature)(params), direction)
+    assert torch.allclose(slope, (above - below) / (2 * h), rtol=1e-5)
+
+
 class Shuffled:
     """Batches in another order each time, as a careless data set gives them."""
 
