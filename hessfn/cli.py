@@ -7,6 +7,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 2 after an error in one line, 130 when interrupted."""
     arguments = _parser().parse_args(argv)
     try:
-        _report(arguments)
+        _report(arguments, shlex.join(["hessfn", *(sys.argv[1:] if argv is None else argv)]))
     except KeyboardInterrupt:
         print("\nhessfn: interrupted, no report was written", file=sys.stderr)
         return 130
@@ -62,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def _report(arguments: argparse.Namespace, command: str) -> None:
     options = vars(arguments).copy()
     for not_for_report in ("command", "problem", "set", "traceback"):
         del options[not_for_report]
     page.template()  # a missing extra is said before a net is trained
     problem = load_problem(arguments.problem, dict(arguments.set))
-    result = report(problem, name=arguments.problem, **{**options, "params": arguments.params or "*"})
+    result = report(problem, name=arguments.problem, command=command, **{**options, "params": arguments.params or "*"})
     print(f"{page.summary(result)}\n\nreport: {Path(arguments.out) / 'report.html'}")
 
 
@@ -163,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=60, metavar="N", help="products in each of these runs (default: %(default)s)")
     text = "how far the landscape goes each way (default: to about ten times the loss along the top eigenvector)"
     add("--radius", type=float, metavar="X", help=text)
+    text = "points each way of the plane over the top two eigenvectors, 0 for no plane (default: %(default)s)"
+    add("--plane", type=int, default=15, metavar="N", help=text)
     add("--seed", type=int, default=0, metavar="N", help="of all random vectors (default: %(default)s)")
 
     add = command.add_argument_group("output").add_argument

@@ -19,12 +19,18 @@ from torch import Tensor
 
 from hessfn import plot
 from hessfn.eigen import EigenPairs
-from hessfn.spectrum import Density
+from hessfn.spectrum import Band, Density
 from hessfn.trace import Estimate
 
 if TYPE_CHECKING:
     import jinja2
     from matplotlib.axes import Axes
+
+
+class Plane(NamedTuple):
+    steps: Tensor
+    losses: Tensor
+    directions: list[str]
 
 
 class Analysis(NamedTuple):
@@ -33,10 +39,13 @@ class Analysis(NamedTuple):
     loss: Tensor
     eigen: EigenPairs
     trace: Estimate
+    negative: Estimate
     layers: Estimate
     density: Density
+    band: Band | None
     steps: Tensor
     losses: dict[str, Tensor]
+    plane: Plane | None
 
 
 def template() -> jinja2.Template:

@@ -39,11 +39,13 @@ def report(
     runs: int = 4,
     steps: int = 60,
     radius: float | None = None,
+    plane: int = 15,
     seed: int = 0,
     params: Choice = "*",
     num_batches: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """The curvature of a model's mean loss over its batches, written to a folder and returned.
 
@@ -58,18 +60,29 @@ def report(
         runs: Lanczos runs for the spectral density, ``steps`` products each.
         radius: how far the landscape goes each way; by default as far as the quadratic model along the top eigenvector
             rises by ten times the loss, but at most a tenth of the norm of the parameters.
+        plane: points each way of the plane over the top two eigenvectors, one pass over the data each; 0, or k = 1, for none.
         seed: of all random vectors.
         params: which parameters, as for :func:`hessfn.functionalize`.
         num_batches: how many of the batches, the first ones; by default all.
         dtype: what to compute in, such as ``"float64"``, on a copy of the model; by default the model's own.
         device: where to compute, on a copy of the model; by default where the model is.
+        command: the command line that does this, for the page to say.
 
     Returns:
-        What ``report.json`` holds: ``loss``, ``eigenvalues``, ``residuals``, ``converged``, ``trace``, ``density``,
-        ``layers``, ``landscape``, ``settings``, ``versions``. Numbers that are not finite are None.
+        What ``report.json`` holds; numbers that are not finite are None::
+
+            loss                  the mean over the samples
+            eigenvalues           k of them, in the order of ``which``; residuals and converged likewise
+            trace                 mean, stderr
+            negative_curvature    mean, stderr of the share of the sum of all |eigenvalues| that is below zero
+            density               grid, values; lower, upper: a band of 95 % (None of a single run)
+            layers                name: numel, trace, stderr
+            landscape             steps, losses {direction: one at each step}; plane, which may be None: steps (of both
+                                  axes), losses (row i is at steps[i] along the first direction), directions (two names)
+            settings, versions    what it takes to do it again
 
     Cost: ``probes + runs * steps`` products, those of ``eigsh``, four that check that the products are a Hessian's, and
-    one forward pass for each point of the landscape.
+    one forward pass for each point of the landscape, ``93 + plane**2``.
 
     Raises:
         ModuleNotFoundError: jinja2, which makes the page, is not installed.
@@ -82,6 +95,8 @@ def report(
             raise ValueError(f"{option}={given} must be at least {least}")
     if radius is not None and not 0 < radius < math.inf:
         raise ValueError(f"radius={radius} must be positive")
+    if plane != 0 and plane < 3:
+        raise ValueError(f"plane={plane} must be at least 3, or 0 for no plane")
     # Whatever the batches draw from the global generator, as a DataLoader does, is given back.
     with page.staging(Path(out)) as folder, torch.random.fork_rng(devices=[]):
         loss, theta, batches = _prepare(problem, params, dtype, device, num_batches)
@@ -102,9 +117,11 @@ def report(
             "runs": runs,
             "steps": min(steps, n),
             "radius": radius,
+            "plane": plane,
             "seed": seed,
             "dtype": str(first.dtype).removeprefix("torch."),
             "device": str(first.device),
+            "command": command,
         }
         analysis = _analyse(loss, theta, batches, value, settings)
         settings["radius"] = analysis.steps[-1]
@@ -190,29 +207,51 @@ def _analyse(loss: Loss, theta: Tree, batches: Iterable[Any], value: Tensor, set
         both = estimate(traces(z) for z in hf.rademacher(theta, num_probes, seed=seed))
         total, layers = (hf.Estimate(both.mean[x], both.stderr[x], both.num_matvecs) for x in ("total", "layers"))
         bar.set_description("density")
-        density = hf.density(hf.slq(matvec, hf.gaussian(theta, settings["runs"], seed=seed), steps))
-        bar.set_description("landscape")
-        line_steps, losses = _landscape(loss, theta, batches, value, eigen, settings)
+        quadrature = hf.slq(matvec, hf.gaussian(theta, settings["runs"], seed=seed), steps)
+        density = hf.density(quadrature)
+        band = hf.density_band(quadrature) if settings["runs"] > 1 else None
         bar.set_description("done")
-    return Analysis(value, eigen, total, layers, density, line_steps, losses)
+    line_steps, losses, plane = _landscape(loss, theta, batches, value, eigen, settings)
+    return Analysis(value, eigen, total, _negative(quadrature), layers, density, band, line_steps, losses, plane)
+
+
+def _negative(quadrature: hf.Quadrature) -> hf.Estimate:
+    """The share of the sum of all |eigenvalues| that is below zero: a ratio of means over the runs."""
+    nodes, weights = quadrature
+    below, all_of_it = ((weights * x).sum(-1) for x in (-nodes.clamp(max=0), nodes.abs()))
+    share = below.mean() / all_of_it.mean()
+    return estimate((below - share * all_of_it) / all_of_it.mean())._replace(mean=share)
 
 
 def _landscape(
     loss: Loss, theta: Tree, batches: Iterable[Any], value: Tensor, eigen: hf.EigenPairs, settings: dict[str, Any]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    top = int(eigen.values.abs().argmax())
+) -> tuple[Tensor, dict[str, Tensor], page.Plane | None]:
+    first, *others = eigen.values.abs().argsort(descending=True).tolist()
     directions = {
-        "top eigenvector": tree.map(lambda leaf: leaf[top], eigen.vectors),
+        "top eigenvector": tree.map(lambda leaf: leaf[first], eigen.vectors),
         "random": hf.random_direction(theta, seed=settings["seed"]),
     }
     gradient = mean(lambda batch: tree.unflatten(plain_gradient(loss, theta, (batch,))[1], theta), batches)()
     if tree.norm(gradient) > 0:
         directions["gradient"] = tree.scale(1 / tree.norm(gradient), gradient)
-    tenfold = float((20 * value.abs() / eigen.values[top].abs()).sqrt())
+    tenfold = float((20 * value.abs() / eigen.values[first].abs()).sqrt())
     default = min((r for r in (tenfold, 0.1 * float(tree.norm(theta))) if 0 < r < math.inf), default=1.0)
-    radius = settings["radius"] or default
-    steps = torch.linspace(-radius, radius, 31, dtype=torch.float64)
-    return steps, {name: hf.line(mean(loss, batches), theta, way, steps) for name, way in directions.items()}
+    radius, points = settings["radius"] or default, settings["plane"] if others else 0
+    steps, grid = (torch.linspace(-radius, radius, num, dtype=torch.float64) for num in (31, points))
+    whole = mean(loss, batches)
+    with tqdm(total=31 * len(directions) + points**2, unit="point", desc="landscape", dynamic_ncols=True) as bar:
+
+        def point(params: Tree) -> Tensor:
+            bar.update()
+            return whole(params)
+
+        losses = {name: hf.line(point, theta, way, steps) for name, way in directions.items()}
+        if not points:
+            return steps, losses, None
+        second = tree.map(lambda leaf: leaf[others[0]], eigen.vectors)
+        heights = hf.plane(point, theta, (directions["top eigenvector"], second), grid, grid)
+    names = [f"eigenvector of {page.number(float(eigen.values[i]))}" for i in (first, others[0])]
+    return steps, losses, page.Plane(grid, heights, names)
 
 
 def _named(analysis: Analysis, theta: Tree) -> dict[str, Any]:
@@ -223,12 +262,22 @@ def _named(analysis: Analysis, theta: Tree) -> dict[str, Any]:
         "residuals": analysis.eigen.residuals,
         "converged": analysis.eigen.converged,
         "trace": {"mean": analysis.trace.mean, "stderr": analysis.trace.stderr},
-        "density": {"grid": analysis.density.grid, "values": analysis.density.values},
+        "negative_curvature": {"mean": analysis.negative.mean, "stderr": analysis.negative.stderr},
+        "density": {
+            "grid": analysis.density.grid,
+            "values": analysis.density.values,
+            "lower": analysis.band and analysis.band.lower,
+            "upper": analysis.band and analysis.band.upper,
+        },
         "layers": {
             name: {"numel": theta[name].numel(), "trace": trace, "stderr": stderr[name]}
             for name, trace in analysis.layers.mean.items()
         },
-        "landscape": {"steps": analysis.steps, "losses": analysis.losses},
+        "landscape": {
+            "steps": analysis.steps,
+            "losses": analysis.losses,
+            "plane": analysis.plane and analysis.plane._asdict(),
+        },
     }
 
 
