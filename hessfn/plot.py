@@ -1,71 +1,94 @@
 """Matplotlib figures of what the other functions return.
 
 Each function takes a result and, as ``ax``, where to draw it; without one it opens a figure of its own. It returns the
-``Axes``, for the caller to go on with. No style or backend is set; the colours are those of Okabe and Ito (2008), told
-apart by colour-blind readers.
+``Axes``, for the caller to go on with. No style or backend is set. The colours are those of Okabe and Ito (2008), told
+apart by colour-blind readers: the darker ones on light axes, the lighter ones on dark axes, such as those of
+``plt.style.use("dark_background")``. Lines differ in style as well, for print without colour.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from hessfn import tree
+from hessfn import draw, tree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Numbers = Iterable[float] | Tensor
-BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
-_LINES = [(BLUE, "-"), (VERMILLION, "--"), (GREEN, "-."), (ORANGE, ":"), (PURPLE, "-"), (SKY, "--")]
+_STYLES: list[Any] = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
+_MARKERS = ["o", "s", "^", "D", "v"]
 
 
-def density_plot(density: Any, ax: Axes | None = None) -> Axes:
-    """A spectral density, ``hf.density(...)``, over its eigenvalues, on a logarithmic axis.
+def density_plot(density: Any, ax: Axes | None = None, *, band: Any = None) -> Axes:
+    """A spectral density, ``hf.density(...)``, or several, over the eigenvalues, on a logarithmic axis.
 
     Outliers are single eigenvalues among n, so their peaks are some n times lower than the bulk's; what lies more than
-    nine orders of magnitude below the highest peak is cut off.
+    nine orders of magnitude below the highest peak is cut off. A density made with ``linthresh`` has the axis of the
+    eigenvalues symmetric-logarithmic beyond it.
 
+    Args:
+        density: a density, or a dict from label to density.
+        band: ``hf.density_band(...)`` of the same quadrature, drawn behind it, or a dict from the same labels to bands.
+
+    >>> import torch
     >>> from matplotlib.figure import Figure
     >>> from hessfn import Density
     >>> axes = density_plot(Density(torch.linspace(-1, 1, 5), torch.ones(5) / 2), Figure().subplots())
     >>> axes.get_yscale()
     'log'
     """
-    ax = _axes(ax)
-    grid, values = _array(density.grid), _array(density.values)
-    positive = values[values > 0]
-    floor = max(positive.min(), values.max() * 1e-9) if positive.size else 1e-9
-    visible = values >= floor
-    ax.fill_between(grid, floor, np.maximum(values, floor), color=BLUE, alpha=0.2, linewidth=0)
-    ax.plot(grid, np.maximum(values, floor), color=BLUE, linewidth=1.2)
+    ax = draw.axes(ax)
+    curves, bands = draw.labelled(density), draw.labelled(band)
+    arrays = {label: (draw.array(one.grid), draw.array(one.values)) for label, one in curves.items()}
+    positive = np.concatenate([values[values > 0] for _, values in arrays.values()])
+    floor = max(positive.min(), positive.max() * 1e-9) if positive.size else 1e-9
+    for (label, (grid, values)), color, style in zip(arrays.items(), draw.colors(ax), cycle(_STYLES)):
+        one = bands.get(label)
+        at, low, high = (grid, 0 * grid, values) if one is None else map(draw.array, one)
+        ax.fill_between(at, np.maximum(low, floor), np.maximum(high, floor), color=color, alpha=0.25, linewidth=0)
+        ax.plot(grid, np.maximum(values, floor), linestyle=style, color=color, linewidth=1.4, label=label or None)
     ax.set_yscale("log")
     ax.set_ylim(bottom=floor)
-    if visible.any():
-        ax.set_xlim(_span(grid[visible]))
+    visible = np.concatenate([grid[values >= floor] for grid, values in arrays.values()])
+    linthresh = min((draw.linthresh(grid) for grid, _ in arrays.values()), default=np.inf)
+    if np.isfinite(linthresh):
+        draw.set_symlog(ax, "x", linthresh)
+    elif visible.size:
+        ax.set_xlim(draw.span(visible))
     ax.axvline(0, color="gray", linewidth=0.6)
     ax.set(xlabel="eigenvalue", ylabel="spectral density")
-    return ax
+    return draw.legend(ax, curves)
 
 
 def eigen_plot(eigenpairs: Any, ax: Axes | None = None) -> Axes:
     """Eigenvalues, ``hf.eigsh(...)``, in their order, each with its residual as the error bar.
 
     For a symmetric matrix an eigenvalue lies within the residual's distance of the value shown.
+
+    Args:
+        eigenpairs: ``values`` and ``residuals``, or a dict from label to such results, drawn side by side.
     """
-    ax = _axes(ax)
-    values, residuals = _array(eigenpairs.values), _array(eigenpairs.residuals)
-    index = np.arange(1, len(values) + 1)
+    ax = draw.axes(ax)
+    results = draw.labelled(eigenpairs)
     ax.axhline(0, color="gray", linewidth=0.6)
-    ax.errorbar(index, values, yerr=residuals, fmt="o", color=BLUE, ecolor=VERMILLION, capsize=4, markersize=5)
-    _set_scale(ax, "y", values)
-    ax.set_xticks(index if len(index) <= 20 else index[:: len(index) // 10])
-    ax.set(xlabel="number", ylabel="eigenvalue and residual")
-    return ax
+    everything: list[np.ndarray] = []
+    for number, ((label, one), color, marker) in enumerate(zip(results.items(), draw.colors(ax), cycle(_MARKERS))):
+        values, residuals = draw.array(one.values), draw.array(one.residuals)
+        at = np.arange(1, len(values) + 1) + 0.16 * (number - (len(results) - 1) / 2)
+        bars = {"ecolor": draw.ink(ax), "elinewidth": 1, "capsize": 4}
+        ax.errorbar(at, values, residuals, fmt=marker, color=color, markersize=5, label=label or None, **bars)
+        everything.append(values)
+    draw.set_scale(ax, "y", np.concatenate(everything))
+    longest = max(map(len, everything))
+    ax.set_xticks(np.arange(1, longest + 1, 1 if longest <= 20 else longest // 10))
+    ax.set(xlabel="number of the eigenvalue", ylabel="eigenvalue and residual")
+    return draw.legend(ax, results)
 
 
 def layer_plot(estimates: Any, ax: Axes | None = None) -> Axes:
@@ -76,16 +99,16 @@ def layer_plot(estimates: Any, ax: Axes | None = None) -> Axes:
     """
     names = [name.replace("$", r"\$") for name in tree.names(estimates.mean)]  # a dollar starts mathematics
     means, errors = (np.array([float(x) for x in tree.leaves(part)]) for part in (estimates.mean, estimates.stderr))
-    ax = _axes(ax, figsize=(6.4, layer_plot_height(len(names))))
+    ax = draw.axes(ax, figsize=(6.4, layer_plot_height(len(names))))
     rows = np.arange(len(names))
-    ax.barh(rows, means, color=np.where(means < 0, ORANGE, BLUE), height=0.75)
-    ax.errorbar(means, rows, xerr=np.nan_to_num(errors), fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    ax.barh(rows, means, color=np.where(means < 0, draw.VERMILLION, draw.BLUE), height=0.75)
+    ax.errorbar(means, rows, xerr=draw.finite(errors), fmt="none", ecolor=draw.ink(ax), elinewidth=1, capsize=2)
     ax.axvline(0, color="gray", linewidth=0.6)
     shown = rows[:: -(-len(rows) // 80)]
     ax.set_yticks(shown, [names[row] for row in shown], fontsize=8)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.locator_params(axis="x", nbins=5)
-    _set_scale(ax, "x", means)
+    draw.set_scale(ax, "x", means)
     ax.set(xlabel="trace and standard error")
     return ax
 
@@ -102,75 +125,78 @@ def line_plot(steps: Numbers, losses: Tensor | Mapping[str, Tensor], ax: Axes | 
         steps: as given to ``hf.line``.
         losses: a tensor like ``steps``, or a dict from label to such tensors.
     """
-    ax = _axes(ax)
-    curves = losses if isinstance(losses, Mapping) else {"": losses}
-    positions, heights = _array(steps), [_array(curve) for curve in curves.values()]
-    for number, (label, height) in enumerate(zip(curves, heights, strict=True)):
-        color, style = _LINES[number % len(_LINES)]
-        ax.plot(positions, height, style, color=color, label=label or None, linewidth=1.6)
-    _set_scale(ax, "y", np.concatenate(heights))
-    if any(curves):
-        ax.legend(frameon=False)
+    ax = draw.axes(ax)
+    curves = draw.labelled(losses)
+    positions, heights = draw.array(steps), [draw.array(curve) for curve in curves.values()]
+    for label, height, color, style in zip(curves, heights, draw.colors(ax), cycle(_STYLES)):
+        ax.plot(positions, height, linestyle=style, color=color, label=label or None, linewidth=1.6)
+    draw.set_scale(ax, "y", np.concatenate(heights))
     ax.set(xlabel="distance from the parameters", ylabel="loss")
-    return ax
+    return draw.legend(ax, curves)
 
 
 def plane_plot(steps_x: Numbers, steps_y: Numbers, losses: Tensor, ax: Axes | None = None) -> Axes:
     """Losses over a plane, ``hf.plane(...)``, as contours: ``losses[i, j]`` belongs to ``(steps_x[i], steps_y[j])``."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    ax = _axes(ax)
-    height = np.ma.masked_invalid(_array(losses).T)
-    wide = bool(height.min() > 0 and height.max() > 50 * height.min())
-    locator = LogLocator(subs=(1.0, 2.0, 5.0)) if wide else MaxNLocator(15)
-    contours = ax.contourf(_array(steps_x), _array(steps_y), height, locator=locator, cmap="cividis")
-    ax.figure.colorbar(contours, ax=ax, label="loss")
-    ax.plot(0, 0, "+", color="white", markersize=10)
+    ax = draw.axes(ax)
+    height = np.ma.masked_invalid(draw.array(losses).T)
+    locator = LogLocator(subs=(1.0, 2.0, 5.0)) if draw.wide(height) else MaxNLocator(15)
+    x, y = draw.array(steps_x), draw.array(steps_y)
+    contours = ax.contourf(x, y, height, locator=locator, cmap="cividis")
+    ax.contour(x, y, height, levels=contours.levels, colors="black", linewidths=0.4, alpha=0.5)
+    ax.figure.colorbar(contours, ax=ax, label="loss", format="%.3g")
+    ax.plot(0, 0, "P", color="white", markeredgecolor="black", markersize=8)
     ax.set(xlabel="distance along the first direction", ylabel="distance along the second direction")
+    return ax
+
+
+def trajectory_plot(points: Iterable[Iterable[float]] | Tensor, ax: Axes | None = None) -> Axes:
+    """A path of training in a plane, such as on top of ``plane_plot``: from the ring to the star.
+
+    Args:
+        points: ``(T, 2)``, the coordinates along the plane's two directions, in order of time.
+
+    Raises:
+        ValueError: ``points`` is not ``(T, 2)``.
+
+    >>> from matplotlib.figure import Figure
+    >>> axes = trajectory_plot([[1.0, 1.0], [0.5, 0.1], [0.0, 0.0]], Figure().subplots())
+    >>> [text.get_text() for text in axes.get_legend().get_texts()]
+    ['start', 'end']
+    """
+    from matplotlib.patheffects import Normal, Stroke
+
+    path = draw.array(points)
+    if path.ndim != 2 or path.shape[1] != 2 or not len(path):
+        raise ValueError(f"points must be (T, 2), two coordinates for each moment, not {tuple(path.shape)}")
+    ax = draw.axes(ax)
+    outlined = [Stroke(linewidth=3.2, foreground="black"), Normal()]  # seen on any colour of a map, and on none
+    ax.plot(*path.T, ".-", color="white", linewidth=1.4, markersize=4, path_effects=outlined)
+    for label, point, marker, size in (("start", path[0], "o", 8), ("end", path[-1], "*", 14)):
+        ax.plot(*point, marker, markersize=size, color=draw.ORANGE, markeredgecolor="black", label=label)
+    ax.legend()
     return ax
 
 
 def surface_plot(steps_x: Numbers, steps_y: Numbers, losses: Tensor, ax: Axes | None = None) -> Axes:
     """Losses over a plane, ``hf.plane(...)``, as a surface in three dimensions; ``ax`` must have a 3d projection.
 
+    Where the losses span much, their logarithm is drawn.
+
+    >>> import torch
     >>> from matplotlib.figure import Figure
     >>> axes = Figure().add_subplot(projection="3d")
     >>> surface_plot([0.0, 1.0], [0.0, 1.0], torch.ones(2, 2), axes) is axes
     True
     """
-    ax = _axes(ax, subplot_kw={"projection": "3d"})
+    ax = draw.axes(ax, subplot_kw={"projection": "3d"})
     if not hasattr(ax, "plot_surface"):
         raise ValueError('ax must be three-dimensional: make it with add_subplot(projection="3d")')
-    x, y = np.meshgrid(_array(steps_x), _array(steps_y), indexing="ij")
-    ax.plot_surface(x, y, _array(losses), cmap="cividis", linewidth=0, antialiased=True)
-    ax.set(xlabel="first direction", ylabel="second direction", zlabel="loss")
+    x, y = np.meshgrid(draw.array(steps_x), draw.array(steps_y), indexing="ij")
+    height = draw.array(losses)
+    wide = draw.wide(np.ma.masked_invalid(height))  # there are no logarithmic axes in three dimensions
+    ax.plot_surface(x, y, np.log10(height) if wide else height, cmap="cividis", rstride=1, cstride=1, linewidth=0)
+    ax.locator_params(nbins=5)
+    ax.set(xlabel="first direction", ylabel="second direction", zlabel="log10 of the loss" if wide else "loss")
     return ax
-
-
-def _axes(ax: Axes | None, **options: Any) -> Axes:
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt  # only here: pyplot keeps global state and may want a display
-
-    return plt.subplots(layout="constrained", **options)[1]
-
-
-def _array(x: Numbers) -> np.ndarray:
-    return torch.as_tensor(x).detach().cpu().double().numpy()
-
-
-def _set_scale(ax: Axes, which: str, values: np.ndarray) -> None:
-    """Logarithmic where the values span much; symmetric around zero where their signs differ."""
-    sizes = np.abs(values[np.isfinite(values) & (values != 0)])
-    if not sizes.size or sizes.max() <= 50 * np.median(sizes):
-        return
-    if (values[np.isfinite(values)] > 0).all():
-        ax.set(**{f"{which}scale": "log"})
-    else:
-        threshold = max(np.quantile(sizes, 0.25), sizes.max() * 1e-4)
-        getattr(ax, f"set_{which}scale")("symlog", linthresh=threshold)
-
-
-def _span(x: np.ndarray) -> tuple[float, float]:
-    margin = 0.03 * (x.max() - x.min()) or 1.0
-    return float(x.min() - margin), float(x.max() + margin)

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 import hessfn as hf
@@ -38,6 +39,7 @@ DRAWN: dict[str, Callable[[Any], Any]] = {
     "eigen_plot": lambda ax: plot.eigen_plot(pairs(3.0, 2.0, -1.0), ax),
     "layer_plot": lambda ax: plot.layer_plot(layers(3.0, -2.0), ax),
     "line_plot": lambda ax: plot.line_plot(STEPS, STEPS**2, ax),
+    "trajectory_plot": lambda ax: plot.trajectory_plot(torch.stack([STEPS, STEPS**2], 1), ax),
     "plane_plot": lambda ax: plot.plane_plot(STEPS, STEPS[:7], LOSSES, ax),
     "surface_plot": lambda ax: plot.surface_plot(STEPS, STEPS[:7], LOSSES, ax),
 }
@@ -45,14 +47,15 @@ DRAWN: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_plots_draw_where_they_are_told_and_touch_nothing_else(name: str) -> None:
-    settings, figures = dict(mpl.rcParams), plt.get_fignums()
+    settings, figures, backend = dict(mpl.rcParams), plt.get_fignums(), mpl.get_backend()
     figure = Figure()
     ax = figure.add_subplot(projection="3d" if name == "surface_plot" else None)
     assert DRAWN[name](ax) is ax
     assert ax.has_data()
-    assert ax.get_xlabel()
+    assert ax.get_xlabel() or name == "trajectory_plot"
     figure.savefig("/dev/null", format="png", dpi=40)
     assert dict(mpl.rcParams) == settings
+    assert mpl.get_backend() == backend
     assert plt.get_fignums() == figures
 
 
@@ -115,6 +118,65 @@ def test_lines_are_told_apart_by_more_than_colour() -> None:
     ax = plot.line_plot(STEPS, {"a": STEPS**2, "b": STEPS, "c": 2 * STEPS}, Figure().subplots())
     assert len({line.get_linestyle() for line in ax.lines}) == 3
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b", "c"]
+
+
+def contrast(one: Any, other: Any) -> float:
+    """As WCAG 2.2 has it, from 1 to 21."""
+
+    def luminance(color: Any) -> float:
+        channels = np.array(to_rgb(color))
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("style", ["default", "dark_background"])
+def test_colours_are_seen_on_light_and_on_dark_axes(style: str) -> None:
+    with plt.style.context(style):
+        figure = Figure()
+        curves = plot.line_plot(STEPS, {"a": STEPS, "b": STEPS**2, "c": -STEPS}, figure.add_subplot(2, 2, 1))
+        dots = plot.eigen_plot({"A": pairs(3.0, 1.0), "B": pairs(2.0)}, figure.add_subplot(2, 2, 2))
+        bars = plot.layer_plot(layers(1.0, -1.0), figure.add_subplot(2, 2, 3))
+    background = curves.get_facecolor()
+    drawn = [line.get_color() for line in curves.lines] + [box.lines[0].get_color() for box in dots.containers]
+    drawn += [bar.get_facecolor() for bar in bars.patches] + [bars.containers[1].lines[2][0].get_color()[0]]
+    assert all(contrast(color, background) >= 3 for color in drawn)
+
+
+def test_several_densities_and_their_bands_share_the_axes() -> None:
+    half = hf.Density(GRID / 2, 2 * DENSITY.values)
+    bands = {"A": hf.Band(GRID, DENSITY.values / 2, DENSITY.values * 2)}
+    ax = plot.density_plot({"A": DENSITY, "B": half}, Figure().subplots(), band=bands)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["A", "B"]
+    edges = ax.collections[0].get_paths()[0].vertices
+    assert edges[:, 1].max() == pytest.approx(2.0)
+
+
+def test_a_density_on_a_logarithmic_grid_has_a_symmetric_logarithmic_axis() -> None:
+    rule = hf.Quadrature(torch.tensor([[-3.0, 1e-3, 50.0]]), torch.full((1, 3), 1 / 3))
+    assert plot.density_plot(hf.density(rule), Figure().subplots()).get_xscale() == "linear"
+    ax = plot.density_plot(hf.density(rule, linthresh=1e-2), Figure().subplots())
+    assert ax.get_xscale() == "symlog"
+    assert ax.xaxis.get_transform().linthresh == pytest.approx(1e-2)
+
+
+def test_a_trajectory_goes_from_its_first_to_its_last_point() -> None:
+    ax = plot.trajectory_plot([[3.0, 2.0], [1.0, 1.0], [0.5, 0.0]], Figure().subplots())
+    path, start, end = (line.get_xydata().tolist() for line in ax.lines)
+    assert path == [[3.0, 2.0], [1.0, 1.0], [0.5, 0.0]]
+    assert (start, end) == ([path[0]], [path[-1]])
+    with pytest.raises(ValueError, match=r"\(T, 2\).*not \(3,\)"):
+        plot.trajectory_plot([1.0, 2.0, 3.0], Figure().subplots())
+
+
+def test_surfaces_of_wide_range_are_logarithmic() -> None:
+    ax = plot.surface_plot(STEPS, STEPS[:7], LOSSES, Figure().add_subplot(projection="3d"))
+    assert ax.get_zlabel() == "loss"
+    ax = plot.surface_plot(STEPS, STEPS[:7], LOSSES**5, Figure().add_subplot(projection="3d"))
+    assert ax.get_zlabel() == "log10 of the loss"
+    assert ax.get_zlim()[1] < 5
 
 
 def test_losses_that_are_not_finite_leave_gaps() -> None:

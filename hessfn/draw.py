@@ -1,0 +1,89 @@
+"""What the figures of ``plot`` share: colours for light and dark axes, scales that follow the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
+
+
+def axes(ax: Axes | None, **options: Any) -> Axes:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt  # only here: pyplot keeps global state and may want a display
+
+    return plt.subplots(layout="constrained", **options)[1]
+
+
+def array(x: Any) -> np.ndarray:
+    return torch.as_tensor(x).detach().cpu().double().numpy()
+
+
+def finite(errors: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(errors), errors, 0.0)
+
+
+def labelled(x: Any) -> Mapping[str, Any]:
+    return x if isinstance(x, Mapping) else {"": x}
+
+
+def legend(ax: Axes, curves: Mapping[str, Any]) -> Axes:
+    if any(curves):
+        ax.legend(frameon=False)
+    return ax
+
+
+def ink(ax: Axes) -> Any:
+    """What text has, so that it is seen on this background."""
+    return ax.xaxis.label.get_color()
+
+
+def colors(ax: Axes) -> Iterator[Any]:
+    from matplotlib.colors import to_rgb
+
+    dark = np.dot(to_rgb(ax.get_facecolor()), [0.2126, 0.7152, 0.0722]) < 0.4
+    rest = [SKY, ORANGE, GREEN, PURPLE] if dark else [BLUE, VERMILLION, GREEN, PURPLE]
+    return cycle([*rest, ink(ax)])
+
+
+def wide(height: np.ndarray) -> bool:
+    return bool(height.min() > 0 and height.max() > 50 * height.min())
+
+
+def linthresh(grid: np.ndarray) -> float:
+    """Where ``sinh`` of an even grid, times linthresh, goes over from even to growing steps; infinite if it is even."""
+    steps = np.diff(grid)
+    if len(steps) < 2 or steps.max() <= 1.5 * steps.min():
+        return np.inf
+    # At x the steps are h sqrt(x^2 + linthresh^2).
+    furthest = np.abs(grid).max()
+    return float(furthest / np.sqrt((steps.max() / steps.min()) ** 2 - 1))
+
+
+def set_scale(ax: Axes, which: str, values: np.ndarray) -> None:
+    """Logarithmic where the values span much; symmetric around zero where their signs differ."""
+    sizes = np.abs(values[np.isfinite(values) & (values != 0)])
+    if not sizes.size or sizes.max() <= 50 * np.median(sizes):
+        return
+    if (values[np.isfinite(values)] > 0).all():
+        ax.set(**{f"{which}scale": "log"})
+    else:
+        set_symlog(ax, which, max(np.quantile(sizes, 0.25), sizes.max() * 1e-4))
+
+
+def set_symlog(ax: Axes, which: str, linthresh: float) -> None:
+    threshold = 10.0 ** np.round(np.log10(linthresh))  # a power of ten has all ticks equally far apart
+    getattr(ax, f"set_{which}scale")("symlog", linthresh=threshold)
+
+
+def span(x: np.ndarray) -> tuple[float, float]:
+    margin = 0.03 * (x.max() - x.min()) or 1.0
+    return float(x.min() - margin), float(x.max() + margin)
