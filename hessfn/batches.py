@@ -85,21 +85,21 @@ def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _parts(batch: Any, index: int, weights: Weights, microbatch: int | None) -> Iterator[tuple[float | Tensor, Any]]:
-    size = _size(batch)
+    size = length(batch)
     for start in range(0, size, microbatch or size):
         part = batch if microbatch is None else _rows(batch, start, start + microbatch)
         if callable(weights):
             weight = weights(part)  # a count of tokens is an integer tensor, whose inverse would be float32
             yield tree.wide(weight) if isinstance(weight, Tensor) else weight, part
         elif weights is None:
-            yield _size(part), part
+            yield length(part), part
         elif index < len(weights):
-            yield weights[index] * _size(part) / size, part
+            yield weights[index] * length(part) / size, part
         else:
             raise ValueError(f"weights has {len(weights)} entries, but there is a batch {index}: give one for each")
 
 
-def _size(batch: Any) -> int:
+def length(batch: Any) -> int:
     first = next((x for x in tree.leaves(batch) if isinstance(x, Tensor)), None)
     if first is None or first.dim() == 0 or len(first) == 0:
         found = "no tensor" if first is None else f"a first tensor of shape {tuple(first.shape)}"

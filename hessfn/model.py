@@ -6,7 +6,7 @@ import copy
 import fnmatch
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def functionalize(
     forward, chosen = stateless(model, params=params)
 
     def loss(params: Params, batch: Any) -> Tensor:
-        inputs, targets = _pair(batch)
+        inputs, targets = pair(batch)
         return criterion(forward(params, inputs), targets)
 
     return loss, chosen
@@ -62,26 +62,36 @@ def stateless(model: nn.Module, *, params: Choice = "*") -> tuple[Callable[[Para
     >>> forward(params, torch.ones(4, 3)).shape
     torch.Size([4, 2])
     """
+    everything, run = private(model)
+    chosen = _choose(everything, dict(model.named_parameters()), params)
+    return run, chosen
+
+
+def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
+    """The model's parameters and ``run(params, inputs)`` on a skeleton of it that nobody else has.
+
+    ``run(params, inputs, within)`` holds the context ``within(skeleton)`` meanwhile, alone in it also among threads.
+    """
     _refuse_randomness(model)
     everything = {name: p.detach() for name, p in model.named_parameters()}
-    chosen = _choose(everything, dict(model.named_parameters()), params)
-    constants = {name: p for name, p in everything.items() if name not in chosen}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     skeleton = _skeleton(model)
     one_at_a_time = threading.RLock()  # functional_call swaps tensors on the skeleton while it runs
 
-    def forward(params: Params, inputs: Any) -> Any:
+    def run(
+        params: Params, inputs: Any, within: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+    ) -> Any:
         args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, Mapping) else (inputs,)
         kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
         # A module may write to its buffers: it writes to copies.
-        state = {**{name: b.clone() for name, b in buffers.items()}, **constants, **params}
-        with nullcontext() if torch.compiler.is_compiling() else one_at_a_time:
+        state = {**{name: b.clone() for name, b in buffers.items()}, **everything, **params}
+        with nullcontext() if torch.compiler.is_compiling() else one_at_a_time, within(skeleton):
             return torch.func.functional_call(skeleton, state, args, kwargs)
 
-    return forward, chosen
+    return everything, run
 
 
-def _pair(batch: Any) -> tuple[Any, Any]:
+def pair(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         return batch, batch
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:

@@ -76,6 +76,43 @@ def hutchinson_per_leaf(matvec: MatVec, probes: Iterable[Tree], *, batch_size: i
     return estimate(each(lambda z: tree.map(tree.dot, z, matvec(z)), probes, batch_size))
 
 
+def hutchinson_per_sample(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
+    """The trace of every sample's own matrix ``H_i``, where the matrix is their mean: block-diagonal, with ``H_i / B``.
+
+    Such are activation Hessians in eval mode: ``B`` times the sum of ``z * Az`` over the entries of sample i. The mean
+    over the samples is the trace of the whole.
+
+    Args:
+        matvec: on trees whose leaves have the samples along their first axis.
+        probes: as for :func:`hutchinson`.
+
+    Returns:
+        ``mean`` and ``stderr``, trees of float64 tensors ``(B,)``, and ``num_matvecs``.
+
+    Cost: one product a probe; one vector kept.
+
+    Raises:
+        ValueError: there is no probe, or the leaves differ in the length of their first axis.
+
+    >>> from hessfn import rademacher
+    >>> d = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> hutchinson_per_sample(lambda v: d * v / 2, rademacher(torch.zeros(2, 2), 2)).mean
+    tensor([3., 7.], dtype=torch.float64)
+    """
+
+    def sums(z: Tensor, product: Tensor) -> Tensor:
+        return len(z) * (tree.wide(z) * tree.wide(product)).flatten(1).sum(1)
+
+    def samples() -> Iterator[Tree]:
+        for z in probes:
+            lengths = {name: tuple(x.shape[:1]) for name, x in zip(tree.names(z), tree.leaves(z), strict=True)}
+            if len(set(lengths.values())) > 1 or () in lengths.values():
+                raise ValueError(f"samples must lie along the first axis of every leaf, but these have {lengths}")
+            yield tree.map(sums, z, matvec(z))
+
+    return estimate(samples())
+
+
 def hutchinson_diag(matvec: MatVec, probes: Iterable[Tree], *, batch_size: int = 1) -> Estimate:
     """The diagonal, as the mean of ``z * Az`` over Rademacher probes.
 
