@@ -8,11 +8,21 @@ Make a matvec from a loss, transform it, consume it:
 >>> estimate = hf.hutchinson(matvec, hf.rademacher(params, 10))
 """
 
-from hessfn import plot, tree
+from hessfn import batches, plot, tree
 from hessfn.curvature import fvp, ggnvp, hvp, linearized_hvp, mean_hvp
 from hessfn.eigen import EigenPair, EigenPairs, Tridiagonal, eigsh, lanczos, power_iter
 from hessfn.graph import Untraceable
-from hessfn.landscape import filter_normalized, gradient_direction, line, plane, random_direction
+from hessfn.landscape import (
+    Curvature,
+    check_slice,
+    direction_to,
+    filter_normalized,
+    gradient_direction,
+    line,
+    plane,
+    random_direction,
+    slice_curvature,
+)
 from hessfn.matvec import as_linear_operator, check_matvec, deflate, dense, progress, restrict
 from hessfn.model import functionalize, stateless
 from hessfn.probes import gaussian, rademacher
@@ -39,24 +49,29 @@ from hessfn.trace import (
     squared_frobenius,
     squared_row_norms,
 )
+from hessfn.trajectory import Trajectory, principal_directions
 from hessfn.tree import MatVec, Tree
 from hessfn.ways import Way, choose_way
 
 __all__ = [
     "Band",
     "Cumulative",
+    "Curvature",
     "Density",
     "EigenPair",
     "EigenPairs",
     "Estimate",
     "MatVec",
     "Quadrature",
+    "Trajectory",
     "Tree",
     "Tridiagonal",
     "Untraceable",
     "Way",
     "as_linear_operator",
+    "batches",
     "check_matvec",
+    "check_slice",
     "choose_way",
     "cumulative",
     "deflate",
@@ -64,6 +79,7 @@ __all__ = [
     "dense",
     "density",
     "density_band",
+    "direction_to",
     "eigsh",
     "filter_normalized",
     "functionalize",
@@ -84,10 +100,12 @@ __all__ = [
     "plane",
     "plot",
     "power_iter",
+    "principal_directions",
     "progress",
     "rademacher",
     "random_direction",
     "restrict",
+    "slice_curvature",
     "slq",
     "squared_frobenius",
     "squared_row_norms",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,18 +90,24 @@ def deflate(matvec: MatVec, vectors: Tree) -> MatVec:
     return lambda v: outside(matvec(outside(v)))
 
 
-def progress(matvec: MatVec, total: int | None = None, desc: str = "") -> MatVec:
-    """The same products, counted by a progress bar, with the time left where ``total`` is known."""
+def progress(
+    matvec: Callable[..., Any], total: int | None = None, desc: str = "", *, unit: str = "product"
+) -> Callable[..., Any]:
+    """The same products, counted by a progress bar, with the time left where ``total`` is known.
+
+    Any other function will do, such as the loss of a landscape, with ``unit="point"``: what is counted are its calls. A
+    group under ``vmap`` is one call.
+    """
     from tqdm.auto import tqdm
 
-    bar = tqdm(total=total, desc=desc, unit="product")
+    bar = tqdm(total=total, desc=desc, unit=unit)
 
-    def counted(v: Tree) -> Tree:
-        product = matvec(v)
+    def counted(*args: Any) -> Any:
+        result = matvec(*args)
         bar.update()
         if bar.n == total:
             bar.close()
-        return product
+        return result
 
     return counted
 
