@@ -188,12 +188,16 @@ def _announce(way: Way) -> str:
     return f"Hessian-vector products in mode {way.mode!r}, which {exact}. Not possible were: {way.reason}"
 
 
-def check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> None:
-    before = torch.get_rng_state()
+def check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tensor:
+    """The loss at these parameters, once it is found to be one finite real number, and no random one."""
+    before = _random_states((params, args))
     with torch.no_grad():
         value = loss(params, *args)
-    if not torch.equal(before, torch.get_rng_state()):
-        torch.set_rng_state(before)
+    after = _random_states((params, args))
+    if not all(torch.equal(state, after[device]) for device, state in before.items()):
+        torch.set_rng_state(before.pop("cpu"))
+        for device, state in before.items():
+            getattr(torch, torch.device(device).type).set_rng_state(state, device)
         raise ValueError(
             "the loss draws random numbers, so it is not a function of its parameters: call model.eval(), or draw "
             "the numbers beforehand and pass them in the batch"
@@ -203,3 +207,14 @@ def check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> None:
         raise ValueError(f"the loss must be one real number, not {found}: reduce it, for example by its mean")
     if tree.known(value.isfinite().all()) is False:
         raise ValueError(f"the loss is {value.item()} at these parameters: curvature needs a finite one")
+    return value
+
+
+def _random_states(arguments: Any) -> dict[str, Tensor]:
+    """What a loss may draw from: the generators of the CPU and of the devices in use, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    for device in {x.device for x in tree.leaves(arguments) if isinstance(x, Tensor)}:
+        module: Any = getattr(torch, device.type, None)
+        if hasattr(module, "get_rng_state"):
+            states[str(device)] = module.get_rng_state(device)
+    return states

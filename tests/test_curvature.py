@@ -1,4 +1,5 @@
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hessfn.curvature import fvp, ggnvp, hvp, linearized_hvp, mean_hvp
 from hessfn.matvec import check_matvec, dense
 from hessfn.model import functionalize, stateless
 from hessfn.probes import gaussian
-from hessfn.ways import choose_way
+from hessfn.ways import check_loss, choose_way
 
 
 def close(a, b, rtol=1e-10):
@@ -298,3 +299,19 @@ def test_microbatches_change_nothing(microbatch):
     close(by_count(v), matvec(v))
     given = mean_hvp(loss, params, batches, microbatch=microbatch, weights=[3.0, 1.0])
     close(given(v), mean_hvp(loss, params, batches, weights=[3.0, 1.0])(v))
+
+
+def test_a_loss_that_draws_from_the_generator_of_its_device_is_refused(monkeypatch):
+    state = [torch.zeros(1)]
+
+    def draw(w):
+        state[0] = state[0] + 1
+        return w.sum()
+
+    accelerator = SimpleNamespace(
+        get_rng_state=lambda device: state[0], set_rng_state=lambda new, device: state.__setitem__(0, new)
+    )
+    monkeypatch.setattr(torch, "meta", accelerator, raising=False)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        check_loss(draw, torch.ones(2, device="meta"), ())
+    assert state[0] == 0

@@ -1,0 +1,95 @@
+"""The numbers of a report: eigenvalues, traces, density and landscape of a mean loss, from the same products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import hessfn as hf
+from hessfn import page, tree
+from hessfn.batches import mean
+from hessfn.page import Analysis
+from hessfn.prepare import Loss
+from hessfn.trace import estimate
+from hessfn.tree import Tree
+from hessfn.ways import plain_gradient
+
+
+def analyse(loss: Loss, theta: Tree, batches: Iterable[Any], value: Tensor, settings: dict[str, Any]) -> Analysis:
+    k, seed, num_probes, steps = (settings[name] for name in ("k", "seed", "probes", "steps"))
+    for_density = settings["runs"] * steps
+    whole = hf.mean_hvp(loss, theta, batches)
+    # Not hf.progress: only on the way it turns out how many products the eigenvalues take.
+    bar = tqdm(total=4 + 2 * k + num_probes + for_density, unit="product", dynamic_ncols=True, mininterval=0.5)
+
+    def matvec(v: Tree) -> Tree:
+        product = whole(v)
+        bar.update()
+        return product
+
+    def traces(z: Tree) -> dict[str, Any]:
+        layers = tree.map(tree.dot, z, matvec(z))
+        return {"layers": layers, "total": torch.stack(tree.leaves(layers)).sum()}
+
+    with bar:
+        bar.set_description("check")
+        hf.check_matvec(matvec, theta, seed=seed)
+        bar.set_description("eigenvalues")
+        start = hf.gaussian(theta, 1, seed=seed)[0]
+        eigen = hf.eigsh(matvec, start, k, which=settings["which"], rtol=settings["rtol"])
+        bar.total = bar.n + num_probes + for_density
+        bar.set_description("trace")
+        # As hutchinson_per_leaf, and their sum along with them: its error does not follow from theirs.
+        both = estimate(traces(z) for z in hf.rademacher(theta, num_probes, seed=seed))
+        total, layers = (hf.Estimate(both.mean[x], both.stderr[x], both.num_matvecs) for x in ("total", "layers"))
+        bar.set_description("density")
+        quadrature = hf.slq(matvec, hf.gaussian(theta, settings["runs"], seed=seed), steps)
+        density = hf.density(quadrature)
+        band = hf.density_band(quadrature) if settings["runs"] > 1 else None
+        bar.set_description("done")
+    line_steps, losses, plane = _landscape(loss, theta, batches, value, eigen, settings)
+    return Analysis(value, eigen, total, _negative(quadrature), layers, density, band, line_steps, losses, plane)
+
+
+def _negative(quadrature: hf.Quadrature) -> hf.Estimate:
+    """The share of the sum of all |eigenvalues| that is below zero: a ratio of means over the runs."""
+    nodes, weights = quadrature
+    below, all_of_it = ((weights * x).sum(-1) for x in (-nodes.clamp(max=0), nodes.abs()))
+    share = below.mean() / all_of_it.mean()
+    return estimate((below - share * all_of_it) / all_of_it.mean())._replace(mean=share)
+
+
+def _landscape(
+    loss: Loss, theta: Tree, batches: Iterable[Any], value: Tensor, eigen: hf.EigenPairs, settings: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor], page.Plane | None]:
+    first, *others = eigen.values.abs().argsort(descending=True).tolist()
+    directions = {
+        "top eigenvector": tree.map(lambda leaf: leaf[first], eigen.vectors),
+        "random": hf.random_direction(theta, seed=settings["seed"]),
+    }
+    gradient = mean(lambda batch: tree.unflatten(plain_gradient(loss, theta, (batch,))[1], theta), batches)()
+    if tree.norm(gradient) > 0:
+        directions["gradient"] = tree.scale(1 / tree.norm(gradient), gradient)
+    tenfold = float((20 * value.abs() / eigen.values[first].abs()).sqrt())
+    default = min((r for r in (tenfold, 0.1 * float(tree.norm(theta))) if 0 < r < math.inf), default=1.0)
+    radius, points = settings["radius"] or default, settings["plane"] if others else 0
+    steps, grid = (torch.linspace(-radius, radius, num, dtype=torch.float64) for num in (31, points))
+    whole = mean(loss, batches)
+    with tqdm(total=31 * len(directions) + points**2, unit="point", desc="landscape", dynamic_ncols=True) as bar:
+
+        def point(params: Tree) -> Tensor:
+            bar.update()
+            return whole(params)
+
+        losses = {name: hf.line(point, theta, way, steps) for name, way in directions.items()}
+        if not points:
+            return steps, losses, None
+        second = tree.map(lambda leaf: leaf[others[0]], eigen.vectors)
+        heights = hf.plane(point, theta, (directions["top eigenvector"], second), grid, grid)
+    names = [f"eigenvector of {page.number(float(eigen.values[i]))}" for i in (first, others[0])]
+    return steps, losses, page.Plane(grid, heights, names)
