@@ -10,6 +10,7 @@ Make a matvec from a loss, transform it, consume it:
 
 from hessfn import batches, plot, tree
 from hessfn.curvature import fvp, ggnvp, hvp, linearized_hvp, mean_hvp
+from hessfn.distributed import all_reduce
 from hessfn.eigen import EigenPair, EigenPairs, Tridiagonal, eigsh, lanczos, power_iter
 from hessfn.graph import Untraceable
 from hessfn.landscape import (
@@ -68,6 +69,7 @@ __all__ = [
     "Tridiagonal",
     "Untraceable",
     "Way",
+    "all_reduce",
     "as_linear_operator",
     "batches",
     "check_matvec",

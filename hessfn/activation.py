@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hessfn import tree
 from hessfn.batches import length
 from hessfn.layers import Layers, choose, refuse_missing
-from hessfn.model import Params, pair, private
+from hessfn.model import Params, bare, pair, private
 
 Shifts = dict[str, Tensor]
 
@@ -115,6 +115,7 @@ def _shifted(
     """
     if at not in ("input", "output"):
         raise ValueError(f"at={at!r} must be 'input' or 'output'")
+    model = bare(model)
     _, run = private(model)
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
 

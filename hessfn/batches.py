@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from hessfn import tree
+from hessfn.distributed import Dealt, across
 from hessfn.tree import Tree
 
 Weights = Sequence[float] | Callable[[Any], float | Tensor] | None
@@ -32,7 +33,8 @@ def mean(
 
     Args:
         function: to a tensor or a tree of them.
-        batches: an iterable that gives the same batches each time; more than one pass must be possible.
+        batches: an iterable that gives the same batches each time; more than one pass must be possible. Of batches
+            dealt out to processes each takes its own, and all get the mean over all.
         weights: one number a batch or a function of the batch; by default the length of its first tensor.
         microbatch: at most so many samples at once: each batch is cut along the first axis of its tensors.
         device: where to move the batches.
@@ -43,6 +45,8 @@ def mean(
     >>> mean(lambda c, x: c * x.mean(), [torch.ones(3), torch.tensor([5.0])])(2.0)
     tensor(4.)
     """
+    dealt = batches if isinstance(batches, Dealt) else None
+    rank, size, batches = (dealt.rank, dealt.size, dealt.batches) if dealt else (0, 1, batches)
     if isinstance(batches, Iterator):
         raise ValueError("batches can be run through only once, and every product is a pass: give list(batches)")
     if isinstance(batches, Sized) and len(batches) == 0:
@@ -53,11 +57,13 @@ def mean(
         raise ValueError(f"microbatch={microbatch} must be at least 1")
     first_pass: list[Tensor] = []
 
-    def averaged(*args: Any) -> Tree:
+    def averaged(*args: Any) -> tuple[Tree | None, float | Tensor]:
         total: Tree = None
         total_weight: float | Tensor = 0.0
         this_pass: list[Tensor] = []
         for index, batch in enumerate(_iterate(batches)):
+            if index % size != rank:
+                continue
             batch = tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
             this_pass.append(_fingerprint(batch))
             for weight, part in _parts(batch, index, weights, microbatch):
@@ -68,13 +74,18 @@ def mean(
                 total = tree.scale(weight, value) if total is None else tree.add(total, value, weight)
                 total_weight = total_weight + weight
         if total is None:
+            if dealt:
+                return None, 0.0  # fewer batches than processes
             raise ValueError("there is no batch: the iterable of batches is empty")
         if not first_pass:
             first_pass.extend(this_pass)
         _check_same(first_pass, this_pass)
-        return tree.scale(1 / total_weight, total)
+        return tree.scale(1 / total_weight, total), total_weight
 
-    return averaged
+    if dealt:
+        average = across(dealt.group)
+        return lambda *args: average(lambda: averaged(*args), args)
+    return lambda *args: averaged(*args)[0]
 
 
 def _iterate(batches: Iterable[Any]) -> Iterator[Any]:

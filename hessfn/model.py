@@ -22,9 +22,10 @@ def functionalize(
     """A model and its criterion as ``loss(params, batch)``, a pure function, with the parameters to call it with.
 
     Args:
-        model: any module. It is never touched, also not while the loss runs: the loss owns a skeleton of it without
-            storage. Its mode counts as it is now: call ``model.eval()`` before. In training mode BatchNorm uses the
-            statistics of the batch and leaves its running ones alone.
+        model: any module, also within ``DataParallel`` or ``DistributedDataParallel``. It is never touched, also not
+            while the loss runs: the loss owns a skeleton of it without storage. Its mode counts as it is now: call
+            ``model.eval()`` before. In training mode BatchNorm uses the statistics of the batch and leaves its running
+            ones alone.
         criterion: ``criterion(outputs, targets)`` to a scalar, a mean over the batch if batches are to be averaged.
         params: which parameters the loss is a function of: a glob pattern or several (``"features.*"``), or a
             predicate ``(name, tensor) -> bool`` such as ``lambda name, p: p.requires_grad``. The rest are constants.
@@ -62,6 +63,7 @@ def stateless(model: nn.Module, *, params: Choice = "*") -> tuple[Callable[[Para
     >>> forward(params, torch.ones(4, 3)).shape
     torch.Size([4, 2])
     """
+    model = bare(model)
     everything, run = private(model)
     chosen = _choose(everything, dict(model.named_parameters()), params)
     return run, chosen
@@ -72,6 +74,7 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
 
     ``run(params, inputs, within)`` holds the context ``within(skeleton)`` meanwhile, alone in it also among threads.
     """
+    model = bare(model)
     _refuse_randomness(model)
     everything = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
@@ -89,6 +92,13 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
             return torch.func.functional_call(skeleton, state, args, kwargs)
 
     return everything, run
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """What data-parallel wrappers wrap: the same function, under the names that the model itself gives."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return model
 
 
 def pair(batch: Any) -> tuple[Any, Any]:

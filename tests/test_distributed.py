@@ -1,0 +1,180 @@
+"""Several processes on this machine, over gloo: every rank asserts, and a rank that fails fails the test."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from nets import problem
+from torch import Tensor, nn
+
+import hessfn as hf
+from hessfn import tree
+from hessfn.distributed import Dealt, require_same
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or "forkserver" not in multiprocessing.get_all_start_methods(),
+    reason="needs torch.distributed and processes that are forked",
+)
+PATIENCE = timedelta(seconds=60)
+
+
+def start(program: Callable[[int, int, Path], None], size: int, folder: Path) -> list[Any]:
+    """``program(rank, size, folder)`` in processes of a group; a server imports torch once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hessfn", "torch.distributed.fsdp", __name__])
+    processes = [context.Process(target=_rank, args=(program, rank, size, folder)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _rank(program: Callable[[int, int, Path], None], rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    with (folder / f"{rank}.err").open("w") as out, contextlib.redirect_stderr(out):
+        store = dist.FileStore(str(folder / "store"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        try:
+            program(rank, size, folder)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=out, flush=True)
+            raise
+        dist.destroy_process_group()
+
+
+def run(program: Callable[[int, int, Path], None], size: int, folder: Path) -> None:
+    processes = start(program, size, folder)
+    for process in processes:
+        process.join(120)
+    said = {rank: (folder / f"{rank}.err").read_text() for rank in range(size)}
+    assert [process.exitcode for process in processes] == [0] * size, said
+
+
+def same_bits(x: Any) -> bool:
+    """Whether all ranks hold the same bits."""
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, [leaf.numpy().tobytes() for leaf in tree.leaves(x)])
+    return all(other == said[0] for other in said)
+
+
+def raised(function: Callable[[], Any]) -> str:
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        function()
+    return f"{error.type.__name__}: {error.value}"
+
+
+# Means over ranks.
+
+
+def shards(x: Tensor, size: int) -> list[Tensor]:
+    """Parts of unlike sizes, the last one empty."""
+    cuts = [0, *(len(x) * (r + 1) * (r + 2) // ((size - 1) * size) for r in range(size - 1)), len(x)]
+    return [x[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+def means(rank: int, size: int, folder: Path) -> None:
+    loss, params, (inputs, targets), _ = problem("mlp")
+    x, y = (shards(t, size)[rank] for t in (inputs, targets))
+    assert (len(x) == 0) == (rank == size - 1)
+    whole = hf.hvp(loss, params, (inputs, targets))
+    matvec = hf.all_reduce(hf.hvp(loss, params, (x, y)), len(x))
+    start = hf.gaussian(params, 1)[0]
+
+    product = matvec(start)
+    assert same_bits(product)
+    assert tree.norm(tree.add(product, whole(start), -1.0)) < 1e-12 * tree.norm(product)
+    value = hf.all_reduce(lambda p: loss(p, (x, y)), torch.tensor(len(x)))(params)
+    torch.testing.assert_close(value, loss(params, (inputs, targets)), rtol=1e-13, atol=0)
+
+    pairs, expected = (hf.eigsh(m, start, k=3) for m in (matvec, whole))
+    assert same_bits(pairs)
+    torch.testing.assert_close(pairs.values, expected.values, rtol=1e-10, atol=0)
+    for batch_size in (1, 2):  # two products in one reduction
+        trace = hf.hutchinson(matvec, hf.rademacher(params, 4), batch_size=batch_size)
+        torch.testing.assert_close(trace.mean, hf.hutchinson(whole, hf.rademacher(params, 4)).mean, rtol=1e-12, atol=0)
+
+    dealt = Dealt(list(zip(inputs.split(2), targets.split(2), strict=True)))  # of 2, 2, 2: with 4 ranks one has none
+    assert len(list(dealt)) == len(range(rank, 3, size))
+    dealt_product = hf.mean_hvp(loss, params, dealt)(start)
+    assert same_bits(dealt_product)
+    assert tree.norm(tree.add(dealt_product, product, -1.0)) < 1e-12 * tree.norm(product)
+
+    half = {"a": torch.full((3,), 2.0**-12, dtype=torch.bfloat16), "b": torch.full((2,), 1e30)}
+    assert hf.all_reduce(lambda v: v, 1e9 * (rank + 1))(half)["b"].dtype == torch.float32
+    assert torch.equal(hf.all_reduce(lambda v: v, 1e9 * (rank + 1))(half)["a"], half["a"])  # nothing overflows
+
+
+def wrapped(rank: int, size: int, folder: Path) -> None:
+    loss, params, batch, model = problem("mlp")
+    parallel = nn.parallel.DistributedDataParallel(model)
+    of_parallel, same = hf.functionalize(parallel, nn.CrossEntropyLoss())
+    assert list(same) == list(params)
+    assert torch.equal(of_parallel(params, batch), loss(params, batch))
+    assert hf.activation_loss(parallel, nn.CrossEntropyLoss(), batch, "2")[1]["2"].shape == (6, 5)
+
+
+def refusals(rank: int, size: int, folder: Path) -> None:
+    def identity(v: Any) -> Any:
+        return v
+
+    v = {"w": torch.ones(3)}
+    assert "the weight of rank 1 is -1.0" in raised(lambda: hf.all_reduce(identity, -1.0 if rank else 1.0)(v))
+    assert "the weight of rank 0 is nan" in raised(lambda: hf.all_reduce(identity, 1.0 if rank else float("nan"))(v))
+    assert "weights of all ranks are 0" in raised(lambda: hf.all_reduce(identity, 0.0)(v))
+    message = raised(lambda: hf.all_reduce(lambda v: {"w": torch.ones(3 + rank)}, 1.0)(v))
+    assert "the result of rank 1 is not like that of rank 0: leaf 'w' of shape (4,)" in message
+    assert "the same vector" in raised(lambda: hf.all_reduce(identity, 1.0)(hf.gaussian(v, 1, seed=rank)[0]))
+    assert "rank 1 has other weights" in raised(lambda: require_same(rank, "other weights than rank 0", None))
+
+    def failing_on_one(after: int) -> Callable[[Any], Any]:
+        calls: list[int] = []
+
+        def matvec(v: Any) -> Any:
+            calls.append(1)
+            if rank == 1 and len(calls) > after:
+                raise OSError("no such batch")
+            return v
+
+        return matvec
+
+    for after in (0, 2):
+        matvec = hf.all_reduce(failing_on_one(after), 1.0)
+        for _ in range(after):
+            matvec(v)
+        with pytest.raises(OSError if rank else RuntimeError, match="no such batch" if rank else "rank.* failed"):
+            matvec(v)
+    grown: list[int] = []
+    changing = hf.all_reduce(lambda v: [torch.ones(3), *(torch.ones(1) for _ in grown)], 1.0)
+    changing(v)
+    grown.append(1)
+    assert "this product is not like the first one" in raised(lambda: changing(v))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_mean_over_ranks_is_that_of_all_data_with_the_same_bits_on_every_rank(size: int, tmp_path: Path) -> None:
+    run(means, size, tmp_path)
+
+
+def test_a_data_parallel_model_is_unwrapped(tmp_path: Path) -> None:
+    run(wrapped, 2, tmp_path)
+    loss, params, batch, model = problem("mlp")
+    of_parallel, same = hf.functionalize(nn.DataParallel(model), nn.CrossEntropyLoss())
+    assert list(same) == list(params)
+    assert torch.equal(of_parallel(params, batch), loss(params, batch))
+
+
+def test_what_one_rank_does_wrong_all_ranks_refuse(tmp_path: Path) -> None:
+    run(refusals, 2, tmp_path)
+
+
+def test_without_a_process_group_there_is_a_clear_error() -> None:
+    with pytest.raises(RuntimeError, match="not initialised: start the processes with torchrun"):
+        hf.all_reduce(lambda v: v, 1.0)
