@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench notebooks clean
+.PHONY: demo test check bench notebooks docs clean
 .DELETE_ON_ERROR:
 
 # The net is so small that threads would mostly wait for each other.
@@ -32,6 +32,12 @@ else
 	$(BIN)/python -m pip install --quiet -e ".[notebooks]"
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
 endif
+
+# Strict: a link, a role or a formula that fails, fails the build.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo "documentation: build/docs/index.html"
 
 clean:
 	rm -rf demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,46 @@
+"""The site: pages in Markdown, the reference from the docstrings. It loads nothing from the network."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+
+project = "hessfn"
+author = copyright = "the hessfn developers"
+version = release = importlib.metadata.version("hessfn")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath", "deflist"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+
+# A role or link that leads nowhere fails the build. Types are exempt: they name what no reference here describes.
+nitpicky = True
+nitpick_ignore_regex = [("py:class", ".*")]
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = f"hessfn {version}"
+html_math_renderer = "mathml"
+html_static_path = ["style.css", str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSerif.ttf"))]
+html_css_files = ["style.css"]
+html_copy_source = html_show_sphinx = False
+pygments_style, pygments_dark_style = "tango", "monokai"
+
+
+def _math(self: Any, node: Any) -> None:
+    """Browsers draw MathML by themselves: no script, no font, no network."""
+    block = node.tagname == "math_block"
+    markup = tex2mathml(node.astext(), as_block=block)
+    self.body.append(f'<div class="math">{markup}</div>' if block else markup)
+    raise SkipNode
+
+
+def setup(app: Any) -> None:
+    app.add_html_math_renderer("mathml", inline_renderers=(_math, None), block_renderers=(_math, None))
