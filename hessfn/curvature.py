@@ -14,6 +14,7 @@ from hessfn.batches import Weights, mean
 from hessfn.definitions import by_definition
 from hessfn.linear import linearized
 from hessfn.tree import MatVec, Tree
+from hessfn.turns import turn
 from hessfn.ways import Loss, check_loss, is_differentiated, product_of, vjp
 
 
@@ -78,8 +79,9 @@ def linearized_hvp(loss: Loss, params: Tree, *args: Any, compile: bool = False) 
     >>> matvec(torch.tensor([1.0, 1.0]))
     tensor([ 6., 12.])
     """
-    check_loss(loss, params, args)
-    product = linearized(by_definition(loss), params, *args, compile=compile)
+    with turn():
+        check_loss(loss, params, args)
+        product = linearized(by_definition(loss), params, *args, compile=compile)
     return lambda v: product(tree.aligned(v, params))
 
 
@@ -105,7 +107,8 @@ def mean_hvp(
         mode: as for :func:`hvp`.
 
     Raises:
-        ValueError: there is no batch, ``batches`` can be run through only once, shuffles, or changes between products.
+        ValueError: there is no batch, ``batches`` can be run through only once, shuffles, or changes between products,
+            or a product is not finite: the message names the batch and the leaf.
 
     >>> batches = [torch.ones(3, 1), torch.zeros(1, 1)]
     >>> matvec = mean_hvp(lambda w, x: (w * x).square().sum(1).mean(), torch.ones(1), batches)
@@ -114,11 +117,11 @@ def mean_hvp(
     """
     product = product_of(loss, mode)
     averaged = mean(
-        lambda v, batch: product(params, (batch,), v),
+        lambda v, batch: tree.require_finite(product(params, (batch,), v), "the product"),
         batches,
         weights=weights,
         microbatch=microbatch,
-        device=tree.leaves(params)[0].device,
+        device=next((leaf.device for leaf in tree.leaves(params)), None),
     )
     return lambda v: averaged(tree.aligned(v, params))
 
@@ -157,7 +160,7 @@ def ggnvp(
         def outputs(p: Tree) -> Any:
             return defined(p, inputs)
 
-        with sdpa_kernel(SDPBackend.MATH):
+        with turn(), sdpa_kernel(SDPBackend.MATH):
             out, pullback = vjp(outputs, params)
             # Reverse mode: the criterion is cheap, and the common ones lack a forward rule.
             _, curvature = vjp(torch.func.grad(loss_of), out)
@@ -194,7 +197,7 @@ def fvp(
         def losses(p: Tree) -> Tensor:
             return torch.func.vmap(alone)(defined(p, inputs), targets)
 
-        with sdpa_kernel(SDPBackend.MATH):
+        with turn(), sdpa_kernel(SDPBackend.MATH):
             each, pullback = vjp(losses, params)
             return pullback(_pushforward(losses, params, v) / each.numel())[0]
 

@@ -83,13 +83,13 @@ def power_iter(
         residual = tree.norm(product - value.to(v.dtype) * v)
         converged = residual <= (_RTOL if rtol is None else rtol) * value.abs()
         if rtol is not None:
-            krylov.number(residual, count)
+            krylov.number(residual, space.unravel(product), count)
             if converged:
                 break
         image = product + shift * v
-        size = tree.norm(image.detach())
         # A vector that A takes to zero is an eigenvector; there is no way on from it.
-        following = torch.where(size > 0, krylov.unit(torch.where(size > 0, image, v)), v)
+        image = torch.where(tree.norm(image.detach()) == 0, v, image)
+        following = image / tree.norm(image).to(v.dtype)
     return EigenPair(value, space.unravel(v), residual, torch.tensor(count), converged)
 
 
@@ -206,7 +206,7 @@ def _unrestarted(space: Space, v0: Tree, k: int, which: str, num_matvecs: int) -
     if num_matvecs < k:
         raise ValueError(f"max_matvecs={num_matvecs} must be at least k={k}")
     alpha, beta, basis, _ = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
-    values, vectors = torch.linalg.eigh(krylov.tridiagonal(alpha, beta[:-1]))
+    values, vectors = krylov.decompose(alpha, beta[:-1])
     wanted = krylov.select(values, k, which)
     values, vectors = values[wanted], vectors[:, wanted]
     residuals = (beta[-1] * vectors[-1]).abs()

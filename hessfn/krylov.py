@@ -27,6 +27,8 @@ class Space(NamedTuple):
 
 def flatten(matvec: MatVec, like: Tree) -> Space:
     """The matvec on flat vectors; half precision is widened to float32, where bases can be orthogonal."""
+    if tree.numel(like) == 0:
+        raise ValueError("the vectors have no entries: there must be at least one parameter")
     _, unravel = tree.ravel(like)
 
     def ravel(v: Tree) -> Tensor:
@@ -46,12 +48,14 @@ def unit(v: Tensor, name: str = "v0") -> Tensor:
     return v / size.to(v.dtype)
 
 
-def number(x: Tensor, count: int) -> float:
-    """A scalar from the latest product, to decide on."""
+def number(x: Tensor, product: Tree, count: int) -> float:
+    """A scalar that depends on the latest product, to decide on."""
     if tree.known(x == x) is None:
         raise ValueError("a tolerance stops on numbers that vmap hides: pass rtol=None for a fixed number of products")
     if not math.isfinite(x):
-        raise ValueError(f"product {count} of the matvec is not finite: are the loss and its curvature finite there?")
+        what = f"product {count} of the matvec"
+        tree.require_finite(product, what)
+        raise ValueError(f"{what} is too large: a norm that depends on it is {float(x)}")
     return float(x)
 
 
@@ -130,6 +134,27 @@ def _next(residual: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size = tree.norm(safe)
     zero = torch.zeros_like(size)
     return torch.where(broken, zero, size), torch.where(broken, zero.to(safe.dtype), safe / size.to(safe.dtype)), broken
+
+
+def decompose(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors (columns) of the tridiagonal matrix of a recurrence."""
+    bad = ~(alpha + torch.nn.functional.pad(beta, (0, 1))).isfinite()
+    if tree.known(bad.any()):
+        count = int(bad.nonzero()[0]) + 1
+        raise ValueError(f"product {count} of the matvec is not finite: are the loss and its curvature finite there?")
+    return torch.linalg.eigh(tridiagonal(alpha, beta))
+
+
+def apart(alpha: Tensor, beta: Tensor) -> Tensor:
+    """``alpha`` with the blocks that a beta of 0 leaves moved apart by rounding.
+
+    A block has distinct eigenvalues of its own. Two of unlike blocks may agree, and where they do the derivative of the
+    eigenvectors is 0/0.
+    """
+    a, b = alpha.detach(), beta.detach()
+    size = a.abs().max().clamp(min=torch.finfo(a.dtype).tiny ** 0.5)
+    block = torch.cat([torch.zeros_like(a[:1]), (b == 0).to(a).cumsum(0)])
+    return alpha + 8 * torch.finfo(a.dtype).eps * size * block
 
 
 def tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:

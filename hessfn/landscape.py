@@ -136,8 +136,9 @@ def filter_normalized(direction: Tree, params: Tree, *, keep_vectors: bool = Fal
         if p.dim() < 2 and not keep_vectors:
             return torch.zeros_like(d)
         rows = p.shape[0] if p.dim() > 1 else 1
-        ours, theirs = (torch.linalg.vector_norm(x.reshape(rows, -1), dim=1) for x in (d, p))
-        ratio = torch.where(ours > 0, theirs / ours, 0.0)
+        width = p.numel() // max(rows, 1)
+        ours, theirs = (torch.linalg.vector_norm(tree.wide(x.reshape(rows, width)), dim=1) for x in (d, p))
+        ratio = torch.where(ours > 0, theirs / ours, 0.0).to(d.dtype)
         return d * ratio.reshape(-1, *[1] * (d.dim() - 1)) if p.dim() else d * ratio[0]
 
     return tree.map(rescale, tree.aligned(direction, params, "the direction"), params)
@@ -225,7 +226,7 @@ def _losses(
 
 
 def _unit(direction: Tree) -> Tree:
-    length = tree.norm(direction)
+    length = tree.norm(tree.require_finite(direction, "the direction"))
     if tree.known((length > 0) & length.isfinite()) is False:
         raise ValueError(f"a direction of norm {float(length)} cannot be scaled to norm 1")
     return tree.scale(1 / length, direction)

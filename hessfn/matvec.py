@@ -80,11 +80,12 @@ def deflate(matvec: MatVec, vectors: Tree) -> MatVec:
     >>> deflate(lambda v: A @ v, torch.eye(3)[:1])(torch.ones(3))
     tensor([0., 2., 1.])
     """
-    rows = torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in tree.leaves(vectors)], dim=1)
-    basis = torch.linalg.qr(rows.T).Q
+    rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(vectors)
+    basis = torch.linalg.qr(rows.T.to(torch.promote_types(rows.dtype, torch.float32))).Q
 
     def outside(v: Tree) -> Tree:
         flat, unravel = tree.ravel(v)
+        flat = flat.to(basis.dtype)
         return unravel(flat - basis @ (basis.T @ flat))
 
     return lambda v: outside(matvec(outside(v)))
@@ -165,9 +166,9 @@ def check_matvec(matvec: MatVec, like: Tree, *, seed: int = 0, rtol: float | Non
     if rtol is None:
         rtol = max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(like)) ** (1 / 3)
     ax, again, ay = tree.aligned(matvec(x), like, "the product"), matvec(x), matvec(y)
+    for product in (ax, ay):
+        tree.require_finite(product, "the product of the matvec")
     size = tree.norm(ax) + tree.norm(ay)
-    if not torch.isfinite(size):
-        raise ValueError("the matvec returns numbers that are not finite: is the loss finite at these parameters?")
 
     def require(error: Tensor, scale: Tensor, what: str, cause: str) -> None:
         if error > rtol * scale:

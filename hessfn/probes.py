@@ -30,7 +30,7 @@ def rademacher(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
         A lazy sequence: a tree exists only while you hold it; asking twice gives the same tree; slices are lazy too.
 
     Raises:
-        ValueError: ``num`` or ``seed`` is negative, or a leaf is not a floating-point tensor.
+        ValueError: ``num`` or ``seed`` is negative, a leaf is not a floating-point tensor, or there are no entries.
 
     >>> probes = rademacher(torch.zeros(4), 100)
     >>> len(probes), probes[3].abs()
@@ -72,6 +72,8 @@ class _Probes(Sequence[Tree]):
     def __init__(self, draw: Draw, like: Tree, num: int, seed: int) -> None:
         if num < 0 or seed < 0:
             raise ValueError(f"num={num} and seed={seed} must not be negative")
+        if tree.numel(like) == 0:
+            raise ValueError("the tree to draw for has no entries: there must be at least one parameter")
         for name, leaf in zip(tree.names(like), tree.leaves(like), strict=True):
             kind = leaf.dtype if isinstance(leaf, torch.Tensor) else type(leaf).__name__
             if not isinstance(kind, torch.dtype) or not kind.is_floating_point:

@@ -56,7 +56,7 @@ def thick_restart(
     while True:
         product = multiply(basis[done])
         count += 1
-        scale = max(scale, krylov.number(tree.norm(product), count))
+        scale = max(scale, krylov.number(tree.norm(product), space.unravel(product), count))
         rest, components = krylov.orthogonalize(product, basis[: done + pending])
         H[: done + pending, done] = components.cpu().double()
         beta = float(tree.norm(rest))

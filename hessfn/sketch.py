@@ -29,7 +29,7 @@ def hutchpp(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     Cost: 3p/2 products; p/2 vectors kept, and three times that while they are orthogonalised.
 
     Raises:
-        ValueError: there are fewer than two probes.
+        ValueError: there are fewer than two probes, or more than n, or a product is not finite.
 
     Source: Meyer, Musco, Musco and Woodruff (2021).
 
@@ -63,7 +63,7 @@ def xtrace(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     Cost: 2p products; p vectors kept, and three times that while they are orthogonalised.
 
     Raises:
-        ValueError: there are fewer than two probes, or more than n.
+        ValueError: there are fewer than two probes, or more than n, or a product is not finite.
 
     Source: Epperly, Tropp and Webber (2024), whose error estimate leaves the covariance out and is too small by up to
     a half.
@@ -117,7 +117,7 @@ def xdiag(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     Cost: 2p products; 5p vectors kept, and p^2 of them worked through for the standard error.
 
     Raises:
-        ValueError: there are fewer than two probes, or more than n.
+        ValueError: there are fewer than two probes, or more than n, or a product is not finite.
 
     Source: Epperly, Tropp and Webber (2024).
 
@@ -140,10 +140,10 @@ def xdiag(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
         u, au = ((x[j] - cosine[i, j] * x[i]) / sine[i, j] for x in (out, image))
         return u * (au + z[i] * along[i] * cosine[i, j] / sine[i, j])
 
-    products = torch.zeros_like(whole)
+    products = torch.zeros_like(tree.wide(whole))  # of squares
     for i, j in itertools.combinations(range(p), 2):
-        products = products + 2 * change(i, j) * change(j, i)
-    stderr = _with_covariance(alone.stderr, products, p)
+        products = products + 2 * tree.wide(change(i, j)) * tree.wide(change(j, i))
+    stderr = _with_covariance(tree.wide(alone.stderr), products, p)
     return Estimate(space.unravel(alone.mean), space.unravel(stderr), torch.tensor(2 * p))
 
 
@@ -155,6 +155,8 @@ class _Sketch(NamedTuple):
 
 def _sketch(space: krylov.Space, probes: Sequence[Tree]) -> _Sketch:
     sketch = torch.stack([space.matvec(space.ravel(z)) for z in probes])
+    for i, row in enumerate(sketch, 1):
+        tree.require_finite(space.unravel(row), f"product {i} of the matvec")
     q, triangle = torch.linalg.qr(sketch.mT)
     u, sigma, vh = torch.linalg.svd(tree.wide(triangle))
     kept = sigma > len(sketch) * torch.finfo(sketch.dtype).eps * sigma[0]

@@ -58,7 +58,7 @@ def slq(
     Cost: p m products; three vectors kept, or m with ``orthogonalize``.
 
     Raises:
-        ValueError: there is no probe, or m is not between 1 and n.
+        ValueError: there is no probe, a product is not finite, or m is not between 1 and n.
 
     Source: Lin, Saad and Yang (2016), Ubaru, Chen and Saad (2017); without orthogonalisation Chen, Trogdon and Ubaru
     (2021).
@@ -76,7 +76,7 @@ def slq(
         space = krylov.flatten(matvec, probe)
         steps = krylov.expand if orthogonalize else krylov.recur
         alpha, beta = steps(space.matvec, space.ravel(probe), num_matvecs, space.eps)[:2]
-        theta, vectors = torch.linalg.eigh(krylov.tridiagonal(alpha, beta[:-1]))
+        theta, vectors = krylov.decompose(krylov.apart(alpha, beta[:-1]), beta[:-1])
         return theta, vectors[0].square()
 
     rules = list(each(rule, probes, batch_size))
@@ -195,7 +195,7 @@ def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> 
 
     Returns:
         ``mean``; ``stderr``, the spread over the probes, which knows nothing of the error of the rule itself (take more
-        steps and compare); and ``num_matvecs``. Differentiable where the nodes are distinct.
+        steps and compare); and ``num_matvecs``. Differentiable.
 
     Source: Ubaru, Chen and Saad (2017).
 

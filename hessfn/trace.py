@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ def hutchinson(matvec: MatVec, probes: Iterable[Tree], *, rtol: float | None = N
     >>> hutchinson(lambda v: 3 * v, rademacher(torch.zeros(4), 10)).mean
     tensor(12., dtype=torch.float64)
     """
-    samples = each(lambda z: tree.dot(z, matvec(z)), probes, batch_size)
+    samples = each(lambda z: _sample(matvec, z, rtol), probes, batch_size)
     return estimate(samples) if rtol is None else _until(samples, rtol)
 
 
@@ -144,9 +145,9 @@ def squared_row_norms(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     """The squared norm of every row, ``sum_j a_ij^2``, as the mean of ``(Az)^2``; no estimate of a squared diagonal.
 
     Returns:
-        ``mean`` and ``stderr``, trees like the probes, and ``num_matvecs``.
+        ``mean`` and ``stderr``, trees like the probes but in float64, which has room for squares, and ``num_matvecs``.
 
-    Cost: one product a probe; two vectors kept.
+    Cost: one product a probe; two vectors kept, in float64.
 
     Raises:
         ValueError: there is no probe.
@@ -154,9 +155,9 @@ def squared_row_norms(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     >>> from hessfn import rademacher
     >>> d = torch.tensor([3.0, 1.0])
     >>> squared_row_norms(lambda v: d * v, rademacher(torch.zeros(2), 4)).mean
-    tensor([9., 1.])
+    tensor([9., 1.], dtype=torch.float64)
     """
-    return estimate(tree.map(torch.square, matvec(z)) for z in probes)
+    return estimate(tree.map(lambda x: tree.wide(x).square(), matvec(z)) for z in probes)
 
 
 def squared_frobenius(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
@@ -184,7 +185,7 @@ def mean_traces(traces: Estimate, like: Tree) -> Estimate:
     """
 
     def divided(values: Tree) -> Tree:
-        return tree.map(lambda value, leaf: value / leaf.numel(), values, like)
+        return tree.map(lambda value, leaf: value / max(leaf.numel(), 1), values, like)
 
     return Estimate(divided(traces.mean), divided(traces.stderr), traces.num_matvecs)
 
@@ -217,19 +218,21 @@ def deflated_trace(matvec: MatVec, probes: Iterable[Tree], eigenpairs: Any, *, r
     tensor(11., dtype=torch.float64)
     """
     rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(eigenpairs.vectors)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     known = eigenpairs.values.sum()
 
     def outside() -> Iterator[Tree]:
         for z in probes:
             flat, unravel = tree.ravel(z)
+            flat = flat.to(rows.dtype)
             yield unravel(flat - (rows @ flat) @ rows)
 
-    samples = (known + tree.dot(z, matvec(z)) for z in outside())
+    samples = (known + _sample(matvec, z, rtol) for z in outside())
     return estimate(samples) if rtol is None else _until(samples, rtol)
 
 
 def estimate(samples: Iterable[Tree]) -> Estimate:
-    """Mean and standard error of independent trees, entry by entry, one at a time."""
+    """Mean and standard error of independent trees, entry by entry, one at a time; in float32 at least."""
     last = deque(_running(samples), maxlen=1)
     if not last:
         raise ValueError("there is no probe: rademacher(params, num) needs num >= 1")
@@ -237,23 +240,24 @@ def estimate(samples: Iterable[Tree]) -> Estimate:
 
 
 def _running(samples: Iterable[Tree]) -> Iterator[tuple[int, Tree, Tree]]:
-    """Count, mean and sum of squared deviations so far (Welford 1962)."""
-    mean = squares = None
+    """Count, mean and root of the sum of squared deviations so far (Welford 1962); no square can overflow."""
+    mean = root = None
     for count, sample in enumerate(samples, 1):
+        sample = tree.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), sample)
         if count == 1:
-            mean, squares = sample, tree.map(torch.zeros_like, sample)
+            mean, root = sample, tree.map(torch.zeros_like, sample)
         else:
             step = tree.map(torch.sub, sample, mean)
             mean = tree.map(lambda m, d, c=count: m + d / c, mean, step)
-            squares = tree.map(lambda s, d, x, m: s + d * (x - m), squares, step, sample, mean)
-        yield count, mean, squares
+            root = tree.map(lambda r, d, c=count: torch.hypot(r, d * math.sqrt((c - 1) / c)), root, step)
+        yield count, mean, root
 
 
-def _of(count: int, mean: Tree, squares: Tree) -> Estimate:
+def _of(count: int, mean: Tree, root: Tree) -> Estimate:
     if count == 1:
-        stderr = tree.map(lambda s: torch.full_like(s, torch.inf), squares)
+        stderr = tree.map(lambda r: torch.full_like(r, torch.inf), root)
     else:
-        stderr = tree.map(lambda s: (s / (count * (count - 1))).sqrt(), squares)
+        stderr = tree.map(lambda r: r / math.sqrt(count * (count - 1)), root)
     return Estimate(mean, stderr, torch.tensor(count))
 
 
@@ -262,11 +266,18 @@ def half_width(stderr: Any, num_samples: int, level: float = 0.95) -> Any:
     return stderr * float(stdtrit(num_samples - 1, 0.5 + level / 2))
 
 
+def _sample(matvec: MatVec, z: Tree, rtol: float | None) -> Tensor:
+    product = matvec(z)
+    if rtol is not None:
+        tree.require_finite(product, "a product of the matvec")
+    return tree.dot(z, product)
+
+
 def _until(samples: Iterable[Tensor], rtol: float) -> Estimate:
     """As many samples as the tolerance takes, at least ten where there are ten."""
     result = None
     for count, mean, squares in _running(samples):
-        krylov.number(mean, count)
+        krylov.number(mean, mean, count)
         result = _of(count, mean, squares)
         if count >= _MIN_PROBES and half_width(result.stderr, count) <= rtol * mean.abs():
             break

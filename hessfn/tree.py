@@ -41,24 +41,38 @@ def numel(tree: Tree) -> int:
 
 def wide(x: Tensor) -> Tensor:
     """``x`` in float64, where its device has float64: the small numbers (dot products, tridiagonals) deserve it."""
-    return x.float() if x.device.type == "mps" else x.double()
+    return x.to(_wide_dtype(x))
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def dot(x: Tree, y: Tree) -> Tensor:
-    """Inner product of two trees of one structure: a scalar, multiplied and summed in float64.
+    """Inner product of two trees of one structure: a scalar, multiplied and summed in float64, a block at a time.
 
-    So it neither overflows nor underflows where the entries do not; a leaf at a time is widened.
+    So no float32 can make it overflow or underflow.
 
     >>> dot({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(2), "b": 2 * torch.ones(1)})
     tensor(4., dtype=torch.float64)
     """
-    parts = [(wide(a) * wide(b)).sum() for a, b in zip(leaves(x), leaves(y), strict=True)]
+    pairs = zip(leaves(x), leaves(y), strict=True)
+    blocks = (block for a, b in pairs for block in zip(_blocks(a), _blocks(b), strict=True))
+    parts = [(wide(a) * wide(b)).sum() for a, b in blocks]
     return torch.stack(parts).sum()
 
 
+def _blocks(leaf: Tensor) -> Sequence[Tensor]:
+    return (leaf,) if leaf.numel() <= _BLOCK else leaf.reshape(-1).split(_BLOCK)
+
+
+_BLOCK = 1 << 20  # so much is widened at a time
+
+
 def norm(x: Tree) -> Tensor:
-    """Euclidean norm of a tree: a float64 scalar, neither overflowing nor underflowing where the entries do not."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(wide(leaf)) for leaf in leaves(x)]))
+    """Euclidean norm of a tree: a float64 scalar, which no float32 can make overflow or underflow."""
+    parts = [torch.linalg.vector_norm(leaf, dtype=_wide_dtype(leaf)) for leaf in leaves(x)]
+    return torch.linalg.vector_norm(torch.stack(parts))
 
 
 def add(x: Tree, y: Tree, alpha: float | Tensor = 1.0) -> Tree:
@@ -160,3 +174,17 @@ def known(flag: Tensor) -> bool | None:
         return bool(flag)
     except RuntimeError:  # vmap refuses data-dependent control flow
         return None
+
+
+def require_finite(x: Tree, what: str) -> Tree:
+    """``x``, or ``ValueError`` that names the first leaf known to hold a NaN or an infinity."""
+    sums = [leaf.sum(dtype=torch.promote_types(leaf.dtype, torch.float32)).isfinite() for leaf in leaves(x)]
+    if sums and known(torch.stack(sums).all()) is False:
+        bad = [name for name, leaf in zip(names(x), leaves(x), strict=True) if not leaf.isfinite().all()]
+        if bad:  # else only the sum overflows
+            others = f" and {len(bad) - 1} more of {len(sums)} leaves" if len(bad) > 1 else ""
+            where = f" in leaf {bad[0]!r}{others}" if bad[0] else ""
+            half = any(leaf.dtype == torch.float16 for leaf in leaves(x))
+            cause = "float16 ends at 65504, take float32" if half else "are the loss and its curvature finite there?"
+            raise ValueError(f"{what} is not finite{where}: {cause}")
+    return x

@@ -15,6 +15,7 @@ from hessfn import tree
 from hessfn.definitions import by_definition
 from hessfn.graph import clean
 from hessfn.tree import Tree
+from hessfn.turns import turn
 
 with warnings.catch_warnings():
     # torch imports this at the first forward-mode derivative and then warns of its own use of torch.jit.
@@ -103,7 +104,8 @@ def _two_differences(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -
 
     coarse, fine = central(step), central(step / 2)
     apart = tree.add(fine, coarse, -1.0)
-    return tree.add(fine, apart, 1 / 3), tree.norm(apart) / tree.norm(fine)
+    size = tree.norm(fine)
+    return tree.add(fine, apart, 1 / 3), torch.where(size > 0, tree.norm(apart) / size, 0.0)
 
 
 class Way(NamedTuple):
@@ -121,7 +123,7 @@ def choose_way(loss: Loss, params: Tree, *args: Any) -> Way:
     Way(mode='traced', reason='', error=0.0)
     """
     v = tree.map(torch.ones_like, params)
-    with sdpa_kernel(SDPBackend.MATH):
+    with turn(), sdpa_kernel(SDPBackend.MATH):
         return _first(loss, params, args, v, "auto")[1]
 
 
@@ -137,7 +139,8 @@ def product_of(loss: Loss, mode: str) -> Product:
             with sdpa_kernel(SDPBackend.MATH):
                 return WAYS["forward" if mode == "auto" else mode](loss)(params, args, v)
         shapes = (is_differentiated(params, args), *_shapes((params, args)))
-        with sdpa_kernel(SDPBackend.MATH):  # the other attention kernels have neither forward rules nor double backward
+        # The other attention kernels have neither forward rules nor double backward.
+        with turn(), sdpa_kernel(SDPBackend.MATH):
             if shapes in found:
                 return found[shapes](params, args, v)
             found[shapes], way, result = _first(loss, params, args, v, mode)
@@ -163,14 +166,14 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
     for name in (("forward", "reverse") if differentiated else WAYS) if mode == "auto" else (mode,):
         try:
             product = WAYS[name](loss, params, args)
-            result = product(params, args, v)
+            with_error = name == "difference"
+            result, apart = _two_differences(loss, params, args, v) if with_error else (product(params, args, v), 0.0)
         except (RuntimeError, NotImplementedError) as error:
             if mode != "auto":
                 raise
             reasons.append(f"{name}: {str(error).splitlines()[0]}")
             continue
-        apart = float(_two_differences(loss, params, args, v)[1]) if name == "difference" else 0.0
-        return product, Way(name, "; ".join(reasons), apart), result
+        return product, Way(name, "; ".join(reasons), float(apart)), result
     raise RuntimeError("this loss cannot be differentiated twice in any way:\n" + "\n".join(reasons))
 
 
@@ -190,6 +193,8 @@ def _announce(way: Way) -> str:
 
 def check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tensor:
     """The loss at these parameters, once it is found to be one finite real number, and no random one."""
+    if tree.numel(params) == 0:
+        raise ValueError("the parameters have no entries: there must be at least one to differentiate by")
     before = _random_states((params, args))
     with torch.no_grad():
         value = loss(params, *args)
