@@ -12,7 +12,7 @@ ETA, STEPS = 0.8, 400
 
 @pytest.fixture(scope="module")
 def descent():
-    """Two eigenpairs on the way of full-batch gradient descent on 200 digits, the last ones from a cold start, losses."""
+    """The top two pairs on the way of full-batch gradient descent on 200 digits, the last from a cold start, losses."""
     datasets = pytest.importorskip("sklearn.datasets")
     images, labels = datasets.load_digits(return_X_y=True)
     inputs = torch.from_numpy(images[:200])
