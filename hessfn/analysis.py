@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 import hessfn as hf
 from hessfn import page, tree
 from hessfn.batches import mean
+from hessfn.distributed import Dealt
 from hessfn.page import Analysis
 from hessfn.prepare import Loss
 from hessfn.trace import estimate
@@ -25,7 +26,8 @@ def analyse(loss: Loss, theta: Tree, batches: Iterable[Any], value: Tensor, sett
     for_density = settings["runs"] * steps
     whole = hf.mean_hvp(loss, theta, batches)
     # Not hf.progress: only on the way it turns out how many products the eigenvalues take.
-    bar = tqdm(total=4 + 2 * k + num_probes + for_density, unit="product", dynamic_ncols=True, mininterval=0.5)
+    expected = 4 + 2 * k + num_probes + for_density
+    bar = tqdm(total=expected, unit="product", dynamic_ncols=True, mininterval=0.5, disable=_quiet(batches))
 
     def matvec(v: Tree) -> Tree:
         product = whole(v)
@@ -56,6 +58,10 @@ def analyse(loss: Loss, theta: Tree, batches: Iterable[Any], value: Tensor, sett
     return Analysis(value, eigen, total, _negative(quadrature), layers, density, band, line_steps, losses, plane)
 
 
+def _quiet(batches: Iterable[Any]) -> bool:
+    return isinstance(batches, Dealt) and batches.rank > 0
+
+
 def _negative(quadrature: hf.Quadrature) -> hf.Estimate:
     """The share of the sum of all |eigenvalues| that is below zero: a ratio of means over the runs."""
     nodes, weights = quadrature
@@ -80,7 +86,8 @@ def _landscape(
     radius, points = settings["radius"] or default, settings["plane"] if others else 0
     steps, grid = (torch.linspace(-radius, radius, num, dtype=torch.float64) for num in (31, points))
     whole = mean(loss, batches)
-    with tqdm(total=31 * len(directions) + points**2, unit="point", desc="landscape", dynamic_ncols=True) as bar:
+    expected = 31 * len(directions) + points**2
+    with tqdm(total=expected, unit="point", desc="landscape", dynamic_ncols=True, disable=_quiet(batches)) as bar:
 
         def point(params: Tree) -> Tensor:
             bar.update()

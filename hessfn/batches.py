@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from hessfn import tree
-from hessfn.distributed import Dealt, across
+from hessfn.distributed import Dealt, Group, across, require_same
 from hessfn.tree import Tree
 
 Weights = Sequence[float] | Callable[[Any], float | Tensor] | None
@@ -86,6 +86,16 @@ def mean(
         average = across(dealt.group)
         return lambda *args: average(lambda: averaged(*args), args)
     return lambda *args: averaged(*args)[0]
+
+
+def deal(batches: Iterable[Any], state: Tree, group: Group) -> Dealt:
+    """Batches dealt out to the processes of a group, once all are found to have the same ones, and the same state.
+
+    Costs one pass over the batches.
+    """
+    require_same(_fingerprint(state).detach().cpu().numpy().tobytes(), "other parameters", group)
+    require_same([_fingerprint(batch).cpu().numpy().tobytes() for batch in _iterate(batches)], "other data", group)
+    return Dealt(batches, group)
 
 
 def _iterate(batches: Iterable[Any]) -> Iterator[Any]:

@@ -10,12 +10,14 @@ import importlib.util
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from hessfn import page
+from hessfn.distributed import launched
 from hessfn.report import report
 
 _DEFAULT = "hessfn.problems:digits"
@@ -44,6 +46,7 @@ examples:
   hessfn report my_problem.py:trained --params "layer4.*" --params "fc.*"
   hessfn report hessfn.problems:digits --set seed=1 --set num_images=1797
   hessfn report hessfn.problems:cifar10_resnet20 --set weights=net.pth --set data=DIR
+  torchrun --nproc-per-node 2 -m hessfn report my_problem.py:trained
 """
 
 
@@ -65,12 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(arguments: argparse.Namespace, command: str) -> None:
     options = vars(arguments).copy()
-    for not_for_report in ("command", "problem", "set", "traceback"):
+    for not_for_report in ("command", "problem", "set", "traceback", "timeout"):
         del options[not_for_report]
+    options.update(name=arguments.problem, command=command, params=arguments.params or "*")
     page.template()  # a missing extra is said before a net is trained
-    problem = load_problem(arguments.problem, dict(arguments.set))
-    result = report(problem, name=arguments.problem, command=command, **{**options, "params": arguments.params or "*"})
-    print(f"{page.summary(result)}\n\nreport: {Path(arguments.out) / 'report.html'}")
+    with launched(arguments.timeout) as group:
+        speaks = group is None or group.rank() == 0
+        if not speaks:
+            warnings.simplefilter("ignore")
+        problem = load_problem(arguments.problem, dict(arguments.set))
+        result = report(problem, group=group, **options)
+        if speaks:
+            print(f"{page.summary(result)}\n\nreport: {Path(arguments.out) / 'report.html'}")
 
 
 def load_problem(spec: str, options: dict[str, Any]) -> Any:
@@ -167,6 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "points each way of the plane over the top two eigenvectors, 0 for no plane (default: %(default)s)"
     add("--plane", type=int, default=15, metavar="N", help=text)
     add("--seed", type=int, default=0, metavar="N", help="of all random vectors (default: %(default)s)")
+
+    text = "how long a process started by torchrun waits for the others (default: %(default)s)"
+    add("--timeout", type=float, default=600, metavar="SECONDS", help=text)
 
     add = command.add_argument_group("output").add_argument
     add("--out", default="hessfn-report", metavar="DIR", help="made if it is not there (default: %(default)s)")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +72,9 @@ class Dealt:
     def __iter__(self) -> Iterator[Any]:
         return itertools.islice(iter(self.batches), self.rank, None, self.size)
 
+    def total(self, number: int) -> int:
+        return sum(_gather(number, self.group))
+
 
 def across(group: Group) -> Callable[[Compute, tuple[Any, ...]], Tree]:
     """``average(compute, args)``: the mean over ranks of the values of ``compute() -> (value, weight)``.
@@ -91,9 +96,8 @@ def across(group: Group) -> Callable[[Compute, tuple[Any, ...]], Tree]:
             value, failure = None, error
         if not agreed:
             agreed.append(_agree(value, weight, failure, group))
-        share, like = agreed[0]
+        share, like, device = agreed[0]
         if value is None:
-            device = next((x.device for x in tree.leaves(args) if isinstance(x, Tensor)), torch.device("cpu"))
             value = tree.map(lambda x: torch.zeros_like(x, device=device), like)
         flat, unravel = tree.ravel(value)
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -101,6 +105,25 @@ def across(group: Group) -> Callable[[Compute, tuple[Any, ...]], Tree]:
         return unravel(_Sum.apply(torch.cat([share * flat, notes]), group, failure)[..., :-2])
 
     return average
+
+
+@contextlib.contextmanager
+def launched(timeout: float) -> Iterator[Group]:
+    """The group of the processes that ``torchrun`` started, or None where it did not start this one.
+
+    A process that waits ``timeout`` seconds for another raises ``RuntimeError``.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield None
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def _require_initialized() -> None:
@@ -114,26 +137,30 @@ def _require_initialized() -> None:
 class _Agreement(NamedTuple):
     share: float  # of this rank, in the weight of all
     like: Tree  # what results look like, on the meta device
+    device: str  # the kind they are on
 
 
 def _agree(value: Tree | None, weight: float | Tensor, failure: Exception | None, group: Group) -> _Agreement:
-    like = None if value is None else tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), value)
-    said = _gather((float(weight), like, failure and f"{type(failure).__name__}: {failure}"), group)
+    like, device = None, ""
+    if value is not None:
+        like = tree.map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta"), value)
+        device = tree.leaves(value)[0].device.type
+    said = _gather((float(weight), like, device, failure and f"{type(failure).__name__}: {failure}"), group)
     if failure is not None:
         raise failure
-    for rank, (weight_there, _, failure_there) in enumerate(said):
+    for rank, (weight_there, *_, failure_there) in enumerate(said):
         if failure_there is not None:
             raise RuntimeError(f"rank {rank} failed: {failure_there}")
         if not 0 <= weight_there < math.inf:
             raise ValueError(f"the weight of rank {rank} is {weight_there}: it must be finite and not negative")
-    total = math.fsum(weight_there for weight_there, _, _ in said)
-    known = [(rank, like_there) for rank, (_, like_there, _) in enumerate(said) if like_there is not None]
+    total = math.fsum(weight_there for weight_there, *_ in said)
+    known = [(rank, like, device) for rank, (_, like, device, _) in enumerate(said) if like is not None]
     if total == 0 or not known:
         raise ValueError("the weights of all ranks are 0: there is no data")
-    first, like = known[0]
-    for rank, like_there in known[1:]:
+    first, like, device = known[0]
+    for rank, like_there, _ in known[1:]:
         _require_alike(like_there, like, f"the result of rank {rank}", f"that of rank {first}")
-    return _Agreement(float(weight) / total, like)
+    return _Agreement(float(weight) / total, like, device)
 
 
 def _require_alike(x: Tree, y: Tree, what: str, other: str) -> None:
@@ -196,7 +223,7 @@ def require_same(x: Any, what: str, group: Group) -> None:
     said = _gather(x, group)
     differing = [rank for rank, y in enumerate(said) if y != said[0]]
     if differing:
-        raise ValueError(f"rank {differing[0]} has {what} unlike rank 0: they must be the same on every rank")
+        raise ValueError(f"rank {differing[0]} has {what} than rank 0: they must be the same on every rank")
 
 
 def _gather(x: Any, group: Group) -> list[Any]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import hessfn as hf
 from hessfn import tree
 from hessfn.batches import mean
-from hessfn.model import Choice
+from hessfn.distributed import Dealt
+from hessfn.model import Choice, bare
 from hessfn.tree import Tree
 from hessfn.ways import check_loss
 
@@ -33,7 +34,7 @@ def prepare(
         raise ValueError(f"a problem is (a torch.nn.Module, a function, an iterable of batches), not ({found})")
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches={num_batches} must be at least 1")
-    wanted_dtype, wanted_device = _dtype(dtype), _device(device)
+    model, wanted_dtype, wanted_device = bare(model), _dtype(dtype), _device(device)
     if wanted_dtype or wanted_device:
         model = copy.deepcopy(model).to(device=wanted_device, dtype=wanted_dtype)
         if isinstance(criterion, nn.Module):
@@ -68,7 +69,8 @@ def first_pass(loss: Loss, theta: Tree, batches: Iterable[Any]) -> tuple[Tensor,
         sizes.append(len(next(x for x in tree.leaves(batch) if isinstance(x, Tensor))))
         return value
 
-    return mean(checked, batches)(), sum(sizes)
+    value, num_samples = mean(checked, batches)(), sum(sizes)
+    return value, batches.total(num_samples) if isinstance(batches, Dealt) else num_samples
 
 
 def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from hessfn import page, tree
 from hessfn.analysis import analyse
+from hessfn.batches import deal
+from hessfn.distributed import Group
 from hessfn.model import Choice
 from hessfn.page import Analysis
 from hessfn.prepare import first_pass, prepare
@@ -39,6 +42,7 @@ def report(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     command: str = "",
+    group: Group = None,
 ) -> dict[str, Any]:
     """The curvature of a model's mean loss over its batches, written to a folder and returned.
 
@@ -61,6 +65,8 @@ def report(
         dtype: what to compute in, such as ``"float64"``, on a copy of the model; by default the model's own.
         device: where to compute, on a copy of the model; by default where the model is.
         command: the command line that does this, for the page to say.
+        group: processes of ``torch.distributed`` that all call this with the same arguments and share the work: of n
+            each takes every n-th batch. The first one writes the files and shows the progress.
 
     Returns:
         What ``report.json`` holds; numbers that are not finite are None::
@@ -91,9 +97,13 @@ def report(
         raise ValueError(f"radius={radius} must be positive")
     if plane != 0 and plane < 3:
         raise ValueError(f"plane={plane} must be at least 3, or 0 for no plane")
+    writes = group is None or group.rank() == 0
     # Whatever the batches draw from the global generator, as a DataLoader does, is given back.
-    with page.staging(Path(out)) as folder, torch.random.fork_rng(devices=[]):
+    with page.staging(Path(out)) if writes else nullcontext() as folder, torch.random.fork_rng(devices=[]):
         loss, theta, batches = prepare(problem, params, dtype, device, num_batches)
+        if group is not None:
+            state = dict(problem[0].named_parameters()), dict(problem[0].named_buffers())
+            batches = deal(batches, state, group)
         n, first = tree.numel(theta), tree.leaves(theta)[0]
         if not 1 <= k <= n:
             raise ValueError(f"k={k} must be between 1 and {n}, the number of parameters")
@@ -120,7 +130,8 @@ def report(
         analysis = analyse(loss, theta, batches, value, settings)
         settings["radius"] = analysis.steps[-1]
         result = page.plain({**_named(analysis, theta), "settings": settings, "versions": _versions()})
-        page.write(folder, template, analysis, result)
+        if folder is not None:
+            page.write(folder, template, analysis, result)
     return result
 
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import multiprocessing
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,7 @@ from torch import Tensor, nn
 
 import hessfn as hf
 from hessfn import tree
+from hessfn.cli import main
 from hessfn.distributed import Dealt, require_same
 
 pytestmark = pytest.mark.skipif(
@@ -27,21 +34,23 @@ pytestmark = pytest.mark.skipif(
 PATIENCE = timedelta(seconds=60)
 
 
-def start(program: Callable[[int, int, Path], None], size: int, folder: Path) -> list[Any]:
+def start(
+    program: Callable[[int, int, Path], None], size: int, folder: Path, timeout: timedelta = PATIENCE
+) -> list[Any]:
     """``program(rank, size, folder)`` in processes of a group; a server imports torch once for all of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hessfn", "torch.distributed.fsdp", __name__])
-    processes = [context.Process(target=_rank, args=(program, rank, size, folder)) for rank in range(size)]
+    processes = [context.Process(target=_rank, args=(program, rank, size, folder, timeout)) for rank in range(size)]
     for process in processes:
         process.start()
     return processes
 
 
-def _rank(program: Callable[[int, int, Path], None], rank: int, size: int, folder: Path) -> None:
+def _rank(program: Callable[[int, int, Path], None], rank: int, size: int, folder: Path, timeout: timedelta) -> None:
     torch.set_num_threads(1)
     with (folder / f"{rank}.err").open("w") as out, contextlib.redirect_stderr(out):
         store = dist.FileStore(str(folder / "store"), size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
         try:
             program(rank, size, folder)
         except BaseException as error:
@@ -132,7 +141,7 @@ def refusals(rank: int, size: int, folder: Path) -> None:
     message = raised(lambda: hf.all_reduce(lambda v: {"w": torch.ones(3 + rank)}, 1.0)(v))
     assert "the result of rank 1 is not like that of rank 0: leaf 'w' of shape (4,)" in message
     assert "the same vector" in raised(lambda: hf.all_reduce(identity, 1.0)(hf.gaussian(v, 1, seed=rank)[0]))
-    assert "rank 1 has other weights" in raised(lambda: require_same(rank, "other weights than rank 0", None))
+    assert "rank 1 has other weights" in raised(lambda: require_same(rank, "other weights", None))
 
     def failing_on_one(after: int) -> Callable[[Any], Any]:
         calls: list[int] = []
@@ -178,3 +187,78 @@ def test_what_one_rank_does_wrong_all_ranks_refuse(tmp_path: Path) -> None:
 def test_without_a_process_group_there_is_a_clear_error() -> None:
     with pytest.raises(RuntimeError, match="not initialised: start the processes with torchrun"):
         hf.all_reduce(lambda v: v, 1.0)
+
+
+# Ranks that die.
+
+
+def killed(rank: int, size: int, folder: Path) -> None:
+    matvec = hf.all_reduce(lambda v: 2 * v, 1.0)
+    for count in range(10):
+        if rank == 1 and count == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        matvec(torch.ones(3))
+
+
+def late(rank: int, size: int, folder: Path) -> None:
+    matvec = hf.all_reduce(lambda v: 2 * v, 1.0)
+    matvec(torch.ones(3))
+    if rank == 1:
+        (folder / "gone").touch()
+        time.sleep(60)
+    matvec(torch.ones(3))
+
+
+@pytest.mark.parametrize("program", [killed, late])
+def test_a_rank_that_dies_or_hangs_makes_the_others_fail_in_time(
+    program: Callable[[int, int, Path], None], tmp_path: Path
+) -> None:
+    alive, gone = start(program, 2, tmp_path, timeout=timedelta(seconds=3))
+    deadline = time.monotonic() + 120
+    while gone.is_alive() and not (tmp_path / "gone").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    alive.join(15)
+    gone.kill()
+    assert alive.exitcode == 1
+    assert "rank 0 could not reach the others: one has died, hangs" in (tmp_path / "0.err").read_text()
+
+
+# Reports.
+
+PROBLEM = """
+import torch
+
+def small():
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(15, 4, generator=generator), torch.randint(3, (15,), generator=generator)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3))
+    for i, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, generator=generator)
+    return model.eval(), torch.nn.CrossEntropyLoss(), list(zip(inputs.split(5), targets.split(5)))
+"""
+
+
+def test_torchrun_gives_the_report_of_one_process_and_one_progress_bar(tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(PROBLEM)
+    options = ["--dtype", "float64", "--probes", "3", "--runs", "2", "--steps", "4", "-k", "1"]
+    report = ["report", f"{tmp_path / 'small.py'}:small", *options, "--out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    several = subprocess.run(
+        [*torchrun, "-m", "hessfn", *report, str(tmp_path / "two")], capture_output=True, text=True, timeout=120
+    )
+    assert several.returncode == 0, several.stderr
+    assert several.stdout.count("report: ") == 1
+    assert several.stderr.count("landscape: 100%") == 1
+    assert main([*report, str(tmp_path / "one")]) == 0
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
+    for result in (one, two):
+        del result["settings"]["command"], result["converged"]
+    assert list(numbers(two)) == pytest.approx(list(numbers(one)), rel=1e-6, abs=1e-12)
+
+
+def numbers(x: Any) -> Iterator[Any]:
+    """The leaves of what JSON holds, those that are no numbers included."""
+    for part in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+        yield from numbers(part)
+    if not isinstance(x, dict | list):
+        yield x if isinstance(x, float) else hash(str(x))
