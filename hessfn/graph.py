@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[...
     >>> graph(torch.tensor([2.0, -1.0]), torch.ones(2))
     tensor(2.)
     """
-    given, where = _tensors((params, args))
+    given, where = tensors((params, args))
     num_params = len(tree.leaves(params))
     module = _trace(loss, (params, args), given, where, num_params)
     for improve in (passes.fold_batch_norm, passes.channels_last, passes.drop_dead):
@@ -53,13 +53,13 @@ def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[...
     module.recompile()
 
     def graph(params: Tree, *args: Any) -> Tensor:
-        return module(*_tensors((params, args))[0])
+        return module(*tensors((params, args))[0])
 
     graph.module = module  # type: ignore[attr-defined]
     return graph
 
 
-def _tensors(arguments: Any) -> tuple[list[Tensor], list[int]]:
+def tensors(arguments: Any) -> tuple[list[Tensor], list[int]]:
     """The tensors among the leaves, and which leaves they are."""
     flat = tree.leaves(arguments)
     where = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
@@ -87,7 +87,8 @@ class _Watch(TorchFunctionMode):
             # functionalize makes an alias of detach, and nothing of .data
             out, notes = aten.alias.default(args[0]), self.cut
         else:
-            out, notes = func(*args, **(kwargs or {})), self.switched_off
+            with _without_onednn() if func in _RECURRENT else nullcontext():
+                out, notes = func(*args, **(kwargs or {})), self.switched_off
         if off or notes is self.cut:
             for node in reversed(nodes):
                 if node is last:
@@ -97,6 +98,7 @@ class _Watch(TorchFunctionMode):
 
 
 _CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)  # oneDNN's kernel of these has no derivative rule
 _LEAVES_TORCH = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
 
 
@@ -141,8 +143,8 @@ def _trace(
 @contextmanager
 def _traceable(gpus: set[torch.device]) -> Iterator[None]:
     """Kernels that can be differentiated twice, derivatives on, and the user's random state put back."""
-    kernels = sdpa_kernel(SDPBackend.MATH), _without_onednn(), torch.backends.cudnn.flags(enabled=False)
-    with kernels[0], kernels[1], kernels[2], torch.enable_grad(), torch.random.fork_rng(devices=list(gpus)):
+    kernels = sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False)
+    with kernels[0], kernels[1], torch.enable_grad(), torch.random.fork_rng(devices=list(gpus)):
         yield
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from hessfn import tree
-from hessfn.graph import aten, clean
+from hessfn import passes, tree
+from hessfn.graph import aten, clean, tensors
+from hessfn.record import record
 from hessfn.tree import MatVec, Tree
 
 
@@ -35,31 +32,84 @@ def linearized(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: b
     >>> matvec(torch.tensor([1.0, 1.0]))
     tensor([ 6., 12.])
     """
-    graph = clean(loss, params, *args)
     # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new.
     params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
-    point = tuple(tree.leaves(params))
-
-    def gradient(*leaves: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.grad(lambda ls: graph(tree.unflatten(ls, params), *args))(leaves)
-
-    def derivative(*v: Tensor) -> list[Tensor]:
-        result: Any = torch.func.jvp(gradient, point, v)
-        return [t.contiguous() if p.is_contiguous() else t for t, p in zip(result[1], point, strict=True)]
-
-    module = record(torch.func.functionalize(derivative, remove="mutations"), [torch.zeros_like(p) for p in point])
-
-    product = _compiled(module, point) if compile else module
+    module = derivative(clean(loss, params, *args), params, args)
+    module = _folded(module, tensors((params, args))[0])
+    product = _compiled(module, tree.leaves(params)) if compile else module
 
     def matvec(v: Tree) -> Tree:
         with torch.no_grad():
             return tree.unflatten(product(*tree.leaves(v)), params)
 
-    matvec.module = module  # type: ignore[attr-defined]
     return matvec
 
 
-def _compiled(module: fx.GraphModule, like: tuple[Tensor, ...]) -> Callable[..., list[Tensor]]:
+def derivative(graph: Callable[..., Tensor], params: Tree, args: tuple[Any, ...]) -> fx.GraphModule:
+    """The Hessian-vector product of a clean loss, from the tensors of ``params``, ``args`` and ``v`` in a row."""
+    point = tree.leaves(params)
+    given = tensors((params, args))[0]
+
+    def product(*inputs: Tensor) -> list[Tensor]:
+        at, others, v = inputs[: len(point)], inputs[len(point) : len(given)], inputs[len(given) :]
+
+        def gradient(*leaves: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.grad(lambda ls: graph.module(*ls, *others))(leaves)  # type: ignore[attr-defined]
+
+        result: Any = torch.func.jvp(gradient, at, v)
+        return [t.contiguous() if p.is_contiguous() else t for t, p in zip(result[1], point, strict=True)]
+
+    return record(product, [*given, *map(torch.empty_like, point)])
+
+
+def _folded(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
+    """The graph with its first inputs fixed: all that depends on nothing else is computed now, once."""
+    graph = module.graph
+    fixed = graph.find_nodes(op="placeholder")[: len(values)]
+    known: dict[fx.Node, Any] = dict(zip(fixed, values, strict=True))
+    constants: dict[fx.Node, fx.Node] = {}
+    waiting = {node: set(node.users) for node in graph.nodes}
+    for node in list(graph.nodes):
+        inputs = node.all_input_nodes
+        if node.op == "get_attr":
+            known[node] = module.get_buffer(node.target)
+        elif node.op == "call_function" and all(i in known for i in inputs):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+        else:
+            for i in inputs:
+                if i in known and i not in constants:
+                    module.register_buffer(f"folded{len(constants)}", known[i])
+                    with graph.inserting_before(node):
+                        constants[i] = graph.get_attr(f"folded{len(constants)}")
+                if i in known:
+                    node.replace_input_with(i, constants[i])
+            _leave_out_zeros(node, module)
+        for i in inputs:
+            waiting[i].discard(node)
+            if not waiting[i] and i in known:
+                known[i] = None  # its memory is free
+    passes.own_results(graph)
+    passes.drop_dead(graph)
+    for node in fixed:
+        graph.erase_node(node)
+    return fx.GraphModule(module, graph)  # with the buffers that it still uses
+
+
+def _leave_out_zeros(node: fx.Node, module: fx.GraphModule) -> None:
+    """Derivative rules add zeros."""
+    inputs: Any = node.args
+    if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(i, fx.Node) for i in inputs):
+        return
+    for zeros, other in (inputs, inputs[::-1]):
+        same = other.meta.get("looks") == node.meta["looks"]
+        if zeros.op == "get_attr" and same and not module.get_buffer(zeros.target).any():
+            node.replace_all_uses_with(other)
+            return
+
+
+def _compiled(module: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[Tensor]]:
     """The module through ``torch.compile``, once one product has been seen to be the same."""
     product = torch.compile(module, fullgraph=True, dynamic=False)
     v = [torch.arange(p.numel(), device=p.device).cos().to(p.dtype).view_as(p) for p in like]
@@ -73,93 +123,3 @@ def _compiled(module: fx.GraphModule, like: tuple[Tensor, ...]) -> Callable[...,
             f"{allowed:.1e}: take compile=False"
         )
     return product
-
-
-def record(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> fx.GraphModule:
-    """The graph of a linear function, with all that does not depend on the inputs folded into constants."""
-    recorder = _Recorder(inputs)
-    with recorder:
-        outputs = function(*inputs)
-    nodes = [recorder.node_of(output) for output in outputs]
-    for i, node in enumerate(nodes):
-        if node.op != "call_function" or node in nodes[:i]:  # a result shares memory with nothing
-            nodes[i] = recorder.graph.call_function(aten.clone.default, (node,))
-    recorder.graph.output(nodes)
-    recorder.graph.eliminate_dead_code()
-    module = fx.GraphModule(recorder.constants, recorder.graph)
-    return module
-
-
-class _Recorder(TorchDispatchMode):
-    """Runs operations and writes down those whose inputs vary: they must be linear in what varies, and out of place."""
-
-    def __init__(self, inputs: list[Tensor]) -> None:
-        super().__init__()
-        self.graph = fx.Graph()
-        self.constants = torch.nn.Module()
-        self.varying = WeakTensorKeyDictionary()
-        self.known = WeakTensorKeyDictionary()
-        for i, tensor in enumerate(inputs):
-            self.varying[tensor] = self.graph.placeholder(f"v{i}")
-
-    def node_of(self, tensor: Tensor) -> fx.Node:
-        if tensor in self.varying:
-            return self.varying[tensor]
-        if tensor not in self.known:
-            name = f"constant{len(self.known)}"
-            self.constants.register_buffer(name, tensor)
-            self.known[tensor] = self.graph.get_attr(name)
-        return self.known[tensor]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        varying = [t for t in tree.leaves((args, kwargs)) if isinstance(t, Tensor) and t in self.varying]
-        if not varying or func in _FORGETS or not isinstance(out, (Tensor, tuple, list)):
-            return out
-        if self._hands_on(func, args, kwargs, varying[0], out):
-            self.varying[out] = self.varying[varying[0]]
-            return out
-        func = aten.reshape.default if func in _VIEWS else func  # under vmap the layout may be another
-        call = self.graph.call_function(func, *tree_map_only(Tensor, self.node_of, (args, kwargs)))
-        if isinstance(out, Tensor):
-            self.varying[out] = call
-        else:
-            for i, part in enumerate(out):
-                if isinstance(part, Tensor):
-                    self.varying[part] = self.graph.call_function(operator.getitem, (call, i))
-        return out
-
-    def _hands_on(self, func: Any, args: Any, kwargs: Any, varying: Tensor, out: Any) -> bool:
-        """Whether the result is what varies in it, unchanged: derivative rules leave many of these behind."""
-        if func is aten.add.Tensor:
-            others = [t for t in args if t is not varying]
-            if (
-                kwargs
-                or len(others) != 1
-                or not isinstance(others[0], Tensor)
-                or others[0] in self.varying
-                or others[0].any()
-            ):
-                return False
-        elif func not in _MAY_HAND_ON:
-            return False
-        return (varying.shape, varying.stride(), varying.dtype) == (out.shape, out.stride(), out.dtype)
-
-
-_VIEWS = {aten.view.default, aten._unsafe_view.default}
-_FORGETS = {
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.new_zeros.default,
-    aten._new_zeros_with_same_feature_meta.default,
-}
-_MAY_HAND_ON = {
-    aten.expand.default,
-    aten._to_copy.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.clone.default,
-    aten.copy.default,
-}

@@ -54,6 +54,28 @@ def drop_dead(graph: fx.Graph) -> None:
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
 
+def own_results(graph: fx.Graph) -> None:
+    """A result shares its memory with no other, and with no input."""
+    (output,) = graph.find_nodes(op="output")
+    with graph.inserting_before(output):
+        results = list(output.args[0])
+        for i, node in enumerate(results):
+            if node.op != "call_function" or node in results[:i] or _shares(node):
+                results[i] = graph.call_function(aten.clone.default, (node,))
+                results[i].meta = dict(node.meta)
+    output.args = (results,)
+
+
+def only_used_gradients(graph: fx.Graph) -> None:
+    """What nobody takes is not computed, also not by a convolution's backward pass."""
+    drop_dead(graph)
+    for backward in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
+        used = {user.args[1] for user in backward.users}
+        *others, mask = backward.args
+        backward.args = (*others, [wanted and i in used for i, wanted in enumerate(mask)])
+    drop_dead(graph)
+
+
 def fold_batch_norm(graph: fx.Graph) -> None:
     """BatchNorm in eval mode is affine: it goes into the convolution's weight, or else is a multiply-add per channel.
 

@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn import tree
 from hessfn.definitions import by_definition
-from hessfn.graph import clean
+from hessfn.graph import Untraceable, clean, tensors
+from hessfn.linear import derivative
 from hessfn.tree import Tree
 from hessfn.turns import turn
 
@@ -62,7 +63,12 @@ def _difference(loss: Loss, *_: Any) -> Product:
 
 
 def _traced(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Product:
-    return _forward(clean(loss, params, *args))
+    graph = clean(loss, params, *args)
+    try:
+        module = derivative(graph, params, args)
+    except Untraceable:  # a derivative rule looks at values
+        return _forward(graph)
+    return lambda params, args, v: tree.unflatten(module(*tensors((params, args, v))[0]), params)
 
 
 # In the order of preference.

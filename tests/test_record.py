@@ -1,0 +1,66 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from nets import normal, seeded
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import hessfn as hf
+from hessfn.graph import Untraceable
+from hessfn.record import record
+
+
+def peak_memory():
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+def test_record_is_the_function_at_other_values():
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    module = record(lambda a, b: [(a @ b).sin(), a.t().mul_(2.0)], [x, y])
+    first, second = module(x + 1, y - 2)
+    assert torch.equal(first, ((x + 1) @ (y - 2)).sin()) and torch.equal(second, 2 * (x + 1).t())
+
+
+def test_recording_computes_nothing_and_takes_no_memory():
+    x = torch.ones(20_000)
+    record(lambda a: [(a[:10, None] * a).sum()], [x])
+    before = peak_memory()
+    module = record(lambda a: [(a[:, None] * a).exp().sum()], [x])  # three results of 1.6 GB
+    assert peak_memory() - before < 1e8
+    assert any(node.name.startswith("exp") for node in module.graph.nodes)
+
+
+def test_results_share_memory_with_nothing():
+    x = torch.ones(2, 3)
+    same, view, again = record(lambda a: [a, a.t(), a], [x])(x)
+    pointers = [t.untyped_storage().data_ptr() for t in (x, same, view, again)]
+    assert len(set(pointers)) == 4
+
+
+def test_a_rule_that_looks_at_values_is_refused():
+    with pytest.raises(Untraceable, match="values of a tensor"):
+        record(lambda a: [a * a.sum().item()], [torch.ones(3)])
+    with pytest.raises(Untraceable, match="values of a tensor"):
+        record(lambda a: [a[a > 0]], [torch.ones(3)])
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_products_compute_only_what_they_need():
+    def net():
+        return nn.Sequential(*[nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()) for _ in range(4)])
+
+    batch = normal(2, 8, 12, 12), normal(2, 8, 4, 4)
+    loss, params = hf.functionalize(seeded(net).eval(), nn.MSELoss())
+    gradient = flops(lambda: hf.tree.map(torch.Tensor.sum, torch.func.grad(loss)(params, batch)))
+    products = hf.hvp(loss, params, batch), hf.linearized_hvp(loss, params, batch)
+    products[0](params)  # finds its way
+    plain, linear = (flops(lambda product=product: product(params)) / gradient for product in products)
+    assert linear <= 2.0 + 1e-6  # six convolutions where the gradient has three
+    assert plain <= 8 / 3  # and the loss and its gradient by the activations, but not that by the weights
