@@ -22,8 +22,10 @@ nitpicky = True
 nitpick_ignore_regex = [("py:class", ".*")]
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_type_aliases = {"Tree": "Tree", "MatVec": "MatVec"}
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
+napoleon_use_rtype = False  # what stands before a colon is no type
 
 html_theme = "furo"
 html_title = f"hessfn {version}"
