@@ -14,6 +14,7 @@ from hessfn.distributed import all_reduce
 from hessfn.eigen import EigenPair, EigenPairs, Tridiagonal, eigsh, lanczos, power_iter
 from hessfn.graph import Untraceable
 from hessfn.landscape import (
+from hessfn.journal import journal
     Curvature,
     check_slice,
     direction_to,
@@ -103,6 +104,7 @@ __all__ = [
     "plot",
     "power_iter",
     "principal_directions",
+    "journal",
     "progress",
     "rademacher",
     "random_direction",

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nets import normal
+
+import hessfn as hf
+from hessfn import tree
+from hessfn.tree import MatVec, Tree
+
+LIKE = {"a": torch.zeros(5, 4), "b": [torch.zeros(()), torch.zeros(3)], "none": torch.zeros(0, 2)}
+KEY = {"params": LIKE, "data": [normal(3), "train"], "rate": 0.5}
+
+
+def symmetric(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> MatVec:
+    half = normal(24, 24).to(dtype)
+
+    def matvec(v: Tree) -> Tree:
+        flat, unravel = tree.ravel(v)
+        return unravel(scale * (half + half.T) @ flat)
+
+    return matvec
+
+
+def like(dtype: torch.dtype = torch.float64) -> Tree:
+    return tree.map(lambda x: x.to(dtype), LIKE)
+
+
+class Killed(BaseException):
+    pass
+
+
+def counted(matvec: MatVec, most: float = float("inf")) -> tuple[MatVec, list[int]]:
+    made: list[int] = []
+
+    def limited(v: Tree) -> Tree:
+        if len(made) >= most:
+            raise Killed
+        made.append(1)
+        return matvec(v)
+
+    return limited, made
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def records(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.name not in ("journal.json", "lock"))
+
+
+ROUTINES: dict[str, Callable[[MatVec, Tree], Any]] = {
+    "power_iter": lambda A, z: hf.power_iter(A, hf.gaussian(z, 1)[0], max_matvecs=12),
+    "eigsh with restarts": lambda A, z: hf.eigsh(A, hf.gaussian(z, 1)[0], 2, basis_size=6),
+    "slq": lambda A, z: hf.slq(A, hf.gaussian(z, 2), 5),
+    "hutchinson": lambda A, z: hf.hutchinson_diag(A, hf.rademacher(z, 8)),
+    "xtrace": lambda A, z: hf.xtrace(A, hf.gaussian(z, 5)),
+    "check": lambda A, z: hf.check_matvec(A, z) or 1,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ROUTINES)
+def test_a_routine_killed_at_any_product_goes_on_to_the_same_bits(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    routine, matvec, z = ROUTINES[name], symmetric(dtype), like(dtype)
+    undisturbed, made = counted(matvec)
+    expected = tree.leaves(routine(undisturbed, z))
+    total = 0
+    for lifetime in [1, 3, 0, 2, 1000]:
+        mortal, ours = counted(matvec, lifetime)
+        with contextlib.suppress(Killed):
+            result = routine(hf.journal(mortal, tmp_path, key=KEY), z)
+        total += len(ours)
+    assert total == len(made)
+    for a, b in zip(tree.leaves(result), expected, strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def test_more_probes_make_use_of_the_products_there_are(tmp_path: Path) -> None:
+    matvec, made = counted(symmetric())
+    for num, new in ((10, 10), (15, 5), (7, 0)):
+        made.clear()
+        estimate = hf.hutchinson(hf.journal(matvec, tmp_path, key=KEY), hf.rademacher(like(), num))
+        assert len(made) == new
+        assert estimate == hf.hutchinson(symmetric(), hf.rademacher(like(), num))
+
+
+def test_a_vector_asked_for_twice_is_computed_twice(tmp_path: Path) -> None:
+    noise = iter(range(100))
+    random = hf.journal(lambda v: (1 + next(noise)) * v, tmp_path, key={})
+    with pytest.raises(ValueError, match="not deterministic"):
+        hf.check_matvec(random, torch.zeros(4))
+    again = hf.journal(lambda v: 1 / 0, tmp_path, key={})
+    x = hf.gaussian(torch.zeros(4), 2)[0]
+    assert torch.equal(again(x), x)
+    assert torch.equal(again(x), 2 * x)
+
+
+def test_without_a_key_a_run_computes_one_product_to_know_the_matrix(tmp_path: Path) -> None:
+    for expected in (7, 1):
+        matvec, made = counted(symmetric())
+        hf.hutchinson(hf.journal(matvec, tmp_path), hf.rademacher(like(), 6))
+        assert len(made) == expected
+    before = files(tmp_path)
+    for other in (symmetric(scale=1 + 1e-15), lambda v: tree.scale(1 + 1e-15, symmetric()(v))):
+        with pytest.raises(ValueError, match="another 'matrix'"):
+            hf.journal(other, tmp_path)(like())
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype", "message"),
+    [
+        ({**KEY, "params": {"a": torch.ones(5, 4)}}, torch.float64, "another 'params'"),
+        ({**KEY, "data": [normal(3).float(), "train"]}, torch.float64, "another 'data'"),
+        ({**KEY, "data": [normal(3), "test"]}, torch.float64, "another 'data'"),
+        ({**KEY, "rate": 0.25}, torch.float64, r"another 'rate' \(0.5, here 0.25\)"),
+        ({"params": LIKE}, torch.float64, "another 'data', another 'rate'"),
+        (KEY, torch.float32, r"another 'vectors' \(24 float64, .*, here 24 float32"),
+        (None, torch.float64, "another 'matrix'"),
+    ],
+)
+def test_the_journal_of_another_matrix_is_refused_and_left_alone(
+    key: Any, dtype: torch.dtype, message: str, tmp_path: Path
+) -> None:
+    z = like()
+    hf.journal(symmetric(), tmp_path, key=KEY)(z)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        hf.journal(symmetric(dtype), tmp_path, key=key)(tree.map(lambda x: x.to(dtype), z))
+    assert str(tmp_path) in str(error.value)
+    assert "delete" in str(error.value)
+    assert files(tmp_path) == before
+
+
+def damages(whole: bytes) -> Iterator[bytes]:
+    for i in range(0, len(whole), 7):
+        yield whole[:i]
+        yield whole[:i] + bytes([whole[i] ^ 16]) + whole[i + 1 :]
+    yield whole + b"\0"
+    yield b"\0" * len(whole)
+
+
+def test_a_damaged_product_is_refused_by_name_and_computed_again_once_deleted(tmp_path: Path) -> None:
+    z = hf.gaussian(like(), 1)[0]
+    product = hf.journal(symmetric(), tmp_path, key=KEY)(z)
+    (record,) = records(tmp_path)
+    for damaged in damages(record.read_bytes()):
+        record.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{record.name}' is damaged .* delete this file"):
+            hf.journal(symmetric(), tmp_path, key=KEY)(z)
+    record.unlink()
+    for a, b in zip(tree.leaves(hf.journal(symmetric(), tmp_path, key=KEY)(z)), tree.leaves(product), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", '{"format": "hessfn journal 0", "key": {}}', "\xff", None])
+def test_a_journal_that_does_not_say_what_it_is_of_is_refused(damage: str | None, tmp_path: Path) -> None:
+    hf.journal(symmetric(), tmp_path, key=KEY)(like())
+    about = tmp_path / "journal.json"
+    about.unlink() if damage is None else about.write_text(damage, "latin-1")
+    with pytest.raises(ValueError, match=r"journal.json' is (damaged|missing).*delete the folder"):
+        hf.journal(symmetric(), tmp_path, key=KEY)(like())
+
+
+def test_a_product_carried_over_from_another_journal_is_refused(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    hf.journal(symmetric(), mine, key=KEY)(tree.map(torch.ones_like, like()))
+    hf.journal(symmetric(scale=2.0), other, key={})(like())
+    (stray,) = records(other)
+    (mine / stray.name).write_bytes(stray.read_bytes())
+    with pytest.raises(ValueError, match="of another journal"):
+        hf.journal(symmetric(), mine, key=KEY)(like())
+
+
+def test_a_journal_is_a_line_of_json_and_the_bytes_of_the_product(tmp_path: Path) -> None:
+    z = hf.gaussian(like(), 1)[0]
+    product = hf.journal(symmetric(), tmp_path, key=KEY)(z)
+    (record,) = records(tmp_path)
+    first, rest = record.read_bytes().split(b"\n", 1)
+    assert json.loads(first)["leaves"] == [["float64", list(x.shape)] for x in tree.leaves(z)]
+    assert rest == b"".join(x.numpy().tobytes() for x in tree.leaves(product))
+
+
+def test_products_lie_in_memory_alike_whether_computed_or_read(tmp_path: Path) -> None:
+    wide = normal(4, 6).T
+    both = [hf.journal(lambda v: v, tmp_path, key={})(wide) for _ in range(2)]
+    assert both[0].stride() == both[1].stride() == (4, 1)
+    assert torch.equal(both[1], wide)
+
+
+def test_starting_over_drops_the_products_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    hf.journal(symmetric(), tmp_path, key=KEY)(like())
+    hf.journal(lambda v: v, tmp_path, key={}, resume=False)(torch.ones(2))
+    assert len(records(tmp_path)) == 2
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert torch.equal(hf.journal(lambda v: 1 / 0, tmp_path, key={})(torch.ones(2)), torch.ones(2))
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_journal_good(tmp_path: Path) -> None:
+    z = list(hf.rademacher(torch.zeros(1000, dtype=torch.float64), 3))
+    hf.journal(lambda v: 2 * v, tmp_path, key={})(z[0])
+    before, limits = files(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot be written \(File too large\).*make room"):
+            hf.journal(lambda v: 2 * v, tmp_path, key={})(z[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(tmp_path) == before
+    matvec, made = counted(lambda v: 2 * v)
+    hf.hutchinson(hf.journal(matvec, tmp_path, key={}), z)
+    assert len(made) == 2
+
+
+HOLDER = """
+import sys, time, torch, hessfn
+kept = hessfn.journal(lambda v: 2 * v, sys.argv[1], key={})
+kept(torch.ones(2))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_processes_do_not_share_a_journal_and_a_dead_one_gives_it_back(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(BlockingIOError, match="in use by another process"):
+                hf.journal(lambda v: 2 * v, tmp_path, key={})(torch.ones(2))
+        finally:
+            os.kill(holder.pid, signal.SIGKILL)
+    (tmp_path / "tmpabc.part").write_bytes(b"half a product")
+    assert torch.equal(hf.journal(lambda v: 1 / 0, tmp_path, key={})(torch.ones(2)), torch.full((2,), 2.0))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_journal_takes_plain_tensors_only(tmp_path: Path) -> None:
+    matvec = hf.journal(lambda v: 2 * v, tmp_path, key={})
+    for transformed in (
+        lambda: torch.func.vmap(matvec)(torch.ones(2, 3)),
+        lambda: torch.func.grad(lambda v: matvec(v).sum())(torch.ones(3)),
+        lambda: matvec(torch.ones(3, requires_grad=True)),
+        lambda: matvec(torch.ones(3, device="meta")),
+    ):
+        with pytest.raises(ValueError, match="plain tensors"):
+            transformed()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_no_bytes_is_no_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'model' is a Linear: only tensors"):
+        hf.journal(lambda v: v, tmp_path, key={"net": {"model": torch.nn.Linear(1, 1)}})(torch.ones(1))
