@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessfn.batches import length
+from hessfn.fsdp import is_fully_sharded, sharded_loss
+
 Params = dict[str, Tensor]
 Choice = str | Iterable[str] | Callable[[str, Tensor], bool]
 
@@ -25,7 +28,9 @@ def functionalize(
         model: any module, also within ``DataParallel`` or ``DistributedDataParallel``. It is never touched, also not
             while the loss runs: the loss owns a skeleton of it without storage. Its mode counts as it is now: call
             ``model.eval()`` before. In training mode BatchNorm uses the statistics of the batch and leaves its running
-            ones alone.
+            ones alone. A model under ``fully_shard`` is the exception: it is written over while the loss runs, and
+            restored to the bit; each rank gives its own batch, the loss is the mean over all, and products are
+            differences of gradients.
         criterion: ``criterion(outputs, targets)`` to a scalar, a mean over the batch if batches are to be averaged.
         params: which parameters the loss is a function of: a glob pattern or several (``"features.*"``), or a
             predicate ``(name, tensor) -> bool`` such as ``lambda name, p: p.requires_grad``. The rest are constants.
@@ -47,6 +52,8 @@ def functionalize(
     >>> loss(params, (torch.ones(4, 3), torch.zeros(4, 2))).shape
     torch.Size([])
     """
+    if is_fully_sharded(model):
+        return _of_parts(model, criterion, params)
     forward, chosen = stateless(model, params=params)
 
     def loss(params: Params, batch: Any) -> Tensor:
@@ -54,6 +61,21 @@ def functionalize(
         return criterion(forward(params, inputs), targets)
 
     return loss, chosen
+
+
+def _of_parts(
+    model: nn.Module, criterion: Callable[[Any, Any], Tensor], params: Choice
+) -> tuple[Callable[[Params, Any], Tensor], Params]:
+    _refuse_randomness(model)
+    originals: Params = dict(model.named_parameters())
+    chosen = _choose({name: p.detach() for name, p in originals.items()}, originals, params)
+
+    def of_batch(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = pair(batch)
+        args, kwargs = _arguments(inputs)
+        return criterion(model(*args, **kwargs), targets)
+
+    return sharded_loss(model, list(chosen), of_batch, length), chosen
 
 
 def stateless(model: nn.Module, *, params: Choice = "*") -> tuple[Callable[[Params, Any], Any], Params]:
@@ -84,14 +106,19 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
     def run(
         params: Params, inputs: Any, within: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
     ) -> Any:
-        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else () if isinstance(inputs, Mapping) else (inputs,)
-        kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+        args, kwargs = _arguments(inputs)
         # A module may write to its buffers: it writes to copies.
         state = {**{name: b.clone() for name, b in buffers.items()}, **everything, **params}
         with nullcontext() if torch.compiler.is_compiling() else one_at_a_time, within(skeleton):
             return torch.func.functional_call(skeleton, state, args, kwargs)
 
     return everything, run
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hessfn import tree
+from hessfn.sharded import layout, place
 from hessfn.tree import Tree
 
 Draw = Callable[[np.random.Generator, list[int]], Iterator[Tensor]]
@@ -80,7 +81,7 @@ class _Probes(Sequence[Tree]):
                 raise ValueError(f"leaf {name!r} is {kind}: probes are drawn like floating-point tensors only")
         self._draw, self._seed, self._indices = draw, seed, range(num)
         # Shapes only: a lazy sequence must not keep the parameters alive.
-        self._specs = [(leaf.shape, leaf.dtype, leaf.device) for leaf in tree.leaves(like)]
+        self._specs = [(leaf.shape, leaf.dtype, leaf.device, layout(leaf)) for leaf in tree.leaves(like)]
         self._blank = tree.map(lambda leaf: 0, like)
 
     def __len__(self) -> int:
@@ -98,10 +99,11 @@ class _Probes(Sequence[Tree]):
         # The draw's name is part of the seed: signs and normals of one seed must not come from the same bits.
         words = [self._seed, self._indices[index], *self._draw.__name__.encode()]
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
-        drawn = self._draw(rng, [shape.numel() for shape, _, _ in self._specs])
+        drawn = self._draw(rng, [shape.numel() for shape, *_ in self._specs])
         specs = zip(drawn, self._specs, strict=True)
         return tree.unflatten(
-            [x.to(dtype).reshape(shape).to(device) for x, (shape, dtype, device) in specs], self._blank
+            [place(x.to(dtype).reshape(shape).to(device), where) for x, (shape, dtype, device, where) in specs],
+            self._blank,
         )
 
 

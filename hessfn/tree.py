@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hessfn.sharded import layout, over_ranks, place, whole
+
 Tree = Any
 MatVec = Callable[[Tree], Tree]
 
@@ -56,6 +58,8 @@ def dot(x: Tree, y: Tree) -> Tensor:
     >>> dot({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(2), "b": 2 * torch.ones(1)})
     tensor(4., dtype=torch.float64)
     """
+    if any(layout(a) for a in leaves(x)):
+        return over_ranks(dot, torch.sum, leaves(x), leaves(y))
     pairs = zip(leaves(x), leaves(y), strict=True)
     blocks = (block for a, b in pairs for block in zip(_blocks(a), _blocks(b), strict=True))
     parts = [(wide(a) * wide(b)).sum() for a, b in blocks]
@@ -71,6 +75,8 @@ _BLOCK = 1 << 20  # so much is widened at a time
 
 def norm(x: Tree) -> Tensor:
     """Euclidean norm of a tree: a float64 scalar, which no float32 can make overflow or underflow."""
+    if any(layout(leaf) for leaf in leaves(x)):
+        return over_ranks(norm, torch.linalg.vector_norm, leaves(x))
     parts = [torch.linalg.vector_norm(leaf, dtype=_wide_dtype(leaf)) for leaf in leaves(x)]
     return torch.linalg.vector_norm(torch.stack(parts))
 
@@ -89,7 +95,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     """The entries of a tree as one flat vector ``(n,)``, and the function that goes back.
 
     The way back also takes stacks of vectors ``(..., n)``: each leaf then carries the leading axes. Leaves of unlike
-    dtypes meet in the wider one and get their own back.
+    dtypes meet in the wider one and get their own back. Of sharded leaves the flat vector holds all, on every process.
 
     >>> flat, unravel = ravel({"a": torch.zeros(2), "b": torch.ones(1, 2)})
     >>> flat
@@ -98,6 +104,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     torch.Size([3, 1, 2])
     """
     parts = leaves(tree)
+    layouts = [layout(part) for part in parts]
     shapes = [part.shape for part in parts]
     dtypes = [part.dtype for part in parts]
     sizes = [part.numel() for part in parts]
@@ -107,9 +114,10 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         lead = flat.shape[:-1]
         pieces = flat.split(sizes, dim=-1)
         restored = [p.reshape((*lead, *s)).to(d) for p, s, d in zip(pieces, shapes, dtypes, strict=True)]
-        return pytree.tree_unflatten(restored, structure)
+        placed = [place(x, where, len(lead)) for x, where in zip(restored, layouts, strict=True)]
+        return pytree.tree_unflatten(placed, structure)
 
-    return torch.cat([part.reshape(-1) for part in parts]), unravel
+    return torch.cat([whole(part).reshape(-1) for part in parts]), unravel
 
 
 def select(tree: Tree, patterns: str | Iterable[str]) -> dict[str, Tensor]:
@@ -178,9 +186,12 @@ def known(flag: Tensor) -> bool | None:
 
 def require_finite(x: Tree, what: str) -> Tree:
     """``x``, or ``ValueError`` that names the first leaf known to hold a NaN or an infinity."""
-    sums = [leaf.sum(dtype=torch.promote_types(leaf.dtype, torch.float32)).isfinite() for leaf in leaves(x)]
+    if any(layout(leaf) for leaf in leaves(x)):
+        sums = [norm(x).isfinite()]
+    else:
+        sums = [leaf.sum(dtype=torch.promote_types(leaf.dtype, torch.float32)).isfinite() for leaf in leaves(x)]
     if sums and known(torch.stack(sums).all()) is False:
-        bad = [name for name, leaf in zip(names(x), leaves(x), strict=True) if not leaf.isfinite().all()]
+        bad = [name for name, leaf in zip(names(x), leaves(x), strict=True) if not whole(leaf).isfinite().all()]
         if bad:  # else only the sum overflows
             others = f" and {len(bad) - 1} more of {len(sums)} leaves" if len(bad) > 1 else ""
             where = f" in leaf {bad[0]!r}{others}" if bad[0] else ""

@@ -19,8 +19,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from nets import problem
+from nets import normal, problem
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 import hessfn as hf
 from hessfn import tree
@@ -262,3 +265,94 @@ def numbers(x: Any) -> Iterator[Any]:
         yield from numbers(part)
     if not isinstance(x, dict | list):
         yield x if isinstance(x, float) else hash(str(x))
+
+
+# Sharded parameters.
+
+
+def trees_of_parts(rank: int, size: int, folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+    whole = {"w": normal(3, 4, seed=0), "b": normal(3, seed=1), "c": normal(4, seed=2)}
+    placements = {"w": Shard(0), "b": Replicate(), "c": Shard(0)}  # 3 rows on 2 ranks
+    parts = {name: distribute_tensor(x, mesh, [placements[name]]) for name, x in whole.items()}
+
+    assert tree.dot(parts, parts) == pytest.approx(float(tree.dot(whole, whole)), rel=1e-14)
+    assert tree.norm(parts) == pytest.approx(float(tree.norm(whole)), rel=1e-14)
+    flat, unravel = tree.ravel(parts)
+    assert torch.equal(flat, tree.ravel(whole)[0])
+    stack = unravel(torch.stack([flat, 2 * flat]))
+    assert stack["w"].placements == (Shard(1),)
+    assert torch.equal(tree.ravel(tree.map(lambda x: x[1], stack))[0], 2 * flat)
+    for draw in (hf.rademacher, hf.gaussian):
+        probe = draw(parts, 3)[2]
+        assert probe["w"].placements == (Shard(0),)
+        assert torch.equal(tree.ravel(probe)[0], tree.ravel(draw(whole, 3)[2])[0])
+
+    x = normal(5, 4, seed=3)
+    everywhere = distribute_tensor(x, mesh, [Replicate()])
+
+    def loss(p: Any, x: Any) -> Any:
+        return (torch.tanh(x @ p["w"].T + p["b"]).square().sum(1) * (x @ p["c"])).mean()
+
+    def gathered(p: Any, x: Tensor) -> Tensor:
+        return loss({name: leaf.full_tensor(grad_placements=[Partial()]) for name, leaf in p.items()}, x) / size
+
+    expected = hf.hvp(loss, whole, x)
+    for function, data, mode in (
+        (loss, everywhere, "reverse"),
+        (loss, everywhere, "double_backward"),
+        (gathered, x, "double_backward"),
+    ):
+        matvec = hf.hvp(function, parts, data, mode=mode)
+        assert torch.allclose(tree.ravel(matvec(parts))[0], tree.ravel(expected(whole))[0], rtol=1e-12, atol=1e-14)
+    hf.check_matvec(matvec, parts)
+    same_results(matvec, parts, expected, whole, 1e-9)
+
+
+def same_results(matvec: Any, parts: Any, expected: Any, whole: Any, rtol: float) -> None:
+    """Eigenpairs, traces and quadratures are those of the unsharded matrix."""
+    pairs, reference = (
+        hf.eigsh(m, hf.gaussian(p, 1)[0], k=2, rtol=1e-6) for m, p in ((matvec, parts), (expected, whole))
+    )
+    torch.testing.assert_close(pairs.values, reference.values, rtol=rtol, atol=0)
+    assert pairs.vectors["w" if "w" in parts else "0.weight"].placements == (Shard(1),)
+    trace, reference = (hf.hutchinson(m, hf.rademacher(p, 3)) for m, p in ((matvec, parts), (expected, whole)))
+    torch.testing.assert_close(trace.mean, reference.mean, rtol=rtol, atol=0)
+    rule, reference = (hf.slq(m, hf.gaussian(p, 1), 4) for m, p in ((matvec, parts), (expected, whole)))
+    torch.testing.assert_close(rule.nodes, reference.nodes, rtol=rtol, atol=rtol * float(reference.nodes.abs().max()))
+
+
+def fully_sharded(rank: int, size: int, folder: Path) -> None:
+    loss, params, (x, y), model = problem("layer_norm")
+    expected = hf.hvp(loss, params, (x, y))
+    for layer in (model[0], model[3]):
+        fully_shard(layer)
+    fully_shard(model)
+    state = [p.full_tensor().clone() for p in model.parameters()]
+    mine = (x[:2], y[:2]) if rank == 0 else (x[2:], y[2:])  # of unlike sizes
+    of_parts, parts = hf.functionalize(model, nn.CrossEntropyLoss())
+    torch.testing.assert_close(of_parts(parts, mine), loss(params, (x, y)), rtol=1e-14, atol=0)
+
+    way = hf.choose_way(of_parts, parts, mine)
+    assert way.mode == "difference", way
+    matvec = hf.hvp(of_parts, parts, mine, mode="difference")
+    v = hf.gaussian(parts, 1)[0]
+    product = tree.ravel(expected(hf.gaussian(params, 1)[0]))[0]
+    error = tree.norm(tree.ravel(matvec(v))[0] - product) / tree.norm(product)
+    assert error < max(way.error, 1e-9)
+    hf.check_matvec(matvec, parts)
+    same_results(matvec, parts, expected, params, 1e-6)
+
+    assert all(torch.equal(p.full_tensor(), before) for p, before in zip(model.parameters(), state, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        moved = of_parts(tree.scale(2.0, parts), mine)
+        torch.testing.assert_close(moved, loss(tree.scale(2.0, params), (x, y)), rtol=1e-14, atol=0)
+        torch.testing.assert_close(of_parts(parts, mine), loss(params, (x, y)), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("program", [trees_of_parts, fully_sharded])
+def test_results_on_sharded_parameters_are_those_on_whole_ones(
+    program: Callable[[int, int, Path], None], tmp_path: Path
+) -> None:
+    run(program, 2, tmp_path)
