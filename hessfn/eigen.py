@@ -207,15 +207,17 @@ def _unrestarted(space: Space, v0: Tree, k: int, which: str, num_matvecs: int) -
         raise ValueError(f"max_matvecs={num_matvecs} must be at least k={k}")
     alpha, beta, basis, _ = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
     values, vectors = krylov.decompose(alpha, beta[:-1])
+    # The recurrence knows of no rounding: its residuals fall below what the products can tell.
+    floor = 10 * space.eps * values.detach().abs().max()
     wanted = krylov.select(values, k, which)
     values, vectors = values[wanted], vectors[:, wanted]
-    residuals = (beta[-1] * vectors[-1]).abs()
+    residuals = (beta[-1] * vectors[-1]).abs().clamp(min=floor)
     return EigenPairs(
         values,
         space.unravel(vectors.T.to(basis.dtype) @ basis),
         residuals,
         torch.tensor(num_matvecs),
-        residuals <= _RTOL * values.abs(),
+        residuals <= (_RTOL * values.abs()).clamp(min=floor),
     )
 
 

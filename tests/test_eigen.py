@@ -216,6 +216,15 @@ def test_eigsh_of_fixed_cost_under_vmap_is_a_loop(which):
     assert (batched.num_matvecs == 25).all()
 
 
+@spectra
+@pytest.mark.parametrize("num_matvecs", [12, N])
+def test_residuals_of_fixed_cost_are_never_below_the_true_ones(spectrum, num_matvecs):
+    A = symmetric(SPECTRA[spectrum])
+    pairs = eigsh(lambda v: A @ v, V0, 3, rtol=None, max_matvecs=num_matvecs)
+    errors = torch.linalg.vector_norm(pairs.vectors @ A - pairs.values[:, None] * pairs.vectors, dim=1)
+    assert (errors <= 1.01 * pairs.residuals).all()
+
+
 def test_eigsh_of_fixed_cost_differentiates_to_the_projector():
     """d lambda = v' dA v."""
     A = symmetric(SPECTRA["decaying"])
