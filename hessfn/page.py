@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
+import gzip
+import io
 import json
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -25,6 +28,13 @@ from hessfn.trace import Estimate
 if TYPE_CHECKING:
     import jinja2
     from matplotlib.axes import Axes
+
+
+# As in page.css.
+_DARK = {
+    **dict.fromkeys(["figure.facecolor", "axes.facecolor", "savefig.facecolor"], "#12161c"),
+    **dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"], "#e6edf3"),
+}
 
 
 class Plane(NamedTuple):
@@ -48,31 +58,69 @@ class Analysis(NamedTuple):
     plane: Plane | None
 
 
-def template() -> jinja2.Template:
-    """The page's template; asked for before anything is computed, as jinja2 may be missing."""
+class Picture(NamedTuple):
+    """PNG for light and for dark pages, in base64."""
+
+    light: str
+    dark: str
+
+
+def template(name: str = "report.html.j2") -> jinja2.Template:
+    """A page's template; asked for before anything is computed, as what makes the page may be missing."""
     try:
         import jinja2
+        import plotly.offline
     except ImportError as error:
-        raise ModuleNotFoundError('the report\'s page is made with jinja2: pip install "hessfn[demo]"') from error
+        raise ModuleNotFoundError('the page is made with jinja2 and plotly: pip install "hessfn[demo]"') from error
     # Names of layers and problems are the user's: everything is escaped.
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("hessfn"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters["number"] = number
-    environment.globals["estimate"] = estimate
-    return environment.from_string(resources.files("hessfn").joinpath("templates/report.html.j2").read_text("utf-8"))
+    environment.filters.update(number=number, setting=_setting, error=_error)
+    library = plotly.offline.get_plotlyjs
+    environment.globals.update(estimate=estimate, share=share, plotly=lambda: _packed(library()))
+    return environment.get_template(name)
 
 
 def write(folder: Path, template: jinja2.Template, analysis: Analysis, result: dict[str, Any]) -> None:
     """``report.json``, the figures and ``report.html``, which needs none of the others."""
+    images = {}
     for name, draw in _figures(analysis).items():
         height = plot.layer_plot_height(len(result["layers"])) if name == "layers" else 3.8
-        _save(folder / f"{name}.png", draw, height)
-    sizes = analysis.eigen.values.abs()
-    top = int(sizes.argmax())
-    images = {file.stem: base64.b64encode(file.read_bytes()).decode() for file in folder.glob("*.png")}
+        images[name] = picture(draw, height)
+        (folder / f"{name}.png").write_bytes(base64.b64decode(images[name].light))
+    top = int(analysis.eigen.values.abs().argmax())
+    spectrum = {"name": "", **result["density"], **{key: result[key] for key in ("eigenvalues", "residuals")}}
+    lines = {key: result["landscape"][key] for key in ("steps", "losses")}
+    data = short({"spectrum": [spectrum], "lines": lines, "surface": result["landscape"]["plane"]})
+    shown = template.render(**result, images=images, top_index=top, data=data, call=_call(result["settings"]))
     (folder / "report.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
-    (folder / "report.html").write_text(template.render(**result, images=images, top_index=top), "utf-8")
+    (folder / "report.html").write_text(shown, "utf-8")
+
+
+def picture(draw: Callable[[Axes], Any], height: float) -> Picture:
+    def png(colors: dict[Any, Any]) -> str:
+        with mpl.rc_context(colors):
+            figure = Figure(figsize=(6.4, height), layout="constrained")  # no pyplot: no display, no global state
+            draw(figure.subplots())
+            file = io.BytesIO()
+            figure.savefig(file, dpi=144)
+        return base64.b64encode(file.getvalue()).decode()
+
+    return Picture(png({}), png(_DARK))
+
+
+def short(x: Any) -> Any:
+    """What a picture can show of numbers: six digits."""
+    if isinstance(x, dict):
+        return {key: short(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [short(value) for value in x]
+    return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
 def plain(x: Any) -> Any:
@@ -108,13 +156,14 @@ def staging(out: Path) -> Iterator[Path]:
 
 def summary(result: dict[str, Any]) -> str:
     """The numbers in at most 80 columns."""
-    settings, trace = result["settings"], result["trace"]
+    settings, trace, negative = (result[name] for name in ("settings", "trace", "negative_curvature"))
     lines = [
-        _cut(settings["problem"], 80),
+        cut(settings["problem"], 80),
         f"{settings['parameters']:,} parameters, {settings['samples']:,} samples, {settings['dtype']}",
         "",
         f"{'loss':<12}{number(result['loss'])}",
         f"{'trace':<12}{estimate(trace['mean'], trace['stderr'])}   (one standard error, {settings['probes']} probes)",
+        f"{'negative':<12}{share(negative['mean'], negative['stderr'])} of the sum of all |eigenvalues|",
         f"{'eigenvalues':<26}{'residual':>12}",
     ]
     for value, residual, converged in zip(result["eigenvalues"], result["residuals"], result["converged"], strict=True):
@@ -122,7 +171,7 @@ def summary(result: dict[str, Any]) -> str:
     ranked = sorted(result["layers"].items(), key=lambda item: -abs(item[1]["trace"] or 0))
     shown = ranked[:8]
     lines += ["", f"{'largest traces of layers':<46}{'numel':>10}   trace"]
-    lines += [f"  {_cut(name, 42):<44}{x['numel']:>10,}   {estimate(x['trace'], x['stderr'])}" for name, x in shown]
+    lines += [f"  {cut(name, 42):<44}{x['numel']:>10,}   {estimate(x['trace'], x['stderr'])}" for name, x in shown]
     if len(ranked) > len(shown):
         lines.append(f"  and {len(ranked) - len(shown)} more in report.json")
     return "\n".join(lines)
@@ -142,20 +191,47 @@ def estimate(mean: float | None, stderr: float | None) -> str:
     return f"{mean:.4g} +- {stderr:.2g}"
 
 
-def _cut(name: str, width: int) -> str:
+def share(mean: float | None, stderr: float | None) -> str:
+    """A fraction in percent."""
+    return f"{estimate(*(None if x is None else 100 * x for x in (mean, stderr)))} %"
+
+
+@functools.cache
+def _packed(script: str) -> str:
+    """All of the library is in the page, which works offline: 2 MB, where it would be 5 as it is."""
+    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
+
+
+def cut(name: str, width: int) -> str:
     return name if len(name) <= width else f"...{name[3 - width :]}"
 
 
 def _figures(analysis: Analysis) -> dict[str, Callable[[Axes], Any]]:
+    plane = analysis.plane
     return {
-        "density": lambda ax: plot.density_plot(analysis.density, ax),
+        "density": lambda ax: plot.density_plot(analysis.density, ax, band=analysis.band),
         "eigenvalues": lambda ax: plot.eigen_plot(analysis.eigen, ax),
         "layers": lambda ax: plot.layer_plot(analysis.layers, ax),
         "landscape": lambda ax: plot.line_plot(analysis.steps, analysis.losses, ax),
+        **({"plane": lambda ax: plot.plane_plot(plane.steps, plane.steps, plane.losses, ax)} if plane else {}),
     }
 
 
-def _save(file: Path, draw: Callable[[Axes], Any], height: float) -> None:
-    figure = Figure(figsize=(6.4, height), layout="constrained")  # no pyplot: no display, no global state
-    draw(figure.subplots())
-    figure.savefig(file, dpi=144)
+def _call(settings: dict[str, Any]) -> str:
+    """The report's call in Python, where there was no command line."""
+    described = ("problem", "parameters", "samples", "command")
+    options = ", ".join(f"{name}={value!r}" for name, value in settings.items() if name not in described)
+    return f"hessfn.report.report(problem, out, {options})"
+
+
+def _error(text: str) -> Any:
+    from markupsafe import Markup, escape
+
+    mean, _, error = text.partition(" +- ")
+    return Markup(f"{escape(mean)} <small>&plusmn; {escape(error)}</small>")
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "all" if value is None else number(value) if isinstance(value, float) else str(value)

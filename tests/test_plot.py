@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from pages import contrast
 
 import hessfn as hf
 from hessfn import plot
@@ -118,18 +118,6 @@ def test_lines_are_told_apart_by_more_than_colour() -> None:
     ax = plot.line_plot(STEPS, {"a": STEPS**2, "b": STEPS, "c": 2 * STEPS}, Figure().subplots())
     assert len({line.get_linestyle() for line in ax.lines}) == 3
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b", "c"]
-
-
-def contrast(one: Any, other: Any) -> float:
-    """As WCAG 2.2 has it, from 1 to 21."""
-
-    def luminance(color: Any) -> float:
-        channels = np.array(to_rgb(color))
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-        return float(linear @ [0.2126, 0.7152, 0.0722])
-
-    low, high = sorted([luminance(one), luminance(other)])
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("style", ["default", "dark_background"])
