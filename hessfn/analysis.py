@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,20 +17,38 @@ from hessfn.distributed import Dealt
 from hessfn.page import Analysis
 from hessfn.prepare import Loss
 from hessfn.trace import estimate
-from hessfn.tree import Tree
+from hessfn.tree import MatVec, Tree
 from hessfn.ways import plain_gradient
 
 
-def analyse(loss: Loss, theta: Tree, batches: Iterable[Any], value: Tensor, settings: dict[str, Any]) -> Analysis:
+def analyse(
+    loss: Loss,
+    theta: Tree,
+    batches: Iterable[Any],
+    value: Tensor,
+    settings: dict[str, Any],
+    keep: Callable[[MatVec], MatVec],
+) -> Analysis:
+    """All numbers of a report; ``keep`` is the journal of the products, or leaves them as they are."""
     k, seed, num_probes, steps = (settings[name] for name in ("k", "seed", "probes", "steps"))
     for_density = settings["runs"] * steps
     whole = hf.mean_hvp(loss, theta, batches)
     # Not hf.progress: only on the way it turns out how many products the eigenvalues take.
     expected = 4 + 2 * k + num_probes + for_density
-    bar = tqdm(total=expected, unit="product", dynamic_ncols=True, mininterval=0.5, disable=_quiet(batches))
+    options: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.5, "smoothing": 0}
+    bar = tqdm(total=expected, unit="product", disable=_quiet(batches), **options)
+    num_computed = 0
+
+    def computed(v: Tree) -> Tree:
+        nonlocal num_computed
+        num_computed += 1
+        return whole(v)
+
+    kept = keep(computed)
 
     def matvec(v: Tree) -> Tree:
-        product = whole(v)
+        product = kept(v)
+        bar.initial = bar.n + 1 - num_computed  # what was read is done, but says nothing of the time left
         bar.update()
         return product
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hessfn import page
+from hessfn import compare, page
 from hessfn.distributed import launched
 from hessfn.report import report
+from hessfn.unfinished import num_products
 
 _DEFAULT = "hessfn.problems:digits"
 _DESCRIPTION = """\
@@ -54,15 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 2 after an error in one line, 130 when interrupted."""
     arguments = _parser().parse_args(argv)
     try:
-        _report(arguments, shlex.join(["hessfn", *(sys.argv[1:] if argv is None else argv)]))
+        if arguments.command == "compare":
+            return _compare(arguments)
+        given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+        _report(arguments, shlex.join(["hessfn", *given]))  # what gives the same report, killed or not
     except KeyboardInterrupt:
-        print("\nhessfn: interrupted, no report was written", file=sys.stderr)
+        print(f"\nhessfn: interrupted, no report was written{_what_is_left(arguments.out)}", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if arguments.traceback:
             traceback.print_exc()
-        print(f"hessfn: error: {' '.join(str(error).split())}", file=sys.stderr)
+        left = "" if isinstance(error, ValueError | ImportError) else _what_is_left(arguments.out)
+        print(f"hessfn: error: {' '.join(str(error).split())}{left}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    result = compare.compare(arguments.a, arguments.b, arguments.out)
+    sides = compare.read(arguments.a), compare.read(arguments.b)
+    print(f"{compare.summary(*sides, result)}\n\npage: {arguments.out}")
     return 0
 
 
@@ -80,6 +92,11 @@ def _report(arguments: argparse.Namespace, command: str) -> None:
         result = report(problem, group=group, **options)
         if speaks:
             print(f"{page.summary(result)}\n\nreport: {Path(arguments.out) / 'report.html'}")
+
+
+def _what_is_left(out: str) -> str:
+    num = num_products(Path(out))
+    return f"; {num} products are kept, --resume goes on from there" if num else ""
 
 
 def load_problem(spec: str, options: dict[str, Any]) -> Any:
@@ -137,12 +154,23 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _add_compare(commands: Any) -> None:
+    text = "two reports side by side, and where they differ by more than the errors"
+    command = commands.add_parser("compare", help=text, description=f"{text.capitalize()}: one page and a summary.")
+    command.add_argument("a", metavar="A", help="a folder that hessfn report has written")
+    command.add_argument("b", metavar="B", help="another one")
+    command.add_argument("--out", default="compare.html", metavar="FILE", help="the page (default: %(default)s)")
+    command.add_argument("--traceback", action="store_true", help="after an error, show where in the code it came from")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hessfn", description="What the curvature of a PyTorch loss looks like, and how sure one can be."
     )
     parser.add_argument("--version", action="version", version=f"hessfn {importlib.metadata.version('hessfn')}")
-    command = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser(
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_compare(commands)
+    command = commands.add_parser(
         "report",
         help="eigenvalues, trace, spectral density and landscape of a loss, on one page",
         description=_DESCRIPTION,
@@ -182,5 +210,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command.add_argument_group("output").add_argument
     add("--out", default="hessfn-report", metavar="DIR", help="made if it is not there (default: %(default)s)")
+    text = "go on with a report that was killed; other options may be others now, but not the parameters and the data"
+    add("--resume", action="store_true", help=text)
+    text = "keep no products in DIR/.unfinished meanwhile, each as many bytes as the parameters: nothing to resume"
+    add("--no-journal", dest="journal", action="store_false", help=text)
     add("--traceback", action="store_true", help="after an error, show where in the code it came from")
     return parser

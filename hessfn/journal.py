@@ -93,6 +93,11 @@ def journal(
     return journaled
 
 
+def records(folder: Path) -> list[Path]:
+    """The products in a journal's folder."""
+    return [file for file in folder.iterdir() if _RECORD.fullmatch(file.name)]
+
+
 def _require_plain(v: Tree) -> None:
     for leaf in tree.leaves(v):
         plain = not torch.compiler.is_compiling() and type(leaf) in (Tensor, torch.nn.Parameter) and not leaf.is_meta
@@ -105,10 +110,9 @@ def _require_plain(v: Tree) -> None:
 
 def _open(path: Path, key: dict[str, Any], resume: bool) -> None:
     about = path / "journal.json"
-    records = [file for file in path.iterdir() if _RECORD.fullmatch(file.name)]
-    for file in [*path.glob("*.part"), *([] if resume else [*records, about])]:
+    for file in [*path.glob("*.part"), *([] if resume else [*records(path), about])]:
         file.unlink(missing_ok=True)
-    if resume and records and not about.exists():
+    if resume and records(path) and not about.exists():
         raise ValueError(f"{str(about)!r} is missing, so nobody knows what its products are of: delete the folder")
     if resume and about.exists():
         _require_same(about, key)

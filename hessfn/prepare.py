@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import hessfn as hf
 from hessfn import tree
 from hessfn.batches import mean
+from hessfn.disk import fingerprint
 from hessfn.distributed import Dealt
 from hessfn.model import Choice, bare
 from hessfn.tree import Tree
@@ -54,9 +55,13 @@ def prepare(
     return loss, theta, batches if num_batches is None else list(itertools.islice(batches, num_batches))
 
 
-def first_pass(loss: Loss, theta: Tree, batches: Iterable[Any]) -> tuple[Tensor, int]:
-    """The mean loss and the number of samples; what is wrong with a batch is said along with its index."""
+def first_pass(loss: Loss, theta: Tree, batches: Iterable[Any]) -> tuple[Tensor, int, dict[str, Any]]:
+    """The mean loss, the number of samples, and fingerprints of all of them for the key of a journal.
+
+    What is wrong with a batch is said along with its index.
+    """
     sizes: list[int] = []
+    seen: dict[str, list[Any]] = {"data": [], "losses": []}
 
     def computed(params: Tree, batch: Any) -> Tensor:
         try:
@@ -66,11 +71,14 @@ def first_pass(loss: Loss, theta: Tree, batches: Iterable[Any]) -> tuple[Tensor,
 
     def checked(batch: Any) -> Tensor:
         value = check_loss(computed, theta, (batch,))
-        sizes.append(len(next(x for x in tree.leaves(batch) if isinstance(x, Tensor))))
+        tensors = [x for x in tree.leaves(batch) if isinstance(x, Tensor)]
+        sizes.append(len(tensors[0]))
+        seen["data"].append(fingerprint(tensors))
+        seen["losses"].append(value)
         return value
 
     value, num_samples = mean(checked, batches)(), sum(sizes)
-    return value, batches.total(num_samples) if isinstance(batches, Dealt) else num_samples
+    return value, batches.total(num_samples) if isinstance(batches, Dealt) else num_samples, seen
 
 
 def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:

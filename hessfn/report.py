@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import math
 import platform
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import hessfn as hf
 from hessfn import page, tree
 from hessfn.analysis import analyse
 from hessfn.batches import deal
@@ -20,7 +22,8 @@ from hessfn.distributed import Group
 from hessfn.model import Choice
 from hessfn.page import Analysis
 from hessfn.prepare import first_pass, prepare
-from hessfn.tree import Tree
+from hessfn.tree import MatVec, Tree
+from hessfn.unfinished import state_of, unfinished
 
 
 def report(
@@ -43,6 +46,8 @@ def report(
     device: torch.device | str | None = None,
     command: str = "",
     group: Group = None,
+    journal: bool = True,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """The curvature of a model's mean loss over its batches, written to a folder and returned.
 
@@ -67,6 +72,11 @@ def report(
         command: the command line that does this, for the page to say.
         group: processes of ``torch.distributed`` that all call this with the same arguments and share the work: of n
             each takes every n-th batch. The first one writes the files and shows the progress.
+        journal: keep the products in ``out/.unfinished`` until the report is written: as many bytes as the parameters
+            have, for each. Not where several processes share the work.
+        resume: take over what a report that was killed has left there, to the same numbers to the last bit. Products
+            of other parameters, other data or another dtype are refused; any other option may change. Without it they
+            are dropped.
 
     Returns:
         What ``report.json`` holds; numbers that are not finite are None::
@@ -86,6 +96,7 @@ def report(
 
     Raises:
         ModuleNotFoundError: jinja2, which makes the page, is not installed.
+        OSError: the products cannot be written, as on a full disk, or another process is about a report in ``out``.
         ValueError: an argument is out of range, ``problem`` is something else, there is no batch, the loss is not
             finite (the batch is named), the products are not a Hessian's, or ``out`` cannot be written.
     """
@@ -97,9 +108,14 @@ def report(
         raise ValueError(f"radius={radius} must be positive")
     if plane != 0 and plane < 3:
         raise ValueError(f"plane={plane} must be at least 3, or 0 for no plane")
-    writes = group is None or group.rank() == 0
-    # Whatever the batches draw from the global generator, as a DataLoader does, is given back.
-    with page.staging(Path(out)) if writes else nullcontext() as folder, torch.random.fork_rng(devices=[]):
+    if resume and (group is not None or not journal):
+        raise ValueError("resume needs the journal, which only a report of a single process keeps")
+    writes, out = group is None or group.rank() == 0, Path(out)
+    with contextlib.ExitStack() as stack:
+        products = stack.enter_context(unfinished(out)) / "products" if writes else None
+        folder = stack.enter_context(page.staging(out)) if writes else None
+        # Whatever the batches draw from the global generator, as a DataLoader does, is given back.
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         loss, theta, batches = prepare(problem, params, dtype, device, num_batches)
         if group is not None:
             state = dict(problem[0].named_parameters()), dict(problem[0].named_buffers())
@@ -107,7 +123,7 @@ def report(
         n, first = tree.numel(theta), tree.leaves(theta)[0]
         if not 1 <= k <= n:
             raise ValueError(f"k={k} must be between 1 and {n}, the number of parameters")
-        value, num_samples = first_pass(loss, theta, batches)
+        value, num_samples, seen = first_pass(loss, theta, batches)
         settings = {
             "problem": name,
             "parameters": n,
@@ -127,12 +143,21 @@ def report(
             "device": str(first.device),
             "command": command,
         }
-        analysis = analyse(loss, theta, batches, value, settings)
+        keep: Callable[[MatVec], MatVec] = _as_it_is
+        if journal and group is None and products is not None:
+            versions = {name: _versions()[name] for name in ("hessfn", "torch")}
+            key = {**state_of(*problem[:2]), **seen, "device": settings["device"], **versions}
+            keep = functools.partial(hf.journal, folder=products, key=key, resume=resume)
+        analysis = analyse(loss, theta, batches, value, settings, keep)
         settings["radius"] = analysis.steps[-1]
         result = page.plain({**_named(analysis, theta), "settings": settings, "versions": _versions()})
         if folder is not None:
             page.write(folder, template, analysis, result)
     return result
+
+
+def _as_it_is(matvec: MatVec) -> MatVec:
+    return matvec
 
 
 def _named(analysis: Analysis, theta: Tree) -> dict[str, Any]:
