@@ -13,8 +13,8 @@ from hessfn.curvature import fvp, ggnvp, hvp, linearized_hvp, mean_hvp
 from hessfn.distributed import all_reduce
 from hessfn.eigen import EigenPair, EigenPairs, Tridiagonal, eigsh, lanczos, power_iter
 from hessfn.graph import Untraceable
-from hessfn.landscape import (
 from hessfn.journal import journal
+from hessfn.landscape import (
     Curvature,
     check_slice,
     direction_to,
@@ -95,6 +95,7 @@ __all__ = [
     "hutchinson_per_leaf",
     "hutchpp",
     "hvp",
+    "journal",
     "lanczos",
     "line",
     "linearized_hvp",
@@ -104,7 +105,6 @@ __all__ = [
     "plot",
     "power_iter",
     "principal_directions",
-    "journal",
     "progress",
     "rademacher",
     "random_direction",

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hessfn import compare, page
+from hessfn import page
 from hessfn.distributed import launched
 from hessfn.report import report
 from hessfn.unfinished import num_products
@@ -55,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 2 after an error in one line, 130 when interrupted."""
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.command == "compare":
-            return _compare(arguments)
         given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         _report(arguments, shlex.join(["hessfn", *given]))  # what gives the same report, killed or not
     except KeyboardInterrupt:
@@ -69,29 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hessfn: error: {' '.join(str(error).split())}{left}", file=sys.stderr)
         return 2
     return 0
-
-
-def _compare(arguments: argparse.Namespace) -> int:
-    result = compare.compare(arguments.a, arguments.b, arguments.out)
-    sides = compare.read(arguments.a), compare.read(arguments.b)
-    print(f"{compare.summary(*sides, result)}\n\npage: {arguments.out}")
-    return 0
-
-
-def _report(arguments: argparse.Namespace, command: str) -> None:
-    options = vars(arguments).copy()
-    for not_for_report in ("command", "problem", "set", "traceback", "timeout"):
-        del options[not_for_report]
-    options.update(name=arguments.problem, command=command, params=arguments.params or "*")
-    page.template()  # a missing extra is said before a net is trained
-    with launched(arguments.timeout) as group:
-        speaks = group is None or group.rank() == 0
-        if not speaks:
-            warnings.simplefilter("ignore")
-        problem = load_problem(arguments.problem, dict(arguments.set))
-        result = report(problem, group=group, **options)
-        if speaks:
-            print(f"{page.summary(result)}\n\nreport: {Path(arguments.out) / 'report.html'}")
 
 
 def _what_is_left(out: str) -> str:
@@ -154,23 +129,12 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _add_compare(commands: Any) -> None:
-    text = "two reports side by side, and where they differ by more than the errors"
-    command = commands.add_parser("compare", help=text, description=f"{text.capitalize()}: one page and a summary.")
-    command.add_argument("a", metavar="A", help="a folder that hessfn report has written")
-    command.add_argument("b", metavar="B", help="another one")
-    command.add_argument("--out", default="compare.html", metavar="FILE", help="the page (default: %(default)s)")
-    command.add_argument("--traceback", action="store_true", help="after an error, show where in the code it came from")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hessfn", description="What the curvature of a PyTorch loss looks like, and how sure one can be."
     )
     parser.add_argument("--version", action="version", version=f"hessfn {importlib.metadata.version('hessfn')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_compare(commands)
-    command = commands.add_parser(
+    command = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser(
         "report",
         help="eigenvalues, trace, spectral density and landscape of a loss, on one page",
         description=_DESCRIPTION,
