@@ -69,6 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _report(arguments: argparse.Namespace, command: str) -> None:
+    options = vars(arguments).copy()
+    for not_for_report in ("command", "problem", "set", "traceback", "timeout"):
+        del options[not_for_report]
+    options.update(name=arguments.problem, command=command, params=arguments.params or "*")
+    page.template()  # a missing extra is said before a net is trained
+    with launched(arguments.timeout) as group:
+        speaks = group is None or group.rank() == 0
+        if not speaks:
+            warnings.simplefilter("ignore")
+        problem = load_problem(arguments.problem, dict(arguments.set))
+        result = report(problem, group=group, **options)
+        if speaks:
+            print(f"{page.summary(result)}\n\nreport: {Path(arguments.out) / 'report.html'}")
+
+
 def _what_is_left(out: str) -> str:
     num = num_products(Path(out))
     return f"; {num} products are kept, --resume goes on from there" if num else ""
