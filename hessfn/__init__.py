@@ -9,6 +9,7 @@ Make a matvec from a loss, transform it, consume it:
 """
 
 from hessfn import batches, plot, tree
+from hessfn.activation import activation_loss, activation_shapes
 from hessfn.curvature import fvp, ggnvp, hvp, linearized_hvp, mean_hvp
 from hessfn.distributed import all_reduce
 from hessfn.eigen import EigenPair, EigenPairs, Tridiagonal, eigsh, lanczos, power_iter
@@ -25,9 +26,10 @@ from hessfn.landscape import (
     random_direction,
     slice_curvature,
 )
-from hessfn.matvec import as_linear_operator, check_matvec, deflate, dense, progress, restrict
+from hessfn.matvec import as_linear_operator, block, check_matvec, deflate, dense, progress, restrict
 from hessfn.model import functionalize, stateless
 from hessfn.probes import gaussian, rademacher
+from hessfn.sensitivity import Sensitivities, activation_traces, sensitivities
 from hessfn.sketch import hutchpp, xdiag, xtrace
 from hessfn.spectrum import (
     Band,
@@ -47,6 +49,7 @@ from hessfn.trace import (
     hutchinson,
     hutchinson_diag,
     hutchinson_per_leaf,
+    hutchinson_per_sample,
     mean_traces,
     squared_frobenius,
     squared_row_norms,
@@ -65,14 +68,19 @@ __all__ = [
     "Estimate",
     "MatVec",
     "Quadrature",
+    "Sensitivities",
     "Trajectory",
     "Tree",
     "Tridiagonal",
     "Untraceable",
     "Way",
+    "activation_loss",
+    "activation_shapes",
+    "activation_traces",
     "all_reduce",
     "as_linear_operator",
     "batches",
+    "block",
     "check_matvec",
     "check_slice",
     "choose_way",
@@ -93,6 +101,7 @@ __all__ = [
     "hutchinson",
     "hutchinson_diag",
     "hutchinson_per_leaf",
+    "hutchinson_per_sample",
     "hutchpp",
     "hvp",
     "journal",
@@ -109,6 +118,7 @@ __all__ = [
     "rademacher",
     "random_direction",
     "restrict",
+    "sensitivities",
     "slice_curvature",
     "slq",
     "squared_frobenius",

@@ -100,6 +100,7 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
     _refuse_randomness(model)
     everything = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
+    name_of = _slots(model)
     skeleton = _skeleton(model)
     one_at_a_time = threading.RLock()  # functional_call swaps tensors on the skeleton while it runs
 
@@ -108,9 +109,10 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
     ) -> Any:
         args, kwargs = _arguments(inputs)
         # A module may write to its buffers: it writes to copies.
-        state = {**{name: b.clone() for name, b in buffers.items()}, **everything, **params}
+        values = {**{name: b.clone() for name, b in buffers.items()}, **everything, **params}
+        state = {slot: values[name] for slot, name in name_of.items()}
         with nullcontext() if torch.compiler.is_compiling() else one_at_a_time, within(skeleton):
-            return torch.func.functional_call(skeleton, state, args, kwargs)
+            return torch.func.functional_call(skeleton, state, args, kwargs, tie_weights=False)
 
     return everything, run
 
@@ -156,6 +158,20 @@ def _choose(everything: Params, originals: Params, choice: Choice) -> Params:
         where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
         raise ValueError(f"the parameters lie on {len(devices)} devices ({where}); choose those of one with params=...")
     return chosen
+
+
+def _slots(model: nn.Module) -> dict[str, str]:
+    """Every place of a tensor once, with the tensor's first name.
+
+    torch's own tying swaps a module of two names twice, puts it back wrongly, and the next call is of another net.
+    """
+    first = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return {
+        f"{path}.{local}" if path else local: first[id(t)]
+        for path, module in model.named_modules()
+        for local, t in (*module._parameters.items(), *module._buffers.items())
+        if t is not None
+    }
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

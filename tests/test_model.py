@@ -63,6 +63,16 @@ def test_tied_weights_are_one_parameter():
     assert torch.allclose(forward(doubled, normal(2, 3)), hidden @ doubled["0.weight"].T + params["2.bias"])
 
 
+def test_a_module_of_two_names_is_the_same_net_at_every_call():
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)))
+    model[2].weight = model[0].weight
+    twice = nn.Sequential(*model, nn.BatchNorm1d(3).double().eval(), model[0])
+    forward, params = stateless(twice)
+    assert list(params) == ["0.weight", "0.bias", "2.bias", "3.weight", "3.bias"]
+    for _ in range(3):
+        assert torch.allclose(forward(params, normal(2, 3)), twice(normal(2, 3)), rtol=1e-13)
+
+
 def test_parameters_are_chosen_by_patterns_or_a_predicate():
     model = seeded(NETS["mlp"][0])
     model[0].weight.requires_grad_(False)
