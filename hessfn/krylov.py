@@ -142,19 +142,22 @@ def decompose(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     if tree.known(bad.any()):
         count = int(bad.nonzero()[0]) + 1
         raise ValueError(f"product {count} of the matvec is not finite: are the loss and its curvature finite there?")
-    return torch.linalg.eigh(tridiagonal(alpha, beta))
+    offset = _apart(alpha.detach(), beta.detach())
+    values, vectors = torch.linalg.eigh(tridiagonal(alpha + offset, beta))
+    values = values - (vectors.detach().square() * offset[:, None]).sum(0)
+    order = values.detach().argsort(stable=True)
+    return values[order], vectors[:, order]
 
 
-def apart(alpha: Tensor, beta: Tensor) -> Tensor:
-    """``alpha`` with the blocks that a beta of 0 leaves moved apart by rounding.
+def _apart(alpha: Tensor, beta: Tensor) -> Tensor:
+    """Diagonals, of the size of rounding, that tell the blocks apart which a beta of 0 leaves.
 
-    A block has distinct eigenvalues of its own. Two of unlike blocks may agree, and where they do the derivative of the
-    eigenvectors is 0/0.
+    A block has distinct eigenvalues. Those of two blocks may agree, where the derivative of eigenvectors is 0/0.
     """
-    a, b = alpha.detach(), beta.detach()
-    size = a.abs().max().clamp(min=torch.finfo(a.dtype).tiny ** 0.5)
-    block = torch.cat([torch.zeros_like(a[:1]), (b == 0).to(a).cumsum(0)])
-    return alpha + 8 * torch.finfo(a.dtype).eps * size * block
+    size = alpha.abs().max()
+    size = torch.where(size > 0, size, 1.0)
+    block = torch.cat([torch.zeros_like(alpha[:1]), (beta == 0).to(alpha).cumsum(0)])
+    return 8 * torch.finfo(alpha.dtype).eps * size * block
 
 
 def tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def slq(
         space = krylov.flatten(matvec, probe)
         steps = krylov.expand if orthogonalize else krylov.recur
         alpha, beta = steps(space.matvec, space.ravel(probe), num_matvecs, space.eps)[:2]
-        theta, vectors = krylov.decompose(krylov.apart(alpha, beta[:-1]), beta[:-1])
+        theta, vectors = krylov.decompose(alpha, beta[:-1])
         return theta, vectors[0].square()
 
     rules = list(each(rule, probes, batch_size))
