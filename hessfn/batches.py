@@ -12,6 +12,7 @@ from torch.utils.data import RandomSampler
 from hessfn import tree
 from hessfn.distributed import Dealt, Group, across, require_same
 from hessfn.tree import Tree
+from hessfn.turns import turn
 
 Weights = Sequence[float] | Callable[[Any], float | Tensor] | None
 
@@ -101,7 +102,7 @@ def deal(batches: Iterable[Any], state: Tree, group: Group) -> Dealt:
 def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
     if isinstance(batches, Sequence):
         return iter(batches)
-    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for its workers from the global generator
+    with turn(), torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for its workers from the global generator
         return iter(batches)
 
 

@@ -304,7 +304,7 @@ OPTIONS = {
 
 
 def test_every_call_tells_the_truth_or_what_is_wrong():
-    run_state_machine_as_test(Fuzz, settings=settings(max_examples=25, derandomize=True, **OPTIONS))
+    run_state_machine_as_test(Fuzz, settings=settings(max_examples=15, derandomize=True, **OPTIONS))
 
 
 if __name__ == "__main__":

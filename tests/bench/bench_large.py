@@ -33,20 +33,20 @@ def product(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
 
 
 def top_two(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
-    found = hf.eigsh(matvec, hf.gaussian(params, 1)[0], 2, which="LA", rtol=1e-2, basis_size=8, max_matvecs=20)
+    found = hf.eigsh(matvec, hf.gaussian(params, 1)[0], 2, which="LA", rtol=1e-2, basis_size=8, max_matvecs=16)
     pairs = zip(found.values.tolist(), found.residuals.tolist(), strict=True)
     return int(found.num_matvecs), ", ".join(f"{value:.4g} (residual {r:.1g})" for value, r in pairs)
 
 
 def trace(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
-    found = hf.hutchinson(matvec, hf.rademacher(params, 8))
-    return 8, f"{float(found.mean):.4g} +- {float(found.stderr):.2g}"
+    found = hf.hutchinson(matvec, hf.rademacher(params, 6))
+    return 6, f"{float(found.mean):.4g} +- {float(found.stderr):.2g}"
 
 
 def density(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
-    rule = hf.slq(matvec, hf.gaussian(params, 1), 15)
+    rule = hf.slq(matvec, hf.gaussian(params, 1), 10)
     hf.density(rule)
-    return 15, f"from {float(rule.nodes.min()):.3g} to {float(rule.nodes.max()):.3g}"
+    return 10, f"from {float(rule.nodes.min()):.3g} to {float(rule.nodes.max()):.3g}"
 
 
 TASKS: dict[str, Task | None] = {
