@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hessfn import page
+from hessfn import compare, page
 from hessfn.distributed import launched
 from hessfn.report import report
 from hessfn.unfinished import num_products
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 2 after an error in one line, 130 when interrupted."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.command == "compare":
+            return _compare(arguments)
         given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         _report(arguments, shlex.join(["hessfn", *given]))  # what gives the same report, killed or not
     except KeyboardInterrupt:
@@ -66,6 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         left = "" if isinstance(error, ValueError | ImportError) else _what_is_left(arguments.out)
         print(f"hessfn: error: {' '.join(str(error).split())}{left}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    result = compare.compare(arguments.a, arguments.b, arguments.out)
+    sides = compare.read(arguments.a), compare.read(arguments.b)
+    print(f"{compare.summary(*sides, result)}\n\npage: {arguments.out}")
     return 0
 
 
@@ -145,12 +154,23 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _add_compare(commands: Any) -> None:
+    text = "two reports side by side, and where they differ by more than the errors"
+    command = commands.add_parser("compare", help=text, description=f"{text.capitalize()}: one page and a summary.")
+    command.add_argument("a", metavar="A", help="a folder that hessfn report has written")
+    command.add_argument("b", metavar="B", help="another one")
+    command.add_argument("--out", default="compare.html", metavar="FILE", help="the page (default: %(default)s)")
+    command.add_argument("--traceback", action="store_true", help="after an error, show where in the code it came from")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hessfn", description="What the curvature of a PyTorch loss looks like, and how sure one can be."
     )
     parser.add_argument("--version", action="version", version=f"hessfn {importlib.metadata.version('hessfn')}")
-    command = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser(
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_compare(commands)
+    command = commands.add_parser(
         "report",
         help="eigenvalues, trace, spectral density and landscape of a loss, on one page",
         description=_DESCRIPTION,
@@ -177,6 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rtol", type=float, default=1e-3, metavar="X", help=text)
     text = "random vectors for the trace, one product each (default: %(default)s)"
     add("--probes", type=int, default=100, metavar="N", help=text)
+    text = "random vectors for the traces of activations, a product with each batch; 0 for none (default: %(default)s)"
+    add("--activations", type=int, default=30, metavar="N", help=text)
     add("--runs", type=int, default=4, metavar="N", help="Lanczos runs for the density (default: %(default)s)")
     add("--steps", type=int, default=60, metavar="N", help="products in each of these runs (default: %(default)s)")
     text = "how far the landscape goes each way (default: to about ten times the loss along the top eigenvector)"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hessfn import plot
 from hessfn.eigen import EigenPairs
+from hessfn.sensitivity import Sensitivities
 from hessfn.spectrum import Band, Density
 from hessfn.trace import Estimate
 
@@ -56,6 +57,7 @@ class Analysis(NamedTuple):
     steps: Tensor
     losses: dict[str, Tensor]
     plane: Plane | None
+    activations: Sensitivities | None = None
 
 
 class Picture(NamedTuple):
@@ -80,7 +82,8 @@ def template(name: str = "report.html.j2") -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, setting=_setting, error=_error)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # curves stay in their order
+    environment.filters.update(number=number, setting=setting, error=_error, value=_value)
     library = plotly.offline.get_plotlyjs
     environment.globals.update(estimate=estimate, share=share, plotly=lambda: _packed(library()))
     return environment.get_template(name)
@@ -90,7 +93,7 @@ def write(folder: Path, template: jinja2.Template, analysis: Analysis, result: d
     """``report.json``, the figures and ``report.html``, which needs none of the others."""
     images = {}
     for name, draw in _figures(analysis).items():
-        height = plot.layer_plot_height(len(result["layers"])) if name == "layers" else 3.8
+        height = plot.layer_plot_height(len(result[name])) if name in ("layers", "activations") else 3.8
         images[name] = picture(draw, height)
         (folder / f"{name}.png").write_bytes(base64.b64decode(images[name].light))
     top = int(analysis.eigen.values.abs().argmax())
@@ -178,12 +181,12 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def number(x: float | None) -> str:
-    return "not finite" if x is None else f"{x:.5g}"
+    return "not finite" if x is None or not math.isfinite(x) else f"{x:.5g}"
 
 
 def estimate(mean: float | None, stderr: float | None) -> str:
     """A number to the digits that its error leaves: ``142.2 +- 3.1``."""
-    if mean is None or not stderr:
+    if mean is None or not stderr or not math.isfinite(mean) or not math.isfinite(stderr):
         return f"{number(mean)} +- {number(stderr)}"
     digits = 1 - math.floor(math.log10(stderr))  # two digits of the error
     if -1 <= digits <= 6 and abs(mean) < 1e6:
@@ -203,17 +206,20 @@ def _packed(script: str) -> str:
 
 
 def cut(name: str, width: int) -> str:
+    # Names are the user's, and terminals obey control characters.
+    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     return name if len(name) <= width else f"...{name[3 - width :]}"
 
 
 def _figures(analysis: Analysis) -> dict[str, Callable[[Axes], Any]]:
-    plane = analysis.plane
+    plane, flows = analysis.plane, analysis.activations
     return {
         "density": lambda ax: plot.density_plot(analysis.density, ax, band=analysis.band),
         "eigenvalues": lambda ax: plot.eigen_plot(analysis.eigen, ax),
         "layers": lambda ax: plot.layer_plot(analysis.layers, ax),
         "landscape": lambda ax: plot.line_plot(analysis.steps, analysis.losses, ax),
         **({"plane": lambda ax: plot.plane_plot(plane.steps, plane.steps, plane.losses, ax)} if plane else {}),
+        **({"activations": lambda ax: plot.layer_plot(flows.activations, ax)} if flows else {}),
     }
 
 
@@ -231,7 +237,12 @@ def _error(text: str) -> Any:
     return Markup(f"{escape(mean)} <small>&plusmn; {escape(error)}</small>")
 
 
-def _setting(value: Any) -> str:
+def _value(x: float) -> str:
+    """What a column sorts by."""
+    return "" if math.isnan(x) else repr(x)
+
+
+def setting(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "all" if value is None else number(value) if isinstance(value, float) else str(value)

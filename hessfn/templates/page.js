@@ -49,7 +49,7 @@
       const hovertemplate = "eigenvalue %{x:.4g}<br>density %{y:.3g}<extra>" + name + "</extra>";
       return [
         ...band,
-        { x: one.grid, y: above(one.values), mode: "lines", line, name, hovertemplate },
+        { x: one.grid, y: above(one.values), mode: "lines", line, name: name || "density", hovertemplate },
         {
           x: one.eigenvalues,
           y: one.eigenvalues.map(() => floor * 10 ** (0.4 + 0.5 * i)),
@@ -154,7 +154,15 @@
         ...(layout.scene ? { dragmode: "turntable" } : {}),
         ...(layout.xaxis ? { xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis } } : {}),
       },
-      { responsive: true, displaylogo: false, displayModeBar: !touch, scrollZoom: false },
+      {
+        responsive: true,
+        displaylogo: false,
+        displayModeBar: !touch,
+        modeBarButtonsToRemove: ["select2d", "lasso2d"],
+        scrollZoom: false,
+        showSendToCloud: false, // nothing leaves the page
+        plotlyServerURL: "",
+      },
     );
     chart.closest("figure").querySelector(".still")?.classList.add("replaced");
   }
