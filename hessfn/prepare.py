@@ -35,11 +35,8 @@ def prepare(
         raise ValueError(f"a problem is (a torch.nn.Module, a function, an iterable of batches), not ({found})")
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches={num_batches} must be at least 1")
-    model, wanted_dtype, wanted_device = bare(model), _dtype(dtype), _device(device)
-    if wanted_dtype or wanted_device:
-        model = copy.deepcopy(model).to(device=wanted_device, dtype=wanted_dtype)
-        if isinstance(criterion, nn.Module):
-            criterion = copy.deepcopy(criterion).to(device=wanted_device, dtype=wanted_dtype)
+    model, criterion = converted(model, criterion, dtype, device)
+    wanted_dtype = _dtype(dtype)
     of_batch, theta = hf.functionalize(model, criterion, params=params)
     home = tree.leaves(theta)[0].device
 
@@ -53,6 +50,16 @@ def prepare(
 
     hf.mean_hvp(loss, theta, batches)  # refuses what cannot be passed over again, before a part of it is taken
     return loss, theta, batches if num_batches is None else list(itertools.islice(batches, num_batches))
+
+
+def converted(model: nn.Module, criterion: Any, dtype: Any, device: Any) -> tuple[nn.Module, Any]:
+    """Copies in another dtype or on another device, where one is asked for."""
+    model, wanted_dtype, wanted_device = bare(model), _dtype(dtype), _device(device)
+    if wanted_dtype or wanted_device:
+        model = copy.deepcopy(model).to(device=wanted_device, dtype=wanted_dtype)
+        if isinstance(criterion, nn.Module):
+            criterion = copy.deepcopy(criterion).to(device=wanted_device, dtype=wanted_dtype)
+    return model, criterion
 
 
 def first_pass(loss: Loss, theta: Tree, batches: Iterable[Any]) -> tuple[Tensor, int, dict[str, Any]]:

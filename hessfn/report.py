@@ -7,21 +7,24 @@ import functools
 import importlib.metadata
 import math
 import platform
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 import hessfn as hf
 from hessfn import page, tree
 from hessfn.analysis import analyse
 from hessfn.batches import deal
-from hessfn.distributed import Group
+from hessfn.distributed import Dealt, Group
 from hessfn.model import Choice
 from hessfn.page import Analysis
-from hessfn.prepare import first_pass, prepare
+from hessfn.prepare import converted, first_pass, prepare
+from hessfn.sensitivity import has_matrix
 from hessfn.tree import MatVec, Tree
 from hessfn.unfinished import state_of, unfinished
 
@@ -39,6 +42,7 @@ def report(
     steps: int = 60,
     radius: float | None = None,
     plane: int = 15,
+    activations: int = 30,
     seed: int = 0,
     params: Choice = "*",
     num_batches: int | None = None,
@@ -64,6 +68,8 @@ def report(
             rises by ten times the loss, but at most a tenth of the norm of the parameters.
         plane: points each way of the plane over the top two eigenvectors, one pass over the data each; 0, or k = 1, for
             none.
+        activations: random vectors for the traces by layer of weights and activations, one product with each batch; 0
+            for none of it. A model that allows none is a warning.
         seed: of all random vectors.
         params: which parameters, as for :func:`hessfn.functionalize`.
         num_batches: how many of the batches, the first ones; by default all.
@@ -87,6 +93,8 @@ def report(
             negative_curvature    mean, stderr of the share of the sum of all |eigenvalues| that is below zero
             density               grid, values; lower, upper: a band of 95 % (None of a single run)
             layers                name: numel, trace, stderr
+            activations           name: numel, trace, stderr, weight_numel, weight_trace, weight_stderr, by layer with a
+                                  weight, in the order of their calls (see :func:`hessfn.sensitivities`); may be None
             landscape             steps, losses {direction: one at each step}; plane, which may be None: steps (of both
                                   axes), losses (row i is at steps[i] along the first direction), directions (two names)
             settings, versions    what it takes to do it again
@@ -108,6 +116,8 @@ def report(
         raise ValueError(f"radius={radius} must be positive")
     if plane != 0 and plane < 3:
         raise ValueError(f"plane={plane} must be at least 3, or 0 for no plane")
+    if activations < 0 or activations == 1:
+        raise ValueError(f"activations={activations} must be at least 2, or 0 for none")
     if resume and (group is not None or not journal):
         raise ValueError("resume needs the journal, which only a report of a single process keeps")
     writes, out = group is None or group.rank() == 0, Path(out)
@@ -138,6 +148,7 @@ def report(
             "steps": min(steps, n),
             "radius": radius,
             "plane": plane,
+            "activations": activations,
             "seed": seed,
             "dtype": str(first.dtype).removeprefix("torch."),
             "device": str(first.device),
@@ -150,6 +161,9 @@ def report(
             keep = functools.partial(hf.journal, folder=products, key=key, resume=resume)
         analysis = analyse(loss, theta, batches, value, settings, keep)
         settings["radius"] = analysis.steps[-1]
+        if activations:
+            flows = _activations(problem[0], problem[1], batches, dtype, device, activations, seed)
+            analysis = analysis._replace(activations=flows)
         result = page.plain({**_named(analysis, theta), "settings": settings, "versions": _versions()})
         if folder is not None:
             page.write(folder, template, analysis, result)
@@ -158,6 +172,53 @@ def report(
 
 def _as_it_is(matvec: MatVec) -> MatVec:
     return matvec
+
+
+def _activations(
+    model: nn.Module, criterion: Any, batches: Iterable[Any], dtype: Any, device: Any, num_probes: int, seed: int
+) -> hf.Sensitivities | None:
+    model, criterion = converted(model, criterion, dtype, device)
+    if not any(name and has_matrix(name, module) for name, module in model.named_modules()):
+        return None
+
+    def cast(x: Any) -> Any:
+        wanted = next(model.parameters()).dtype
+        return x.to(wanted) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    if dtype is not None:  # the model is our own copy
+        of_model = criterion
+        model.register_forward_pre_hook(lambda _, args, kwargs: tree.map(cast, (args, kwargs)), with_kwargs=True)
+        criterion = lambda outputs, targets: of_model(outputs, tree.map(cast, targets))  # noqa: E731
+    quiet = isinstance(batches, Dealt) and batches.rank > 0
+    total = num_probes * len(batches) if isinstance(batches, Sized) else None
+    with tqdm(total=total, unit="product", desc="activations", dynamic_ncols=True, disable=quiet) as bar:
+
+        def counted(matvec: MatVec) -> MatVec:
+            def product(v: Tree) -> Tree:
+                bar.update()
+                return matvec(v)
+
+            return product
+
+        try:
+            return hf.sensitivities(model, criterion, batches, num_probes=num_probes, seed=seed, transform=counted)
+        except (ValueError, RuntimeError) as error:
+            warnings.warn(f"the report leaves the activations out: {error}", stacklevel=3)
+            return None
+
+
+def _by_layer(flows: hf.Sensitivities) -> dict[str, Any]:
+    return {
+        name: {
+            "numel": flows.activation_numel[name],
+            "trace": trace,
+            "stderr": flows.activations.stderr[name],
+            "weight_numel": flows.weight_numel[name],
+            "weight_trace": flows.weights.mean[name],
+            "weight_stderr": flows.weights.stderr[name],
+        }
+        for name, trace in flows.activations.mean.items()
+    }
 
 
 def _named(analysis: Analysis, theta: Tree) -> dict[str, Any]:
@@ -179,6 +240,7 @@ def _named(analysis: Analysis, theta: Tree) -> dict[str, Any]:
             name: {"numel": theta[name].numel(), "trace": trace, "stderr": stderr[name]}
             for name, trace in analysis.layers.mean.items()
         },
+        "activations": analysis.activations and _by_layer(analysis.activations),
         "landscape": {
             "steps": analysis.steps,
             "losses": analysis.losses,

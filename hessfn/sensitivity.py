@@ -13,6 +13,7 @@ from hessfn import tree
 from hessfn.activation import activation_loss, joint_loss
 from hessfn.batches import Weights, length, mean
 from hessfn.curvature import hvp, linearized_hvp
+from hessfn.distributed import Dealt
 from hessfn.graph import Untraceable
 from hessfn.layers import Layers
 from hessfn.model import bare
@@ -131,7 +132,7 @@ def sensitivities(
     model = bare(model)
     modules, params = dict(model.named_modules()), dict(model.named_parameters())
     names = {id(p): name for name, p in params.items()}
-    joint = joint_loss(model, criterion, _has_matrix if layers is None else layers, at, strict=layers is not None)
+    joint = joint_loss(model, criterion, has_matrix if layers is None else layers, at, strict=layers is not None)
 
     def samples(batch: Any, probes: Probes) -> Tree:
         loss, shifts = joint(batch)
@@ -176,7 +177,8 @@ def _over(
     """The estimate from samples ``(num_probes,)`` of every batch, each with probes of its own."""
     if num_probes < 1:
         raise ValueError(f"num_probes={num_probes} must be at least 1")
-    numbers = itertools.count()
+    rank, size = (batches.rank, batches.size) if isinstance(batches, Dealt) else (0, 1)
+    numbers = itertools.count(rank, size)
 
     def of_batch(batch: Any) -> Tree:
         start = next(numbers) * num_probes
@@ -202,7 +204,7 @@ def _dots(loss: Callable[[Tree], Tensor], point: Tree, probes: Probes, transform
     return {name: torch.stack([dots[name] for dots in each]) for name in point}
 
 
-def _has_matrix(name: str, module: nn.Module) -> bool:
+def has_matrix(name: str, module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, nn.Parameter) and weight.dim() > 1
 

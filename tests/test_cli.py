@@ -43,7 +43,7 @@ def file(tmp_path: Path, monkeypatch: Any) -> Path:
     return tmp_path / "my-problem.py"
 
 
-QUICK = ["--probes", "3", "--runs", "1", "--steps", "4", "-k", "2"]
+QUICK = ["--probes", "3", "--runs", "1", "--steps", "4", "-k", "2", "--activations", "0"]
 
 
 def test_report_writes_and_says_where(file: Path, tmp_path: Path, capsys: Any) -> None:
@@ -143,6 +143,7 @@ def test_python_dash_m_is_the_command() -> None:
 def test_the_default_problem_end_to_end(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("sklearn")
     arguments = ["--set", "num_images=60", "--set", "epochs=2", "--probes", "3", "--runs", "1", "--steps", "8"]
+    arguments += ["--activations", "2"]
     assert main(["report", "--out", str(tmp_path), *arguments]) == 0
     result = json.loads((tmp_path / "report.json").read_text())
     assert all(result["converged"])

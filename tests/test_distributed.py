@@ -243,7 +243,7 @@ def small():
 
 def test_torchrun_gives_the_report_of_one_process_and_one_progress_bar(tmp_path: Path) -> None:
     (tmp_path / "small.py").write_text(PROBLEM)
-    options = ["--dtype", "float64", "--probes", "3", "--runs", "2", "--steps", "4", "-k", "1"]
+    options = ["--dtype", "float64", "--probes", "3", "--runs", "2", "--steps", "4", "-k", "1", "--activations", "2"]
     report = ["report", f"{tmp_path / 'small.py'}:small", *options, "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     several = subprocess.run(

@@ -16,8 +16,17 @@ import hessfn as hf
 from hessfn import page
 from hessfn.report import report
 
-FILES = ["density.png", "eigenvalues.png", "landscape.png", "layers.png", "plane.png", "report.html", "report.json"]
-QUICK: dict[str, Any] = {"k": 3, "probes": 4, "runs": 1, "steps": 5}
+FILES = [
+    "activations.png",
+    "density.png",
+    "eigenvalues.png",
+    "landscape.png",
+    "layers.png",
+    "plane.png",
+    "report.html",
+    "report.json",
+]
+QUICK: dict[str, Any] = {"k": 3, "probes": 4, "runs": 1, "steps": 5, "activations": 0}
 
 
 def mlp() -> nn.Module:
@@ -35,7 +44,9 @@ def problem() -> tuple[Any, Any, Any]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("parent") / "deep" / "out"
-    return out, report(problem(), out, name="<script>alert(1)</script>", k=3, probes=50, runs=2, steps=20)
+    return out, report(
+        problem(), out, name="<script>alert(1)</script>", k=3, probes=50, runs=2, steps=20, activations=40
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +74,26 @@ def test_numbers_agree_with_the_dense_hessian_within_their_errors(made: Any, exa
 def test_layers_add_up_to_the_trace(made: Any) -> None:
     _, result = made
     assert sum(layer["trace"] for layer in result["layers"].values()) == pytest.approx(result["trace"]["mean"])
+
+
+def test_activations_and_weights_have_the_traces_of_the_dense_hessians(made: Any, exact: torch.Tensor) -> None:
+    found = made[1]["activations"]
+    whole = tuple(torch.cat(parts) for parts in zip(*batches(), strict=True))
+    loss, shifts = hf.activation_loss(mlp(), nn.CrossEntropyLoss(), whole, nn.Linear)
+    flat = hf.dense(hf.hvp(loss, shifts), shifts).diagonal()
+    assert list(found) == list(shifts) == ["0", "2"]
+    assert [(x["numel"], x["weight_numel"]) for x in found.values()] == [(3, 12), (4, 8)]
+    for layer, true in zip(found.values(), (flat[:24].sum(), flat[24:].sum()), strict=True):
+        assert abs(layer["trace"] - true) <= 4 * layer["stderr"]
+    for layer, entries in zip(found.values(), (slice(0, 12), slice(16, 24)), strict=True):
+        assert abs(layer["weight_trace"] - exact.diagonal()[entries].sum()) <= 4 * layer["weight_stderr"]
+
+
+def test_a_model_without_layers_to_shift_has_no_activations(tmp_path: Path) -> None:
+    result = report(
+        (seeded(lambda: nn.Linear(3, 2)), nn.CrossEntropyLoss(), batches()), tmp_path, **QUICK | {"activations": 2}
+    )
+    assert result["activations"] is None and not (tmp_path / "activations.png").exists()
 
 
 def test_density_integrates_to_one(made: Any) -> None:
@@ -156,6 +187,7 @@ def shuffling() -> tuple[Any, Any, Any]:
         (problem, {"k": 0}, "k=0 must be between 1 and 26"),
         (problem, {"k": 27}, "k=27 must be between 1 and 26"),
         (problem, {"probes": 1}, "probes=1"),
+        (problem, {"activations": 1}, "activations=1"),
         (problem, {"steps": 0}, "steps=0"),
         (problem, {"radius": -1.0}, "radius=-1.0"),
         (problem, {"which": "XX"}, "which='XX'"),
