@@ -14,6 +14,7 @@ from torch import Tensor
 from hessfn import krylov, tree
 from hessfn.krylov import Space
 from hessfn.restart import thick_restart
+from hessfn.sharded import whole
 from hessfn.tree import MatVec, Tree
 
 _ORDERS = ("LM", "LA", "SA", "BE")
@@ -179,7 +180,7 @@ def eigsh(
         if max_matvecs is None:
             raise ValueError("rtol=None asks for a fixed number of products: give it as max_matvecs")
         return _unrestarted(space, v0, k, which, min(max_matvecs, n))
-    starts = space.ravel(v0)[None] if warm_start is None else torch.func.vmap(space.ravel)(warm_start)
+    starts = space.ravel(v0)[None] if warm_start is None else torch.func.vmap(space.ravel)(tree.map(whole, warm_start))
     if starts.shape[1] != n:
         raise ValueError(f"the vectors of warm_start have {starts.shape[1]} entries, v0 has {n}")
     least = max(k, len(starts)) + 2

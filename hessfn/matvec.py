@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessfn import tree
 from hessfn.probes import gaussian
+from hessfn.sharded import whole
 from hessfn.tree import MatVec, Tree
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def deflate(matvec: MatVec, vectors: Tree) -> MatVec:
     >>> deflate(lambda v: A @ v, torch.eye(3)[:1])(torch.ones(3))
     tensor([0., 2., 1.])
     """
-    rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(vectors)
+    rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(tree.map(whole, vectors))
     basis = torch.linalg.qr(rows.T.to(torch.promote_types(rows.dtype, torch.float32))).Q
 
     def outside(v: Tree) -> Tree:

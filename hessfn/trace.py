@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hessfn import krylov, tree
 from hessfn.probes import each
+from hessfn.sharded import whole
 from hessfn.tree import MatVec, Tree
 
 _MIN_PROBES = 10  # a standard error from fewer is too uncertain to stop on
@@ -217,7 +218,7 @@ def deflated_trace(matvec: MatVec, probes: Iterable[Tree], eigenpairs: Any, *, r
     >>> deflated_trace(lambda v: A @ v, rademacher(torch.zeros(3), 10), pairs).mean.round(decimals=2)
     tensor(11., dtype=torch.float64)
     """
-    rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(eigenpairs.vectors)
+    rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(tree.map(whole, eigenpairs.vectors))
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     known = eigenpairs.values.sum()
 
