@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,24 +226,24 @@ def test_a_full_disk_is_an_error_that_leaves_the_journal_good(tmp_path: Path) ->
     assert len(made) == 2
 
 
-HOLDER = """
-import sys, time, torch, hessfn
-kept = hessfn.journal(lambda v: 2 * v, sys.argv[1], key={})
-kept(torch.ones(2))
-print("held", flush=True)
-time.sleep(600)
-"""
-
-
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_processes_do_not_share_a_journal_and_a_dead_one_gives_it_back(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        try:
-            assert holder.stdout.readline() == "held\n"
-            with pytest.raises(BlockingIOError, match="in use by another process"):
-                hf.journal(lambda v: 2 * v, tmp_path, key={})(torch.ones(2))
-        finally:
-            os.kill(holder.pid, signal.SIGKILL)
+    hears, says = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        kept = hf.journal(lambda v: 2 * v, tmp_path, key={})
+        kept(torch.ones(2))
+        os.write(says, b"held")
+        signal.pause()
+    try:
+        assert os.read(hears, 4) == b"held"
+        with pytest.raises(BlockingIOError, match="in use by another process"):
+            hf.journal(lambda v: 2 * v, tmp_path, key={})(torch.ones(2))
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        os.close(hears)
+        os.close(says)
     (tmp_path / "tmpabc.part").write_bytes(b"half a product")
     assert torch.equal(hf.journal(lambda v: 1 / 0, tmp_path, key={})(torch.ones(2)), torch.full((2,), 2.0))
     assert not list(tmp_path.glob("*.part"))

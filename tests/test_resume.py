@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nets import classes, normal, seeded
+from torch import nn
+from tqdm.auto import tqdm
+
+import hessfn as hf
+from hessfn import analysis, disk, page
+from hessfn.cli import main
+from hessfn.report import report
+from hessfn.unfinished import num_products, unfinished
+
+QUICK: dict[str, Any] = {"k": 2, "probes": 4, "runs": 2, "steps": 5, "plane": 0}
+
+
+def mlp(seed: int = 0) -> nn.Module:
+    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)), seed)
+
+
+def batches(scale: float = 1.0) -> list[Any]:
+    return [(scale * normal(5, 3), classes(5, 2)), (normal(3, 3, seed=3), classes(3, 2, seed=4))]
+
+
+def problem() -> tuple[Any, Any, Any]:
+    return mlp(), nn.CrossEntropyLoss(), batches()
+
+
+@pytest.fixture
+def numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures: they take most of the time of a report of so small a net."""
+    monkeypatch.setattr(page, "write", lambda folder, _, __, x: (folder / "report.json").write_text(json.dumps(x)))
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
+    """Counts the products that are computed, and interrupts after so many."""
+    counted: list[int] = []
+    most, make = float("inf"), hf.mean_hvp
+
+    def limited(*args: Any, **options: Any) -> Any:
+        matvec = make(*args, **options)
+
+        def product(v: Any) -> Any:
+            if len(counted) >= most:
+                raise KeyboardInterrupt
+            counted.append(1)
+            return matvec(v)
+
+        return product
+
+    def at_most(number: float) -> list[int]:
+        nonlocal most
+        most = number
+        counted.clear()
+        return counted
+
+    monkeypatch.setattr(hf, "mean_hvp", limited)
+    return at_most
+
+
+def interrupted(made: Any, out: Path, num: int = 9) -> None:
+    made(num)
+    with pytest.raises(KeyboardInterrupt):
+        report(problem(), out, **QUICK)
+    assert num_products(out) == num
+    made(float("inf"))
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+DRIVER = Path(__file__).parent / "bench" / "kill_resume.py"
+PROBLEM = """
+import torch
+
+def small():
+    draw = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=draw)
+    x = torch.randn(20, 3, generator=draw)
+    return model, torch.nn.CrossEntropyLoss(), [(x, (x[:, 0] > 0).long())]
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
+def test_killed_at_random_and_resumed_it_is_the_undisturbed_report(tmp_path: Path) -> None:
+    file = tmp_path / "problem.py"
+    file.write_text(PROBLEM)
+    options = ["--probes", "10", "--runs", "1", "--steps", "10", "-k", "2", "--plane", "0"]
+    run = [sys.executable, str(DRIVER), "--forked", "--kills", "3", f"{file}:small", "--", *options]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 kills" in done.stdout
+    assert "all equal" in done.stdout
+
+
+def test_resumed_with_other_options_it_makes_use_of_the_products(
+    made: Any, numbers_only: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**QUICK, "probes": 8}
+    counted = made(float("inf"))
+    expected = report(problem(), tmp_path / "whole", **options)
+    needed = len(counted)
+    interrupted(made, tmp_path / "out", num=12)
+    counted, bars = made(float("inf")), []
+    monkeypatch.setattr(analysis, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    assert report(problem(), tmp_path / "out", resume=True, **options) == expected
+    assert len(counted) == needed - 12
+    assert bars[0].n == needed
+    assert bars[0].initial == 12  # done, but nothing to go by for the time left
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.json"]
+
+
+def other_code() -> tuple[Any, Any, Any]:
+    class Same(nn.CrossEntropyLoss):
+        pass
+
+    return mlp(), Same(), batches()
+
+
+def other_buffer() -> tuple[Any, Any, Any]:
+    model = mlp()
+    model[1].running_mean.add_(1)
+    return model, nn.CrossEntropyLoss(), batches()
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "message"),
+    [
+        (lambda: (mlp(1), nn.CrossEntropyLoss(), batches()), {}, "another 'parameters or buffers'"),
+        (other_buffer, {}, "another 'parameters or buffers'"),
+        (lambda: (mlp(), nn.CrossEntropyLoss(), batches(1.01)), {}, "another 'data'"),
+        (lambda: (mlp(), nn.CrossEntropyLoss(label_smoothing=0.1), batches()), {}, "another 'losses'"),
+        (lambda: (mlp().train(), nn.CrossEntropyLoss(), batches()), {}, "another 'train or eval mode'"),
+        (other_code, {}, "another 'code'"),
+        (problem, {"num_batches": 1}, "another 'data'"),
+        (problem, {"params": "0.*"}, "another 'vectors'"),
+        (problem, {"dtype": "float32"}, r"another 'vectors' \(.*float64.*, here .*float32"),
+    ],
+)
+def test_the_products_of_another_problem_are_refused_and_kept(
+    other: Any, options: Any, message: str, made: Any, numbers_only: None, tmp_path: Path
+) -> None:
+    interrupted(made, tmp_path, num=3)
+    before = everything(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        report(other(), tmp_path, resume=True, **{**QUICK, **options})
+    assert str(tmp_path / ".unfinished" / "products") in str(error.value)
+    assert everything(tmp_path) == before
+
+
+def test_without_resume_a_report_starts_over(made: Any, numbers_only: None, tmp_path: Path) -> None:
+    interrupted(made, tmp_path)
+    counted = made(3)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            report((mlp(1), *problem()[1:]), tmp_path, **QUICK)
+        assert len(counted) == num_products(tmp_path) == 3
+        counted.clear()
+
+
+def test_a_mistake_leaves_nothing_of_its_own_and_all_of_what_was_there(
+    made: Any, numbers_only: None, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="which='XX'"):
+        report(problem(), tmp_path / "deep" / "out", **{**QUICK, "which": "XX"})
+    assert list(tmp_path.iterdir()) == []
+    interrupted(made, tmp_path)
+    before = everything(tmp_path)
+    for wrong in ({"k": 0}, {"which": "XX", "resume": True}):
+        with pytest.raises(ValueError, match="must be"):
+            report(problem(), tmp_path, **{**QUICK, **wrong})
+    assert everything(tmp_path) == before
+
+
+def test_without_a_journal_nothing_is_kept_and_nothing_can_be_resumed(
+    made: Any, numbers_only: None, tmp_path: Path
+) -> None:
+    made(5)
+    with pytest.raises(KeyboardInterrupt):
+        report(problem(), tmp_path / "out", journal=False, **QUICK)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="resume needs the journal"):
+        report(problem(), tmp_path / "out", journal=False, resume=True, **QUICK)
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_report_left_half_written_goes_and_a_second_one_waits(numbers_only: None, tmp_path: Path) -> None:
+    (tmp_path / ".report-killed").mkdir()
+    (tmp_path / ".report-killed" / "density.png").write_bytes(b"half")
+    (tmp_path / ".unfinished").mkdir()
+    command = [sys.executable, "-c", HOLDER, tmp_path / ".unfinished" / "lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(BlockingIOError, match="in use by another process"):
+                report(problem(), tmp_path, **QUICK)
+        finally:
+            other.send_signal(signal.SIGKILL)
+    report(problem(), tmp_path, **QUICK)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_full_disk_says_how_to_go_on(
+    numbers_only: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "problem.py"
+    file.write_text(PROBLEM)
+    quick = ["--probes", "3", "--runs", "1", "--steps", "4", "--plane", "0"]
+    arguments = ["report", f"{file}:small", "--out", str(tmp_path / "out"), *quick]
+    write, limits = disk.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(where: Path, *rest: Any) -> None:
+        room = 100 if len(list(where.parent.iterdir())) > 7 else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            write(where, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(disk, "write", full)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "hessfn: error: " in said
+    assert "cannot be written (File too large)" in said
+    assert "6 products are kept, --resume goes on from there" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(page, "write", lambda folder, *_: (folder / "report.json").write_text("{}"))
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_unfinished_work_is_gone_with_its_folders_once_it_is_done(tmp_path: Path) -> None:
+    with unfinished(tmp_path / "deep" / "out") as kept:
+        assert kept.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_names_in_a_report_are_text(tmp_path: Path) -> None:
+    hostile = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "\"'><b id=x>$\\frac$"]
+    model = nn.Sequential()
+    for name in hostile:
+        model.add_module(name, nn.Linear(3, 3).double())
+    problem = model, nn.CrossEntropyLoss(), batches()
+    report(problem, tmp_path / "out", name=" ".join(hostile), command=" ".join(hostile), **QUICK)
+    text = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert not any(name in text for name in hostile)
+    parsed = _Tags()
+    parsed.feed(text)
+    assert not any(attrs.get("src") == "x" or attrs.get("id") == "x" for _, attrs in parsed.found)
+    assert not any(name.startswith("on") for _, attrs in parsed.found for name in attrs)
+
+
+def test_names_cannot_steer_the_terminal() -> None:
+    result = {
+        "settings": {"problem": "\x1b[2Jgone\r\n", "parameters": 1, "samples": 1, "dtype": "float32", "probes": 2},
+        "loss": 1.0,
+        "trace": {"mean": 1.0, "stderr": 0.5},
+        "negative_curvature": {"mean": 0.0, "stderr": 0.0},
+        "eigenvalues": [],
+        "residuals": [],
+        "converged": [],
+        "layers": {"\x1b]0;title\x07\u202eevil": {"numel": 1, "trace": 1.0, "stderr": 0.1}},
+    }
+    lines = page.summary(result).splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert lines[0] == r"\x1b[2Jgone\r\n"
