@@ -75,7 +75,7 @@ def compare(a: str | Path, b: str | Path, out: str | Path = "compare.html") -> d
     spectrum = [{"name": name, **side.density, **_columns(side.eigenvalues)} for name, side in labelled]
     names = list(dict.fromkeys([*sides[0].layers, *sides[1].layers]))
     data = short(page.plain({"spectrum": spectrum}))
-    shown = {"sides": sides, "result": result, "names": names, "settings": _settings(*sides), "units": units}
+    shown = {"sides": sides, "result": result, "names": names, "settings": _settings(*sides)}
     text = template.render(**shown, images=images, data=data)
     with page.staging(Path(out).parent) as folder:
         (folder / Path(out).name).write_text(text, "utf-8")

@@ -103,7 +103,7 @@ def test_page_sets_two_nets_side_by_side(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["page.html"]
     parsed, shown = Parsed(text), " ".join(Parsed(text).shown.split())
     assert result["only"] == {"A": ["conv.weight", "head.weight"], "B": ["</script><b>"]}
-    for words in ("</script><b>", "<i>", "+20.0 errors: differ", "only in A", "only in B", "seed07"):
+    for words in ("</script><b>", "<i>", "+20.0, differ", "only in A", "only in B", "seed07"):
         assert words in shown
     assert "<b>" not in text and "<i>" not in text
     assert [one["name"] for one in json.loads(parsed.scripts["data"])["spectrum"]] == ["A", "B"]

@@ -135,7 +135,7 @@
   async function draw(Plotly, chart) {
     const { traces, layout } = kinds[chart.dataset.chart](data[chart.dataset.chart]);
     const axis = { color: css("--text"), gridcolor: css("--line"), zerolinecolor: css("--soft"), automargin: true };
-    const legend = { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0.5, xanchor: "center" };
+    const legend = { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0.5, xanchor: "center", traceorder: "normal" };
     const touch = matchMedia("(pointer: coarse)").matches;
     chart.hidden = false; // it has no size before
     await Plotly.react(
