@@ -99,7 +99,8 @@ def mean_hvp(
     Args:
         loss: ``loss(params, batch)``, a mean over its batch.
         params: a tree of tensors. Batches are moved to its device.
-        batches: gives the same batches at each pass: a list, a ``DataLoader`` that does not shuffle.
+        batches: gives the same batches at each pass: a list, a ``DataLoader`` that does not shuffle; or
+            ``hessfn.distributed.Dealt(batches)``, of which each process of a group takes its share.
         weights: one number a batch, or a function of the batch, such as its number of tokens. By default the size of
             the batch (length of its first tensor), so that the result is the Hessian of the mean over all samples.
         microbatch: cut batches into parts of so many samples, for less memory and the same product; for losses in
