@@ -116,7 +116,8 @@ def test_an_interrupt_exits_with_130_and_one_line(file: Path, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize(
-    ("module", "problem"), [("jinja2", "FILE:small"), ("sklearn.datasets", "hessfn.problems:digits")]
+    ("module", "problem"),
+    [("jinja2", "FILE:small"), ("plotly.offline", "FILE:small"), ("sklearn.datasets", "hessfn.problems:digits")],
 )
 def test_a_missing_extra_is_named(module: str, problem: str, file: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, module, None)

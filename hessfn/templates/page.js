@@ -137,7 +137,7 @@
     const axis = { color: css("--text"), gridcolor: css("--line"), zerolinecolor: css("--soft"), automargin: true };
     const legend = { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0.5, xanchor: "center", traceorder: "normal" };
     const touch = matchMedia("(pointer: coarse)").matches;
-    chart.hidden = false; // it has no size before
+    chart.hidden = chart.closest("figure").hidden = false; // it has no size before
     await Plotly.react(
       chart,
       traces,
@@ -173,7 +173,9 @@
         await draw(Plotly, chart);
       } catch (error) {
         chart.hidden = true;
-        console.error(error); // the still picture, or what is beside it, says the same
+        const figure = chart.closest("figure");
+        figure.hidden = !figure.querySelector(".still");
+        console.warn(error); // the still picture, here or beside it, says the same
       }
     }
     document.documentElement.dataset.charts = "drawn";
