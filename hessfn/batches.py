@@ -102,7 +102,8 @@ def deal(batches: Iterable[Any], state: Tree, group: Group) -> Dealt:
 def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
     if isinstance(batches, Sequence):
         return iter(batches)
-    with turn(), torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for its workers from the global generator
+    # A DataLoader draws a seed for its workers from the global generator.
+    with turn(), torch.random.fork_rng(devices=[]):
         return iter(batches)
 
 

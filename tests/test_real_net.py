@@ -57,6 +57,40 @@ def test_products_agree_with_double_backward_in_float32():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_sketches_and_functions_of_the_spectrum_agree_on_the_trace():
+    loss, params, (x, y), model = resnet20(200)
+    with torch.no_grad():
+        worst = torch.nn.functional.cross_entropy(model(x), y, reduction="none").topk(5).indices
+    matvec, n = hf.linearized_hvp(loss, params, (x[worst], y[worst])), tree.numel(params)
+    eig = hf.eigsh(matvec, hf.gaussian(params, 1)[0], k=4, rtol=1e-2)
+    trace = hf.deflated_trace(matvec, hf.rademacher(params, 16, seed=1), eig)
+    diagonal = hf.xdiag(matvec, hf.rademacher(params, 6, seed=2))
+    probe = hf.gaussian(params, 1, seed=3)
+    rayleigh = tree.dot(probe[0], matvec(probe[0])) / tree.dot(probe[0], probe[0])
+    first_moment = hf.trace_of(hf.slq(matvec, probe, 8), lambda x: x, n).mean
+    assert torch.allclose(first_moment, n * rayleigh, rtol=1e-4)
+    for estimate in (
+        hf.hutchpp(matvec, hf.rademacher(params, 12, seed=4)),
+        hf.xtrace(matvec, hf.gaussian(params, 8, seed=5)),
+    ):
+        assert abs(estimate.mean - trace.mean) <= 5 * torch.hypot(estimate.stderr, trace.stderr)
+    sum_of_diagonal = tree.dot(diagonal.mean, tree.map(torch.ones_like, params))
+    assert abs(sum_of_diagonal - trace.mean) <= 0.3 * trace.mean  # its error is known entry by entry only
+
+
+def test_gauss_newton_and_fisher_are_what_they_are_made_of():
+    _, params, (x, y), model = resnet20(10)
+    forward, criterion, v = hf.stateless(model)[0], torch.nn.CrossEntropyLoss(), hf.gaussian(params, 1)[0]
+    outputs, change = torch.func.jvp(lambda p: forward(p, x), (params,), (v,))
+    p = outputs.softmax(1)
+    curvature = ((p * change.square()).sum(1) - (p * change).sum(1).square()).mean()
+    slopes = change.gather(1, y[:, None])[:, 0] - (p * change).sum(1)  # of the log-likelihoods
+    for make, expected in ((hf.ggnvp, curvature), (hf.fvp, slopes.square().mean())):
+        matvec = make(forward, criterion, params, (x, y))
+        assert torch.allclose(tree.dot(v, matvec(v)).float(), expected, rtol=1e-3)
+        hf.check_matvec(matvec, params)
+
+
 MEMORY = r"""
 import re, sys
 sys.path.insert(0, {folder!r})

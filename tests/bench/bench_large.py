@@ -77,7 +77,7 @@ def run(name: str, tokens: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"of {list(TASKS)}")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -180,7 +180,7 @@ def growth() -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=[*MODELS, "growth"], choices=[*MODELS, "growth"])
+    parser.add_argument("models", nargs="*", default=[*MODELS, "growth"], metavar="|".join([*MODELS, "growth"]))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

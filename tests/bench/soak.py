@@ -53,7 +53,7 @@ def soak(net: str, way: str, products: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("nets", nargs="*", default=list(NETS), choices=list(NETS))
+    parser.add_argument("nets", nargs="*", default=list(NETS), help=f"of {list(NETS)}")
     parser.add_argument("--products", type=int, default=1000)
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
