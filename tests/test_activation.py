@@ -354,9 +354,7 @@ def test_pytorchcv_families_for_cifar(name):
     smoke(model, normal(2, 3, 32, 32).float())
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5"]
-)
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v2", "mnasnet0_5"])
 def test_torchvision_families(name):
     zoo = pytest.importorskip("torchvision.models")
     with torch.random.fork_rng(devices=[]):
@@ -370,8 +368,7 @@ def smoke(model, x):
     loss, shifts = hf.activation_loss(model, CE, (x, classes(2, 10)), nn.Conv2d)
     assert len(shifts) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
     assert next(iter(shifts.values())).shape == x.shape
-    rules = not any(isinstance(m, nn.Hardsigmoid) for m in model.modules())  # a trace takes longer
-    matvec = hf.hvp(loss, shifts, mode="forward" if rules else "auto")
+    matvec = hf.hvp(loss, shifts, mode="forward")  # without a trace, which takes longer
     u, v = hf.gaussian(shifts, 2)
     hu, hv = matvec(u), matvec(v)
     assert all(part.isfinite().all() for part in tree.leaves(hv))
