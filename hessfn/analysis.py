@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
@@ -11,14 +13,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import hessfn as hf
-from hessfn import page, tree
+from hessfn import disk, page, tree
 from hessfn.batches import mean
 from hessfn.distributed import Dealt
 from hessfn.page import Analysis
-from hessfn.prepare import Loss
+from hessfn.prepare import Loss, converted
+from hessfn.sensitivity import has_matrix
 from hessfn.trace import estimate
 from hessfn.tree import MatVec, Tree
 from hessfn.ways import plain_gradient
+
+Keep = Callable[[str, MatVec], MatVec]
 
 
 def analyse(
@@ -27,9 +32,9 @@ def analyse(
     batches: Iterable[Any],
     value: Tensor,
     settings: dict[str, Any],
-    keep: Callable[[MatVec], MatVec],
+    keep: Keep,
 ) -> Analysis:
-    """All numbers of a report; ``keep`` is the journal of the products, or leaves them as they are."""
+    """All numbers of a report but those by layer; ``keep(name, matvec)`` is a journal, or leaves the products be."""
     k, seed, num_probes, steps = (settings[name] for name in ("k", "seed", "probes", "steps"))
     for_density = settings["runs"] * steps
     whole = hf.mean_hvp(loss, theta, batches)
@@ -44,7 +49,7 @@ def analyse(
         num_computed += 1
         return whole(v)
 
-    kept = keep(computed)
+    kept = keep("products", computed)
 
     def matvec(v: Tree) -> Tree:
         product = kept(v)
@@ -118,3 +123,42 @@ def _landscape(
         heights = hf.plane(point, theta, (directions["top eigenvector"], second), grid, grid)
     names = [f"eigenvector of {page.number(float(eigen.values[i]))}" for i in (first, others[0])]
     return steps, losses, page.Plane(grid, heights, names)
+
+
+def activations(
+    problem: Any, batches: Iterable[Any], dtype: Any, device: Any, num_probes: int, seed: int, keep: Keep
+) -> hf.Sensitivities | None:
+    """Traces by layer, or None where they cannot be had; ``keep`` as for :func:`analyse`, for every batch."""
+    model, criterion = problem[:2]
+    model, criterion = converted(model, criterion, dtype, device)
+    if not any(name and has_matrix(name, module) for name, module in model.named_modules()):
+        return None
+
+    def cast(x: Any) -> Any:
+        wanted = next(model.parameters()).dtype
+        return x.to(wanted) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    if dtype is not None:  # the model is our own copy
+        of_model = criterion
+        model.register_forward_pre_hook(lambda _, args, kwargs: tree.map(cast, (args, kwargs)), with_kwargs=True)
+        criterion = lambda outputs, targets: of_model(outputs, tree.map(cast, targets))  # noqa: E731
+    numbers = itertools.count()
+    total = num_probes * len(batches) if isinstance(batches, Sized) else None
+    with tqdm(total=total, unit="product", desc="activations", dynamic_ncols=True, disable=_quiet(batches)) as bar:
+
+        def counted(dots: MatVec) -> MatVec:
+            kept = keep(f"activations-{next(numbers)}", dots)
+
+            def product(z: Tree) -> Tree:
+                bar.update()
+                return kept(z)
+
+            return product
+
+        try:
+            return hf.sensitivities(model, criterion, batches, num_probes=num_probes, seed=seed, transform=counted)
+        except (ValueError, RuntimeError) as error:
+            if disk.Refused in (type(error), type(error.__cause__)):
+                raise
+            warnings.warn(f"the report leaves the activations out: {error}", stacklevel=4)
+            return None

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,10 @@ from hessfn import tree
 from hessfn.tree import Tree
 
 FORMAT = "hessfn journal 1"
+
+
+class Refused(ValueError):
+    """What is on the disk is damaged, or of something else."""
 
 
 def fingerprint(x: Tree) -> str:
@@ -81,21 +86,31 @@ def write(file: Path, leaves: Sequence[Tensor], of: str) -> None:
     replace(file, [_header(leaves, digest), *parts])
 
 
-def read(file: Path, like: Sequence[Tensor], of: str) -> list[Tensor]:
-    leaves = [torch.empty(leaf.shape, dtype=leaf.dtype) for leaf in like]
-    digest = _digest(file, leaves, of)
+def read(file: Path, of: str) -> list[Tensor]:
     with file.open("rb") as stream:
         first = stream.readline()
-        whole = True
-        for part in map(_bytes, leaves):
-            whole = stream.readinto(part) == len(part) and whole
-            digest.update(part)
-        whole = not stream.read(1) and whole
-    if not whole or first != _header(leaves, digest):
-        raise ValueError(
+        leaves = _blank(first, file.stat().st_size - len(first))
+        if leaves is not None:
+            digest = _digest(file, leaves, of)
+            for part in map(_bytes, leaves):
+                stream.readinto(part)
+                digest.update(part)
+    if leaves is None or first != _header(leaves, digest):
+        raise Refused(
             f"{str(file)!r} is damaged or of another journal: delete this file, and its product is computed again"
         )
-    return [leaf.to(x.device) for leaf, x in zip(leaves, like, strict=True)]
+    return leaves
+
+
+def _blank(header: bytes, num_bytes: int) -> list[Tensor] | None:
+    """Tensors of the kinds in a header, if they take just so many bytes."""
+    try:
+        kinds = [(getattr(torch, dtype), shape) for dtype, shape in json.loads(header)["leaves"]]
+        if sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds) != num_bytes:
+            return None
+        return [torch.empty(shape, dtype=dtype) for dtype, shape in kinds]
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        return None
 
 
 def _digest(file: Path, leaves: Sequence[Tensor], of: str) -> Any:

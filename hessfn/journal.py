@@ -35,6 +35,7 @@ def journal(
     ``check_matvec`` keeps its meaning.
 
     Args:
+        matvec: or any other function from a tree to one of the same names.
         folder: made at the first product, with one file for each; delete it when all is done.
         key: what the products depend on besides the vector, by name: parameters, data, settings, as trees of tensors,
             numbers and strings. A journal with another key is refused, and the message says which entries differ.
@@ -61,7 +62,7 @@ def journal(
     tensor([1., 2.])
     >>> journal(lambda v: v, folder.name, key={"w": torch.ones(2)})(torch.ones(2))
     Traceback (most recent call last):
-    ValueError: the journal in ... is of another matrix: it has another 'w'. ...
+    hessfn.disk.Refused: the journal in ... is of another matrix: it has another 'w'. ...
     >>> folder.cleanup()
     """
     path = Path(folder)
@@ -81,10 +82,10 @@ def journal(
         of, vector = belongs[0], disk.fingerprint(v)
         file = path / f"{vector}-{asked[vector] + 1}"
         if file.exists():
-            product = disk.read(file, tree.leaves(v), of)
+            kept = disk.read(file, of)
+            product = [x.to(like.device) for x, like in zip(kept, tree.leaves(v), strict=True)]
         else:
-            # Contiguous as what is read: the order of sums, and so their last bits, are the memory's.
-            product = [x.detach().contiguous() for x in tree.leaves(tree.aligned(matvec(v), v, "the product"))]
+            product = _like(matvec(v), v)
             disk.write(file, product, of)
         asked[vector] += 1
         return tree.unflatten(product, v)
@@ -96,6 +97,14 @@ def journal(
 def records(folder: Path) -> list[Path]:
     """The products in a journal's folder."""
     return [file for file in folder.iterdir() if _RECORD.fullmatch(file.name)]
+
+
+def _like(product: Tree, v: Tree) -> list[Tensor]:
+    named = dict(zip(tree.names(product), tree.leaves(product), strict=True))
+    if named.keys() != set(tree.names(v)):
+        raise ValueError("the product is a tree of other leaves than the vector: a journal needs the same names")
+    # Contiguous as what is read: the order of sums, and so their last bits, are the memory's.
+    return [named[name].detach().contiguous() for name in tree.names(v)]
 
 
 def _require_plain(v: Tree) -> None:
@@ -113,7 +122,7 @@ def _open(path: Path, key: dict[str, Any], resume: bool) -> None:
     for file in [*path.glob("*.part"), *([] if resume else [*records(path), about])]:
         file.unlink(missing_ok=True)
     if resume and records(path) and not about.exists():
-        raise ValueError(f"{str(about)!r} is missing, so nobody knows what its products are of: delete the folder")
+        raise disk.Refused(f"{str(about)!r} is missing, so nobody knows what its products are of: delete the folder")
     if resume and about.exists():
         _require_same(about, key)
     else:
@@ -128,13 +137,15 @@ def _require_same(about: Path, key: dict[str, Any]) -> None:
     except (ValueError, KeyError, TypeError, AttributeError):
         known = False
     if not known:
-        raise ValueError(f"{str(about)!r} is damaged or of another version of hessfn: delete the folder to start over")
+        raise disk.Refused(
+            f"{str(about)!r} is damaged or of another version of hessfn: delete the folder to start over"
+        )
     if names:
         differ = ", ".join(
             f"another {n!r}" + (f" ({kept[n]}, here {key[n]})" if n in kept and _is_short(kept[n], key.get(n)) else "")
             for n in names
         )
-        raise ValueError(
+        raise disk.Refused(
             f"the journal in {str(about.parent)!r} is of another matrix: it has {differ}. Take another folder, or "
             "delete this one to start over"
         )

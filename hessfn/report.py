@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import math
 import platform
-import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 import hessfn as hf
 from hessfn import page, tree
+from hessfn.analysis import activations as by_layer
 from hessfn.analysis import analyse
 from hessfn.batches import deal
-from hessfn.distributed import Dealt, Group
+from hessfn.distributed import Group
 from hessfn.model import Choice
 from hessfn.page import Analysis
-from hessfn.prepare import converted, first_pass, prepare
-from hessfn.sensitivity import has_matrix
+from hessfn.prepare import first_pass, prepare
 from hessfn.tree import MatVec, Tree
-from hessfn.unfinished import state_of, unfinished
+from hessfn.unfinished import clear, state_of, unfinished
 
 
 def report(
@@ -122,7 +119,8 @@ def report(
         raise ValueError("resume needs the journal, which only a report of a single process keeps")
     writes, out = group is None or group.rank() == 0, Path(out)
     with contextlib.ExitStack() as stack:
-        products = stack.enter_context(unfinished(out)) / "products" if writes else None
+        place = stack.enter_context(unfinished(out)) if writes else None
+        kept = place if journal and group is None else None
         folder = stack.enter_context(page.staging(out)) if writes else None
         # Whatever the batches draw from the global generator, as a DataLoader does, is given back.
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -154,57 +152,23 @@ def report(
             "device": str(first.device),
             "command": command,
         }
-        keep: Callable[[MatVec], MatVec] = _as_it_is
-        if journal and group is None and products is not None:
-            versions = {name: _versions()[name] for name in ("hessfn", "torch")}
-            key = {**state_of(*problem[:2]), **seen, "device": settings["device"], **versions}
-            keep = functools.partial(hf.journal, folder=products, key=key, resume=resume)
+        key = {**state_of(*problem[:2]), **seen, "device": settings["device"], **_versions("hessfn", "torch")}
+
+        def keep(part: str, matvec: MatVec) -> MatVec:
+            return matvec if kept is None else hf.journal(matvec, kept / part, key=key)
+
+        if kept is not None and not resume:
+            clear(kept)
         analysis = analyse(loss, theta, batches, value, settings, keep)
         settings["radius"] = analysis.steps[-1]
         if activations:
-            flows = _activations(problem[0], problem[1], batches, dtype, device, activations, seed)
+            flows = by_layer(problem, batches, dtype, device, activations, seed, keep)
             analysis = analysis._replace(activations=flows)
-        result = page.plain({**_named(analysis, theta), "settings": settings, "versions": _versions()})
+        versions = {**_versions("hessfn", "torch", "numpy", "scipy", "matplotlib"), "python": platform.python_version()}
+        result = page.plain({**_named(analysis, theta), "settings": settings, "versions": versions})
         if folder is not None:
             page.write(folder, template, analysis, result)
     return result
-
-
-def _as_it_is(matvec: MatVec) -> MatVec:
-    return matvec
-
-
-def _activations(
-    model: nn.Module, criterion: Any, batches: Iterable[Any], dtype: Any, device: Any, num_probes: int, seed: int
-) -> hf.Sensitivities | None:
-    model, criterion = converted(model, criterion, dtype, device)
-    if not any(name and has_matrix(name, module) for name, module in model.named_modules()):
-        return None
-
-    def cast(x: Any) -> Any:
-        wanted = next(model.parameters()).dtype
-        return x.to(wanted) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    if dtype is not None:  # the model is our own copy
-        of_model = criterion
-        model.register_forward_pre_hook(lambda _, args, kwargs: tree.map(cast, (args, kwargs)), with_kwargs=True)
-        criterion = lambda outputs, targets: of_model(outputs, tree.map(cast, targets))  # noqa: E731
-    quiet = isinstance(batches, Dealt) and batches.rank > 0
-    total = num_probes * len(batches) if isinstance(batches, Sized) else None
-    with tqdm(total=total, unit="product", desc="activations", dynamic_ncols=True, disable=quiet) as bar:
-
-        def counted(matvec: MatVec) -> MatVec:
-            def product(v: Tree) -> Tree:
-                bar.update()
-                return matvec(v)
-
-            return product
-
-        try:
-            return hf.sensitivities(model, criterion, batches, num_probes=num_probes, seed=seed, transform=counted)
-        except (ValueError, RuntimeError) as error:
-            warnings.warn(f"the report leaves the activations out: {error}", stacklevel=3)
-            return None
 
 
 def _by_layer(flows: hf.Sensitivities) -> dict[str, Any]:
@@ -249,6 +213,5 @@ def _named(analysis: Analysis, theta: Tree) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ("hessfn", "torch", "numpy", "scipy", "matplotlib")}
-    return {**packages, "python": platform.python_version()}
+def _versions(*packages: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in packages}

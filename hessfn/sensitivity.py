@@ -58,7 +58,8 @@ def activation_traces(
         num_probes: Rademacher probes for each batch, which has its own.
         blockwise: one layer's probes at a time. The blocks between layers then add nothing to the variance.
         seed: of the probes.
-        transform: what becomes of each batch's matvec before it is used, such as ``hf.progress``.
+        transform: what becomes of each batch's function from a probe z to ``z'Hz`` by leaf, before it is used, such as
+            ``hf.progress`` or ``hf.journal``.
 
     Returns:
         ``mean`` and ``stderr``, dicts by shift in the order of the calls, and ``num_matvecs``. The errors are those of
@@ -199,8 +200,8 @@ def _dots(loss: Callable[[Tree], Tensor], point: Tree, probes: Probes, transform
         matvec = linearized_hvp(loss, point)
     except Untraceable:
         matvec = hvp(loss, point)
-    matvec = transform(matvec)
-    each = [tree.map(tree.dot, z, matvec(z)) for z in probes(point)]
+    dots_of = transform(lambda z: tree.map(tree.dot, z, matvec(z)))
+    each = [dots_of(z) for z in probes(point)]
     return {name: torch.stack([dots[name] for dots in each]) for name in point}
 
 

@@ -50,6 +50,13 @@ def unfinished(out: Path) -> Iterator[Path]:
                         folder.rmdir()
 
 
+def clear(kept: Path) -> None:
+    """Drops the journals."""
+    for folder in kept.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+
+
 def num_products(out: Path) -> int:
     """How many products an unfinished report in ``out`` has made."""
     return sum(len(records(folder)) for folder in (out / _NAME).glob("*") if folder.is_dir())

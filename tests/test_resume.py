@@ -16,12 +16,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import hessfn as hf
-from hessfn import analysis, disk, page
+from hessfn import analysis, disk, page, sensitivity
 from hessfn.cli import main
 from hessfn.report import report
 from hessfn.unfinished import num_products, unfinished
 
-QUICK: dict[str, Any] = {"k": 2, "probes": 4, "runs": 2, "steps": 5, "plane": 0}
+QUICK: dict[str, Any] = {"k": 2, "probes": 4, "runs": 2, "steps": 5, "plane": 0, "activations": 0}
 
 
 def mlp(seed: int = 0) -> nn.Module:
@@ -46,18 +46,21 @@ def numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
     """Counts the products that are computed, and interrupts after so many."""
     counted: list[int] = []
-    most, make = float("inf"), hf.mean_hvp
+    most = float("inf")
 
-    def limited(*args: Any, **options: Any) -> Any:
-        matvec = make(*args, **options)
+    def limited(make: Any) -> Any:
+        def made(*args: Any, **options: Any) -> Any:
+            matvec = make(*args, **options)
 
-        def product(v: Any) -> Any:
-            if len(counted) >= most:
-                raise KeyboardInterrupt
-            counted.append(1)
-            return matvec(v)
+            def product(v: Any) -> Any:
+                if len(counted) >= most:
+                    raise KeyboardInterrupt
+                counted.append(1)
+                return matvec(v)
 
-        return product
+            return product
+
+        return made
 
     def at_most(number: float) -> list[int]:
         nonlocal most
@@ -65,7 +68,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
         counted.clear()
         return counted
 
-    monkeypatch.setattr(hf, "mean_hvp", limited)
+    monkeypatch.setattr(hf, "mean_hvp", limited(hf.mean_hvp))
+    monkeypatch.setattr(sensitivity, "linearized_hvp", limited(sensitivity.linearized_hvp))
     return at_most
 
 
@@ -122,6 +126,25 @@ def test_resumed_with_other_options_it_makes_use_of_the_products(
     assert bars[0].n == needed
     assert bars[0].initial == 12  # done, but nothing to go by for the time left
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.json"]
+
+
+def test_traces_by_layer_go_on_where_they_were(made: Any, numbers_only: None, tmp_path: Path) -> None:
+    options = {**QUICK, "activations": 3}
+    counted = made(float("inf"))
+    expected = report(problem(), tmp_path / "whole", **options)
+    needed = len(counted)
+    made(needed - 2)  # of six: three with each of two batches
+    with pytest.raises(KeyboardInterrupt):
+        report(problem(), tmp_path / "out", **options)
+    assert num_products(tmp_path / "out") == needed - 2
+    (record,) = (tmp_path / "out" / ".unfinished" / "activations-1").glob("*-1")
+    whole = record.read_bytes()
+    record.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=f"{record.name}' is damaged"):
+        report(problem(), tmp_path / "out", resume=True, **options)
+    record.write_bytes(whole)
+    counted = made(2)
+    assert report(problem(), tmp_path / "out", resume=True, **options) == expected
 
 
 def other_code() -> tuple[Any, Any, Any]:
