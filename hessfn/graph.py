@@ -9,18 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._decomp import get_decompositions
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hessfn import passes, tree
+from hessfn.record import Recorder, Untraceable
 from hessfn.tree import Tree
 
 aten = torch.ops.aten
-
-
-class Untraceable(RuntimeError):
-    """A graph of this loss would not be this loss; the message says why. Its products can still be had untraced."""
 
 
 def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[..., Tensor]:
@@ -53,7 +49,7 @@ def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[...
     module.recompile()
 
     def graph(params: Tree, *args: Any) -> Tensor:
-        return module(*tensors((params, args))[0])
+        return module(*tensors((params, args))[0])[0]
 
     graph.module = module  # type: ignore[attr-defined]
     return graph
@@ -72,16 +68,16 @@ def tensors(arguments: Any) -> tuple[list[Tensor], list[int]]:
 class _Watch(TorchFunctionMode):
     """Notes what a trace forgets: what was computed where derivatives are off, and what was cut from them."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        self.nodes = graph.nodes
         self.switched_off: set[fx.Node] = set()
         self.cut: set[fx.Node] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LEAVES_TORCH:
             raise Untraceable(f"the loss takes the values of a tensor out of torch ({getattr(func, '__name__', func)})")
-        mode: Any = get_proxy_mode()
-        nodes = mode.tracer.graph.nodes
-        last = next(iter(reversed(nodes)), None)
+        last = next(iter(reversed(self.nodes)), None)
         off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         if func in _CUTS:
             # functionalize makes an alias of detach, and nothing of .data
@@ -90,7 +86,7 @@ class _Watch(TorchFunctionMode):
             with _without_onednn() if func in _RECURRENT else nullcontext():
                 out, notes = func(*args, **(kwargs or {})), self.switched_off
         if off or notes is self.cut:
-            for node in reversed(nodes):
+            for node in reversed(self.nodes):
                 if node is last:
                     break
                 notes.add(node)
@@ -109,34 +105,28 @@ def _trace(
         raise Untraceable("it is under a transform of torch.func, which a graph would not see")
     fixed = tree.leaves(like)
 
-    def flat(*tensors: Tensor) -> Tensor:
+    def flat(*tensors: Tensor) -> list[Tensor]:
         leaves = list(fixed)
         for i, tensor in zip(where, tensors, strict=True):
             leaves[i] = tensor
         params, args = tree.unflatten(leaves, like)
         with watch:
-            return loss(params, *args)
+            return [loss(params, *args)]
 
-    watch = _Watch()
-    rules: Any = get_decompositions(_WITHOUT_RULES)
-    pure = torch.func.functionalize(flat, remove="mutations")
+    graph = fx.Graph()
+    watch, recorder = _Watch(graph), Recorder(graph, rules=get_decompositions(_WITHOUT_RULES), lean=False)
     try:
         with _traceable({t.device for t in given if t.is_cuda}):
-            module = make_fx(pure, decomposition_table=rules)(*(t.detach() for t in given))
+            module = recorder.run(torch.func.functionalize(flat, remove="mutations"), given)
     except Untraceable:
         raise
     except Exception as error:  # an error of the loss itself will show again without the trace
         raise Untraceable(f"the loss cannot be traced: {_explain(str(error))}") from error
     for node in watch.cut:
         node.target = aten.detach.default
-    passes.out_of_place(module.graph)
     passes.plain_copies(module.graph)
-    _refuse_shapes(module.graph)
     passes.drop_dead(module.graph)
     _refuse(module.graph, watch.switched_off, num_params)
-    for name, constant in (*module.named_parameters(), *module.named_buffers()):
-        delattr(module, name)
-        module.register_buffer(name, constant.detach())
     return module
 
 
@@ -160,26 +150,12 @@ def _without_onednn() -> Iterator[None]:
 
 def _explain(message: str) -> str:
     for symptom, meaning in {
-        "get value out of a tracing tensor": "it branches on, or takes out, the value of a tensor",
         "setup_context": "it has an autograd.Function (or re-entrant checkpointing), whose derivative would be lost",
         "custom_function_call": "it has an autograd.Function, whose derivative would be lost",
     }.items():
         if symptom in message:
             return meaning
     return message.splitlines()[0]
-
-
-def _refuse_shapes(graph: fx.Graph) -> None:
-    """Raises where the loss could have read a shape off values: that number would be baked into the graph."""
-    varying = _dependents(graph.find_nodes(op="placeholder"))
-    for node in varying:
-        if node.target is aten.index.Tensor:  # by numbers the shape is known, by a mask it is not
-            indices: Any = node.args[1]
-            dynamic = any(i in varying and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices)
-        else:
-            dynamic = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
-        if dynamic:
-            raise Untraceable(f"the shape of a result depends on values ({node.target})")
 
 
 def _refuse(graph: fx.Graph, switched_off: set[fx.Node], num_params: int) -> None:

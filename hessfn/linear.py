@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor, fx
 
 from hessfn import passes, tree
 from hessfn.graph import aten, clean, tensors
-from hessfn.record import record
+from hessfn.record import looks, record
 from hessfn.tree import MatVec, Tree
 
 
@@ -53,11 +54,14 @@ def derivative(graph: Callable[..., Tensor], params: Tree, args: tuple[Any, ...]
     def product(*inputs: Tensor) -> list[Tensor]:
         at, others, v = inputs[: len(point)], inputs[len(point) : len(given)], inputs[len(given) :]
 
-        def gradient(*leaves: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.grad(lambda ls: graph.module(*ls, *others))(leaves)  # type: ignore[attr-defined]
-
-        result: Any = torch.func.jvp(gradient, at, v)
-        return [t.contiguous() if p.is_contiguous() else t for t, p in zip(result[1], point, strict=True)]
+        with fwAD.dual_level(), torch.enable_grad():
+            duals = [fwAD.make_dual(p.detach().requires_grad_(), t) for p, t in zip(at, v, strict=True)]
+            (value,) = graph.module(*duals, *others)  # type: ignore[attr-defined]
+            # With create_graph, derivatives are made of operations that have derivatives.
+            options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+            tangents = [fwAD.unpack_dual(g).tangent for g in torch.autograd.grad(value, duals, **options)]
+        found = [torch.zeros_like(p) if t is None else t for t, p in zip(tangents, at, strict=True)]
+        return [t.contiguous() if p.is_contiguous() else t for t, p in zip(found, point, strict=True)]
 
     return record(product, [*given, *map(torch.empty_like, point)])
 
@@ -83,6 +87,7 @@ def _folded(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
                     module.register_buffer(f"folded{len(constants)}", known[i])
                     with graph.inserting_before(node):
                         constants[i] = graph.get_attr(f"folded{len(constants)}")
+                    constants[i].meta = dict(i.meta)
                 if i in known:
                     node.replace_input_with(i, constants[i])
             _leave_out_zeros(node, module)
@@ -103,7 +108,7 @@ def _leave_out_zeros(node: fx.Node, module: fx.GraphModule) -> None:
     if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(i, fx.Node) for i in inputs):
         return
     for zeros, other in (inputs, inputs[::-1]):
-        same = other.meta.get("looks") == node.meta["looks"]
+        same = looks(other.meta["val"]) == looks(node.meta["val"])
         if zeros.op == "get_attr" and same and not module.get_buffer(zeros.target).any():
             node.replace_all_uses_with(other)
             return

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 aten = torch.ops.aten
-
-
-def out_of_place(graph: fx.Graph) -> None:
-    """Composite operations work in place on their own results, below what functionalize sees.
-
-    Where nothing else shares the memory, the plain operation does the same.
-    """
-    for node in graph.nodes:
-        name, overload = _name(node).rpartition(".")[::2]
-        base = node.args[0] if name.endswith("_") and node.args else None
-        if not isinstance(base, fx.Node) or base.op != "call_function" or any(map(_shares, (base, *base.users))):
-            continue
-        plain = getattr(getattr(aten, name[:-1], None), overload, None)
-        if plain is not None:
-            node.target = plain
-            base.replace_all_uses_with(node, delete_user_cb=partial(operator.lt, node))
 
 
 def plain_copies(graph: fx.Graph) -> None:
@@ -37,11 +19,6 @@ def plain_copies(graph: fx.Graph) -> None:
             new = graph.call_function(aten.expand.default, (cast, list(result.shape)))
         new.meta = dict(copy.meta)
         copy.replace_all_uses_with(new)
-
-
-def _name(node: fx.Node) -> str:
-    """Such as ``add_.Tensor``; empty where it is no aten operation."""
-    return str(node.target).removeprefix("aten.") if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def _shares(node: fx.Node) -> bool:

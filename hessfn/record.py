@@ -3,103 +3,156 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hessfn import passes
-from hessfn.graph import Untraceable, aten
+
+aten = torch.ops.aten
+
+
+class Untraceable(RuntimeError):
+    """A graph of this loss would not be this loss; the message says why. Its products can still be had untraced."""
 
 
 def record(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> fx.GraphModule:
-    """The graph of a function of tensors; every result is laid out in memory that nobody touches.
+    """The graph of a function of tensors, with only what the results need.
 
-    So there is no cost of the size of the data, and only what the results need is in the graph.
+    Every result is laid out in memory that nobody touches, so there is no cost of the size of the data.
 
     Raises:
         Untraceable: an operation depends on the value of a tensor.
     """
-    recorder = _Recorder()
-    inputs = [t.view_as(t) for t in inputs]  # each is itself, also where two are the same tensor
-    for i, tensor in enumerate(inputs):
-        recorder.nodes[tensor] = node = recorder.graph.placeholder(f"in{i}")
-        recorder.hollow[tensor] = True
-        node.meta["looks"] = looks(tensor)
-    with recorder:
-        outputs = torch.func.functionalize(function, remove="mutations")(*inputs)
-    recorder.graph.output([recorder.node_of(output) for output in outputs])
-    passes.own_results(recorder.graph)
-    passes.only_used_gradients(recorder.graph)
-    return fx.GraphModule(recorder.constants, recorder.graph)
+    recorder = Recorder(fx.Graph(), lean=True)
+    module = recorder.run(function, inputs)
+    passes.own_results(module.graph)
+    passes.only_used_gradients(module.graph)
+    module.recompile()
+    return module
 
 
-class _Recorder(TorchDispatchMode):
-    """Writes down operations, which must be out of place, instead of running them."""
+class Recorder(TorchDispatchMode):
+    """Writes down operations instead of running them.
 
-    def __init__(self) -> None:
+    Args:
+        graph: where to.
+        rules: what takes the place of an operation.
+        lean: leave out what only hands on an argument.
+    """
+
+    def __init__(self, graph: fx.Graph, *, rules: Mapping[Any, Callable[..., Any]] | None = None, lean: bool) -> None:
         super().__init__()
-        self.graph = fx.Graph()
+        self.graph, self.rules, self.lean = graph, rules or {}, lean
         self.constants = torch.nn.Module()
         self.nodes = WeakTensorKeyDictionary()
         self.hollow = WeakTensorKeyDictionary()
         self.zeros = WeakTensorKeyDictionary()
+        self.shared = WeakTensorKeyDictionary()
         self.seen: dict[Any, Any] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or else every operation goes through the compiler, and the first one imports it
+
+    def run(self, function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> fx.GraphModule:
+        inputs = [t.detach().view_as(t) for t in inputs]  # each is itself, also where two are the same tensor
+        for i, tensor in enumerate(inputs):
+            self._name(tensor, self.graph.placeholder(f"in{i}"))
+            self.hollow[tensor] = self.shared[tensor] = True
+        with self:
+            outputs = function(*inputs)
+        self.graph.output([self.node_of(output) for output in outputs])
+        return fx.GraphModule(self.constants, self.graph)
+
+    def _name(self, tensor: Tensor, node: fx.Node) -> None:
+        self.nodes[tensor] = node
+        node.meta["val"] = _on_meta(tensor)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         if tensor not in self.nodes:
             name = f"constant{sum(1 for _ in self.constants.buffers())}"
-            self.constants.register_buffer(name, tensor)
-            self.nodes[tensor] = self.graph.get_attr(name)
+            self.constants.register_buffer(name, tensor.detach())
+            self._name(tensor, self.graph.get_attr(name))
+            self.shared[tensor] = True
         return self.nodes[tensor]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._efficientzerotensor.default:
             return func(*args, **kwargs)  # it takes no memory, and torch leaves out what is done with it
+        if func in self.rules:
+            with self:
+                return self.rules[func](*args, **kwargs)
+        if func._schema.is_mutable:
+            return self._in_place(func, args, kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:
+                return func.decompose(*args, **kwargs)
         out = self._run(func, args, kwargs)
         if not isinstance(out, (Tensor, tuple, list)):
             return out
-        same = self._handed_on(func, args, kwargs)
+        same = self._handed_on(func, args, kwargs) if self.lean else None
         if same is not None and isinstance(out, Tensor) and looks(same) == looks(out):
             self.nodes[out] = self.node_of(same)
             return out
         func = aten.reshape.default if func in _VIEWS else func  # under vmap the layout may be another
         call = self.graph.call_function(func, *_with_tensors((args, kwargs), self.node_of))
         if isinstance(out, Tensor):
-            self.nodes[out] = call
-            call.meta["looks"] = looks(out)
+            self._name(out, call)
             if func in _ZEROS:
                 self.zeros[out] = True
         else:
             for i, part in enumerate(out):
                 if isinstance(part, Tensor):
-                    self.nodes[part] = self.graph.call_function(operator.getitem, (call, i))
-                    self.nodes[part].meta["looks"] = looks(part)
+                    self._name(part, self.graph.call_function(operator.getitem, (call, i)))
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operation on constants; else only what looks like it."""
-        if not any(t in self.hollow for t in _tensors((args, kwargs))):
-            return func(*args, **kwargs)
+        known = not any(t in self.hollow for t in _tensors((args, kwargs)))
         masks = func is aten.index.Tensor and [i for i in args[1] if i is not None and i.dtype in _OF_MASKS]
-        if any(mask in self.hollow for mask in masks) if masks is not False else _depends_on_values(func):
-            raise Untraceable(f"a derivative of the loss depends on the values of a tensor ({func})")
-        out = func(*args, **kwargs) if masks or _is_view(func) else self._hollow(func, args, kwargs)
+        if not known and torch.Tag.data_dependent_output in func.tags:
+            raise Untraceable(f"it branches on, or takes out, the value of a tensor ({func})")
+        # By numbers the shape of what is indexed is known, by a mask it is not.
+        unshaped = masks is False and not known and torch.Tag.dynamic_output_shape in func.tags
+        if unshaped or any(m in self.hollow for m in masks or ()):
+            raise Untraceable(f"the shape of a result depends on values ({func})")
+        view = any(result.alias_info is not None for result in func._schema.returns)
+        out = func(*args, **kwargs) if known or masks or view else self._hollow(func, args, kwargs)
         for t in _tensors(out):
-            self.hollow[t] = True
+            if not known:
+                self.hollow[t] = True
+            if view:
+                self.shared[t] = self.shared[args[0]] = True
         return out
+
+    def _in_place(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Where nothing else shares the memory, the plain operation does the same."""
+        base, (name, overload) = args[0], str(func).removeprefix("aten.").split(".")
+        plain = getattr(getattr(aten, name[:-1], None), overload, None) if name.endswith("_") else None
+        if plain is None or base in self.shared or base not in self.nodes:
+            raise Untraceable(f"it changes a tensor that is not its own ({func})")
+        if plain is aten.copy.default and isinstance(args[1], Tensor) and looks(args[1]) == looks(base):
+            self.nodes[base] = self.node_of(args[1])
+        else:
+            self._name(base, self.graph.call_function(plain, *_with_tensors((args, kwargs), self.node_of)))
+        self.zeros.pop(base, None)
+        if any(t in self.hollow for t in _tensors((args, kwargs))):
+            self.hollow[base] = True
+        else:
+            func(*args, **kwargs)
+        return base
 
     def _hollow(self, func: Any, args: Any, kwargs: Any) -> Any:
         key = func, _key(args), _key(kwargs)
         if key not in self.seen:  # nets repeat themselves
-            self.seen[key] = _on_meta(func, args, kwargs)
+            self.seen[key] = _result_on_meta(func, args, kwargs)
         home = kwargs.get("device") or _tensors((args, kwargs))[0].device
         return _with_tensors(self.seen[key], partial(_like, device=home))
 
@@ -114,30 +167,27 @@ def looks(t: Tensor) -> Any:
     return t.shape, t.stride(), t.dtype, t.device
 
 
-def _depends_on_values(func: Any) -> bool:
-    return not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}.isdisjoint(func.tags)
-
-
-def _is_view(func: Any) -> bool:
-    return any(result.alias_info is not None for result in func._schema.returns)
-
-
-def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+def _result_on_meta(func: Any, args: Any, kwargs: Any) -> Any:
     """What looks like the operation's result, but for the device."""
-    # Only fake tensors know the layout that a convolution's kernel returns, but meta tensors are much faster.
-    fake = func in (aten.convolution.default, aten.convolution_backward.default)
-    stand_in = partial(_like, device=None if fake else "meta")
     options = {**kwargs, "device": "meta"} if "device" in kwargs else kwargs
     try:
-        with FakeTensorMode() if fake else nullcontext():
-            out = func(*_with_tensors(args, stand_in), **_with_tensors(options, stand_in))
+        out = func(*_with_tensors(args, _on_meta), **_with_tensors(options, _on_meta))
     except NotImplementedError:
         out = func(*args, **kwargs)
-    return _with_tensors(out, partial(_like, device="meta"))
+    if func is aten.convolution.default and _channels_last(args[0]):
+        out = out.to(memory_format=torch.channels_last)  # as its kernels do, which only its meta function does not know
+    return _with_tensors(out, _on_meta)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _like(t: Tensor, *, device: Any) -> Tensor:
-    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device or t.device)
+    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device)
+
+
+_on_meta = partial(_like, device="meta")
 
 
 # An operation's arguments, which are simpler than trees and many.
