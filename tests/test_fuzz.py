@@ -311,5 +311,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     end = time.monotonic() + float(sys.argv[1])
     while time.monotonic() < end:
-        run_state_machine_as_test(Fuzz, settings=settings(max_examples=50, **OPTIONS))
+        run_state_machine_as_test(Fuzz, settings=settings(max_examples=10, **OPTIONS))
     print(f"{CALLS.total()} calls, {REFUSED.total()} of them refused: {dict(CALLS)}")
