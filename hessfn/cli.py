@@ -33,7 +33,7 @@ PROBLEM is a Python function that returns (model, criterion, batches):
     # my_problem.py
     def trained():
         model = Net()
-        model.load_state_dict(torch.load("net.pth"))
+        model.load_state_dict(torch.load("net.pth", weights_only=True))
         return model.eval(), torch.nn.CrossEntropyLoss(), DataLoader(data, batch_size=128)
 
 criterion(model(inputs), targets) is the mean loss of a batch (inputs, targets).

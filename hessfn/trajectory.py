@@ -27,8 +27,8 @@ def principal_directions(checkpoints: Sequence[Tree], k: int = 2, *, origin: Tre
     ``plane(loss, origin, directions, ...)``.
 
     Args:
-        checkpoints: T trees of one shape, in the order of training. ``torch.load(path, mmap=True)`` leaves them on disk
-            until they are needed, a part at a time.
+        checkpoints: T trees of one shape, in the order of training. ``torch.load(path, mmap=True, weights_only=True)``
+            leaves them on disk until they are needed, a part at a time.
         k: how many directions.
         origin: where the plane passes through, and step 0 of every direction; by default the last checkpoint.
 

@@ -103,7 +103,7 @@ def small():
 def test_killed_at_random_and_resumed_it_is_the_undisturbed_report(tmp_path: Path) -> None:
     file = tmp_path / "problem.py"
     file.write_text(PROBLEM)
-    options = ["--probes", "10", "--runs", "1", "--steps", "10", "-k", "2", "--plane", "0"]
+    options = ["--probes", "10", "--runs", "1", "--steps", "10", "-k", "2", "--plane", "0", "--activations", "3"]
     run = [sys.executable, str(DRIVER), "--forked", "--kills", "3", f"{file}:small", "--", *options]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

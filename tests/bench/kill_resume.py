@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 import hessfn
+from hessfn import sensitivity
 from hessfn.cli import main
 from hessfn.disk import fingerprint
 from hessfn.unfinished import num_products
@@ -32,18 +33,20 @@ from hessfn.unfinished import num_products
 
 def live(log: str, arguments: list[str]) -> int:
     """One life of a report; every product it begins is noted."""
-    make = hessfn.mean_hvp
 
-    def noted(*args, **options):
-        matvec = make(*args, **options)
+    def noting(make):
+        def made(*args, **options):
+            matvec = make(*args, **options)
 
-        def product(v):
-            note(log, fingerprint(v))
-            return matvec(v)
+            def product(v):
+                note(log, fingerprint(v))
+                return matvec(v)
 
-        return product
+            return product
 
-    hessfn.mean_hvp = noted
+        return made
+
+    hessfn.mean_hvp, sensitivity.linearized_hvp = noting(hessfn.mean_hvp), noting(sensitivity.linearized_hvp)
     note(log, "begun")
     return main(["report", *arguments])
 
@@ -148,7 +151,7 @@ if __name__ == "__main__":
     parser.add_argument("--forked", action="store_true", help="lives share one start of Python: quicker, less real")
     parser.add_argument("options", nargs="*", help="of hessfn report, after --")
     given = parser.parse_args()
-    small = shlex.split("--set epochs=1 --set num_images=250 --probes 20 --runs 2 --steps 20 --plane 5")
+    small = shlex.split("--set epochs=1 --set num_images=250 --probes 20 --runs 2 --steps 20 --plane 5 --activations 4")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
