@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def unfinished(out: Path) -> Iterator[Path]:
             raise
         finally:
             if not keep:
-                shutil.rmtree(kept, ignore_errors=True)
+                # At once, so that a kill leaves all of the products or none, and then in peace.
+                gone = kept.rename(tempfile.mktemp(prefix=".report-", dir=out))
+                shutil.rmtree(gone, ignore_errors=True)
                 with contextlib.suppress(OSError):  # those with a report in them are not empty
                     for folder in made:
                         folder.rmdir()

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import hessfn
-from hessfn import sensitivity
+from hessfn import page, sensitivity
 from hessfn.cli import main
 from hessfn.disk import fingerprint
 from hessfn.unfinished import num_products
@@ -66,6 +66,7 @@ def begin(log: Path, arguments: list[str], forked: bool) -> int:
     if not forked:
         os.dup2(quiet, 2)
         os.execv(sys.executable, [sys.executable, __file__, "--live", str(log), *arguments])
+    page.write = lambda folder, _, __, result: (folder / "report.json").write_text(json.dumps(result))
     os._exit(live(str(log), arguments))
 
 
@@ -118,18 +119,16 @@ def soak(problem: str, kills: int, seed: int, forked: bool, options: list[str], 
             left -= 1
             begun, kept = products(log), num_products(out)
             print(f"killed with {kept} products on disk, {len(begun)} begun in this life", flush=True)
-            unfinished = (out / ".unfinished").exists()
-            assert not unfinished or kept - before in (len(begun), len(begun) - 1), "more than one product was lost"
             made.update(begun)
-            if unfinished and kept - before < len(begun):
-                lost.append(begun[-1])
-            continue
-        if not left and not over:
-            assert ended(pid, 3600)
-        made.update(products(log))
+            if (out / ".unfinished").exists():
+                assert kept - before in (len(begun), len(begun) - 1), "more than one product was lost"
+                lost += begun[-1:] if kept - before < len(begun) else []
+                continue
+        else:
+            assert over or left or ended(pid, 3600)
+            made.update(products(log))
+            assert [x for x in out.iterdir() if x.name.startswith(".")] == []
         assert numbers(out) == expected, "a resumed report differs from the undisturbed one"
-        assert not (out / ".unfinished").exists()
-        assert [x for x in out.iterdir() if x.name.startswith(".")] == []
         assert made == whole + collections.Counter(lost), "a product was computed twice"
         again += len(lost)
         print(f"report {report}: equal to the last bit; {len(lost)} of {num} products computed again", flush=True)
@@ -148,7 +147,9 @@ if __name__ == "__main__":
     parser.add_argument("problem", nargs="?", default="hessfn.problems:digits")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--forked", action="store_true", help="lives share one start of Python: quicker, less real")
+    parser.add_argument(
+        "--forked", action="store_true", help="lives share one start of Python and draw nothing: quicker, less real"
+    )
     parser.add_argument("options", nargs="*", help="of hessfn report, after --")
     given = parser.parse_args()
     small = shlex.split("--set epochs=1 --set num_images=250 --probes 20 --runs 2 --steps 20 --plane 5 --activations 4")
@@ -156,7 +157,6 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
     if given.forked:
-        import plotly.offline  # noqa: F401
         import torch._dynamo
     with tempfile.TemporaryDirectory() as scratch:
         soak(given.problem, given.kills, given.seed, given.forked, given.options or small, Path(scratch))
