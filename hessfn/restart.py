@@ -154,9 +154,8 @@ def _checked(
 ) -> Found:
     """The wanted pairs. One more product, of their mean, compares A with what H says of it."""
     turn = ritz.vectors[:, wanted]
-    vectors = turn.T.to(basis) @ basis[:done]
     mean = turn.sum(1) / len(wanted) ** 0.5
-    expected = (H[: done + pending, :done] @ mean).to(basis) @ basis[: done + pending]
-    error = multiply(mean.to(basis) @ basis[:done]) - expected
+    error = multiply(mean.to(basis) @ basis[:done])  # first, while there are no vectors: a product takes memory
+    error = error - (H[: done + pending, :done] @ mean).to(basis) @ basis[: done + pending]
     residuals = torch.hypot(ritz.residuals[wanted], tree.norm(error).cpu())
-    return Found(ritz.values[wanted], vectors, residuals, count + 1, 3 * ritz.floor)
+    return Found(ritz.values[wanted], turn.T.to(basis) @ basis[:done], residuals, count + 1, 3 * ritz.floor)

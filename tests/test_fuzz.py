@@ -274,7 +274,7 @@ class Fuzz(RuleBasedStateMachine):
         first = (z * (z @ self.matrix)).sum(1) / z.square().sum(1)
         at_most(((weights * nodes).sum(1) - first).abs(), self.slack)
         total = hf.trace_of(rule, torch.abs, self.n)
-        at_most(total.mean, self.n * self.size + self.slack)
+        at_most(total.mean, self.n * (self.size + self.slack))
         steps = hf.cumulative(rule)
         at_most(-steps.values.diff(), 0.0)
         at_most((steps.values[-1] - 1).abs(), 1e-12)
