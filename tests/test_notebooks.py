@@ -1,0 +1,53 @@
+"""The notebooks are committed as they ran: with their pictures, without errors, warnings or traces of a machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def cells(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return [c for c in json.loads(request.param.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+
+
+def outputs(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [output for cell in cells for output in cell["outputs"]]
+
+
+def test_it_ran_from_top_to_bottom(cells: list[dict[str, Any]]) -> None:
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+
+
+def test_no_cell_failed_or_warned(cells: list[dict[str, Any]]) -> None:
+    for output in outputs(cells):
+        assert output["output_type"] != "error"
+        assert not re.search(r"\bWarning\b|Warning:|Traceback", "".join(output.get("text", [])))
+        assert output.get("name") != "stderr", "".join(output["text"])
+
+
+def test_it_shows_pictures(cells: list[dict[str, Any]]) -> None:
+    assert any("image/png" in output.get("data", {}) for output in outputs(cells))
+
+
+def test_nothing_in_it_is_of_the_machine_it_ran_on(cells: list[dict[str, Any]]) -> None:
+    for cell in cells:
+        texts = ["".join(cell["source"])]
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            texts += ["".join(output.get("text", [])), *("".join(data[k]) for k in data if k.startswith("text/"))]
+        for text in texts:
+            assert not re.search(
+                r"(?<![\w.~])/(home|root|work|tmp|Users|opt|usr|mnt)/|[A-Z]:\\|0x[0-9a-f]{8,}", text
+            ), text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_small_enough_to_be_read_on_the_web(path: Path) -> None:
+    assert path.stat().st_size < 1.5e6
