@@ -20,7 +20,7 @@ myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # their outputs are in them
 nb_ipywidgets_js = {}
-exclude_patterns = ["notebooks/drafts", "_build"]
+exclude_patterns = ["_build"]
 
 # A role or link that leads nowhere fails the build. Types are exempt: they name what no reference here describes.
 nitpicky = True

@@ -190,7 +190,9 @@ def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> 
     Args:
         fn: elementwise, ``(p, m) -> (p, m)``. ``lambda x: (x + shift).log()`` gives the log-determinant of
             ``A + shift I``, ``lambda x: x / (x + alpha)`` the effective dimension, and ``lambda x: -x.clamp(max=0)``
-            over ``torch.abs`` the fraction of curvature that is negative.
+            over ``torch.abs`` the fraction of curvature that is negative. Functions with a kink where most eigenvalues
+            lie, as these two at 0, converge slowly: on ResNet20 either is off by a factor of 3 at 30 steps, their ratio
+            by a tenth.
         n: the number of entries of a probe.
 
     Returns:
