@@ -34,8 +34,8 @@ def line(
         args: what else the loss takes. Over a data set, each batch read once:
             ``batches.mean(lambda batch: line(loss, params, direction, steps, batch), loader)()``.
         batch_size: so many points at once, under ``vmap`` over the parameters: for small nets (a tanh net of 600
-            parameters on 50 samples: 64 at once take a tenth of the time) and for GPUs. Convolutions on a CPU only lose
-            by it.
+            parameters on 50 samples: 64 at once take an eighth of the time) and for GPUs. Large ones on a CPU lose by
+            it (ResNet20: two at once take half as long again).
 
     Cost: one forward pass a point; ``batch_size`` copies of the parameters. ``progress(loss, total=len(steps))`` in
     place of the loss shows how far it is and the time left.
