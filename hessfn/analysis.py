@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -108,21 +109,28 @@ def _landscape(
     default = min((r for r in (tenfold, 0.1 * float(tree.norm(theta))) if 0 < r < math.inf), default=1.0)
     radius, points = settings["radius"] or default, settings["plane"] if others else 0
     steps, grid = (torch.linspace(-radius, radius, num, dtype=torch.float64) for num in (31, points))
-    whole = mean(loss, batches)
-    expected = 31 * len(directions) + points**2
+    expected = (31 * len(directions) + points**2) * length_hint(batches) or None
     with tqdm(total=expected, unit="point", desc="landscape", dynamic_ncols=True, disable=_quiet(batches)) as bar:
 
-        def point(params: Tree) -> Tensor:
+        def point(params: Tree, batch: Any) -> Tensor:
             bar.update()
-            return whole(params)
+            return loss(params, batch)
 
-        losses = {name: hf.line(point, theta, way, steps) for name, way in directions.items()}
-        if not points:
-            return steps, losses, None
-        second = tree.map(lambda leaf: leaf[others[0]], eigen.vectors)
-        heights = hf.plane(point, theta, (directions["top eigenvector"], second), grid, grid)
+        def of_batch(batch: Any) -> dict[str, Any]:
+            lines = {name: hf.line(point, theta, way, steps, batch) for name, way in directions.items()}
+            if not points:
+                return {"lines": lines}
+            second = tree.map(lambda leaf: leaf[others[0]], eigen.vectors)
+            return {
+                "lines": lines,
+                "plane": hf.plane(point, theta, (directions["top eigenvector"], second), grid, grid, batch),
+            }
+
+        found = mean(of_batch, batches)()  # every batch is read once
+    if not points:
+        return steps, found["lines"], None
     names = [f"eigenvector of {page.number(float(eigen.values[i]))}" for i in (first, others[0])]
-    return steps, losses, page.Plane(grid, heights, names)
+    return steps, found["lines"], page.Plane(grid, found["plane"], names)
 
 
 def activations(
@@ -143,7 +151,7 @@ def activations(
         model.register_forward_pre_hook(lambda _, args, kwargs: tree.map(cast, (args, kwargs)), with_kwargs=True)
         criterion = lambda outputs, targets: of_model(outputs, tree.map(cast, targets))  # noqa: E731
     numbers = itertools.count()
-    total = num_probes * len(batches) if isinstance(batches, Sized) else None
+    total = num_probes * length_hint(batches) or None
     with tqdm(total=total, unit="product", desc="activations", dynamic_ncols=True, disable=_quiet(batches)) as bar:
 
         def counted(dots: MatVec) -> MatVec:

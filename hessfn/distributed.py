@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,9 @@ class Dealt:
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.islice(iter(self.batches), self.rank, None, self.size)
+
+    def __length_hint__(self) -> int:
+        return len(range(self.rank, length_hint(self.batches), self.size))
 
     def total(self, number: int) -> int:
         return sum(_gather(number, self.group))

@@ -87,7 +87,8 @@ def report(
             loss                  the mean over the samples
             eigenvalues           k of them, in the order of ``which``; residuals and converged likewise
             trace                 mean, stderr
-            negative_curvature    mean, stderr of the share of the sum of all |eigenvalues| that is below zero
+            negative_curvature    mean, stderr of the share of the sum of all |eigenvalues| that is below zero; stderr
+                                  is that of the runs, and knows nothing of what more steps would change
             density               grid, values; lower, upper: a band of 95 % (None of a single run)
             layers                name: numel, trace, stderr
             activations           name: numel, trace, stderr, weight_numel, weight_trace, weight_stderr, by layer with a
@@ -97,7 +98,7 @@ def report(
             settings, versions    what it takes to do it again
 
     Cost: ``probes + runs * steps`` products, those of ``eigsh``, four that check that the products are a Hessian's, and
-    one forward pass for each point of the landscape, ``93 + plane**2``.
+    one forward pass for each point of the landscape, ``93 + plane**2``, in a single pass over the batches.
 
     Raises:
         ModuleNotFoundError: jinja2, which makes the page, is not installed.
