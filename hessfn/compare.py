@@ -186,14 +186,11 @@ def _critical(samples: int, comparisons: int = 1) -> float:
 
 def _difference(a: Measured, b: Measured, critical: float) -> Difference:
     mean, stderr = b.mean - a.mean, math.hypot(a.stderr, b.stderr)
-    if stderr == 0 or not math.isfinite(stderr):
-        known = stderr == 0 and math.isfinite(mean)
-        return (
-            Difference(mean, stderr, math.copysign(math.inf, mean) if mean else 0.0, mean != 0)
-            if known
-            else (Difference(mean, stderr, math.nan, False))
-        )
-    return Difference(mean, stderr, mean / stderr, abs(mean) > critical * stderr)
+    if stderr > 0 and math.isfinite(stderr):
+        return Difference(mean, stderr, mean / stderr, abs(mean) > critical * stderr)
+    if stderr == 0 and math.isfinite(mean):
+        return Difference(mean, stderr, math.copysign(math.inf, mean) if mean else 0.0, mean != 0)
+    return Difference(mean, stderr, math.nan, False)
 
 
 def _measured(x: Any, key: str) -> Measured:

@@ -38,7 +38,7 @@ def flatten(matvec: MatVec, like: Tree) -> Space:
     def product(flat: Tensor) -> Tensor:
         return ravel(tree.aligned(matvec(unravel(flat)), like, "the product"))
 
-    return Space(product, ravel, unravel, max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(like)))
+    return Space(product, ravel, unravel, tree.eps(like))
 
 
 def unit(v: Tensor, name: str = "v0") -> Tensor:

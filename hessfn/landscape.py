@@ -164,7 +164,7 @@ def slice_curvature(loss: Loss, params: Tree, direction: Tree, *args: Any) -> Cu
     """
     size, length = tree.norm(params), tree.norm(direction)
     first = 0.1 * torch.where(size > 0, size, 1.0) / torch.where(length > 0, length, 1.0)
-    eps = max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(params))
+    eps = tree.eps(params)
     steps = first * eps ** torch.linspace(0, 0.5, 19, dtype=first.dtype, device=first.device)
     losses = line(loss, params, direction, torch.cat([steps, -steps, torch.zeros_like(steps[:1])]), *args)
     above, below, middle = (tree.wide(part) for part in losses.split([len(steps), len(steps), 1]))
@@ -200,7 +200,7 @@ def check_slice(
     value, error = slice_curvature(loss, params, direction, *args)
     product = tree.dot(direction, matvec(direction))
     if rtol is None:
-        rtol = max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(params)) ** (1 / 3)
+        rtol = tree.eps(params) ** (1 / 3)
     curve = f"{float(value):.6g} +- {float(error):.1g}"
     found = f"v'Av = {float(product):.6g} along this direction, but the loss curves by {curve}"
     if not (value - product).abs() <= torch.maximum(4 * error, rtol * product.abs()):

@@ -121,7 +121,7 @@ def _compiled(module: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[
     with torch.no_grad():
         plain, compiled = module(*v), product(*v)
     error = tree.norm(tree.add(compiled, plain, -1.0)) / tree.norm(plain).clamp(min=torch.finfo(torch.float64).tiny)
-    allowed = max(torch.finfo(p.dtype).eps for p in like) ** 0.5
+    allowed = tree.eps(like) ** 0.5
     if not error <= allowed:
         raise RuntimeError(
             f"the compiled product differs from the uncompiled one by {float(error):.1e} of its norm, more than "

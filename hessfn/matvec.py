@@ -165,7 +165,7 @@ def check_matvec(matvec: MatVec, like: Tree, *, seed: int = 0, rtol: float | Non
     """
     x, y = gaussian(like, 2, seed=seed)
     if rtol is None:
-        rtol = max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(like)) ** (1 / 3)
+        rtol = tree.eps(like) ** (1 / 3)
     ax, again, ay = tree.aligned(matvec(x), like, "the product"), matvec(x), matvec(y)
     for product in (ax, ay):
         tree.require_finite(product, "the product of the matvec")

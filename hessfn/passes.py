@@ -21,9 +21,9 @@ def plain_copies(graph: fx.Graph) -> None:
         copy.replace_all_uses_with(new)
 
 
-def _shares(node: fx.Node) -> bool:
-    """Whether the node's result may be another name for its input's memory."""
-    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+def is_view(func: Any) -> bool:
+    """Whether the result of an operation may be another name for its input's memory."""
+    returns = func._schema.returns if isinstance(func, torch._ops.OpOverload) else ()
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
@@ -37,7 +37,7 @@ def own_results(graph: fx.Graph) -> None:
     with graph.inserting_before(output):
         results = list(output.args[0])
         for i, node in enumerate(results):
-            if node.op != "call_function" or node in results[:i] or _shares(node):
+            if node.op != "call_function" or node in results[:i] or is_view(node.target):
                 results[i] = graph.call_function(aten.clone.default, (node,))
                 results[i].meta = dict(node.meta)
     output.args = (results,)

@@ -49,7 +49,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, graph: fx.Graph, *, rules: Mapping[Any, Callable[..., Any]] | None = None, lean: bool) -> None:
         super().__init__()
         self.graph, self.rules, self.lean = graph, rules or {}, lean
-        self.constants = torch.nn.Module()
+        self.constants: dict[str, Tensor] = {}
         self.nodes = WeakTensorKeyDictionary()
         self.hollow = WeakTensorKeyDictionary()
         self.zeros = WeakTensorKeyDictionary()
@@ -76,8 +76,8 @@ class Recorder(TorchDispatchMode):
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         if tensor not in self.nodes:
-            name = f"constant{sum(1 for _ in self.constants.buffers())}"
-            self.constants.register_buffer(name, tensor.detach())
+            name = f"constant{len(self.constants)}"
+            self.constants[name] = tensor.detach()
             self._name(tensor, self.graph.get_attr(name))
             self.shared[tensor] = True
         return self.nodes[tensor]
@@ -123,7 +123,7 @@ class Recorder(TorchDispatchMode):
         unshaped = masks is False and not known and torch.Tag.dynamic_output_shape in func.tags
         if unshaped or any(m in self.hollow for m in masks or ()):
             raise Untraceable(f"the shape of a result depends on values ({func})")
-        view = any(result.alias_info is not None for result in func._schema.returns)
+        view = passes.is_view(func)
         out = func(*args, **kwargs) if known or masks or view else self._hollow(func, args, kwargs)
         for t in _tensors(out):
             if not known:

@@ -41,6 +41,15 @@ def numel(tree: Tree) -> int:
     return sum(leaf.numel() for leaf in leaves(tree))
 
 
+def eps(tree: Tree) -> float:
+    """The resolution of the coarsest dtype in a tree.
+
+    >>> eps({"a": torch.ones(2, dtype=torch.float64), "b": torch.ones(2)}) == torch.finfo(torch.float32).eps
+    True
+    """
+    return max(torch.finfo(leaf.dtype).eps for leaf in leaves(tree))
+
+
 def wide(x: Tensor) -> Tensor:
     """``x`` in float64, where its device has float64: the small numbers (dot products, tridiagonals) deserve it."""
     return x.to(_wide_dtype(x))

@@ -99,7 +99,7 @@ def plain_gradient(
 
 def _two_differences(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> tuple[Tree, Tensor]:
     """Central differences with steps h and h/2, extrapolated; and how far apart they were, relative to the product."""
-    eps = max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(params))
+    eps = tree.eps(params)
     size, length = tree.norm(params), tree.norm(v)
     # Relative to the parameters, between what truncation (h^4) and rounding (eps / h) would like.
     step = eps**0.25 * torch.where(size > 0, size, 1.0) / torch.where(length > 0, length, 1.0)
