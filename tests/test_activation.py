@@ -336,30 +336,24 @@ def test_a_layer_that_changes_in_place_what_others_see_is_refused():
     hf.check_matvec(hf.hvp(loss, shifts), shifts)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+FAMILIES = {
+    "pytorchcv.model_provider": [
         "resnet20_cifar10",
         "preresnet20_cifar10",
         "densenet40_k12_cifar10",
         "seresnet20_cifar10",
         "shakeshakeresnet20_2x16d_cifar10",
     ],
-)
-def test_pytorchcv_families_for_cifar(name):
-    zoo = pytest.importorskip("pytorchcv.model_provider")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = zoo.get_model(name).eval()
-    smoke(model, normal(2, 3, 32, 32).float())
+    "torchvision.models": ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v2", "mnasnet0_5"],
+}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v2", "mnasnet0_5"])
-def test_torchvision_families(name):
-    zoo = pytest.importorskip("torchvision.models")
+@pytest.mark.parametrize(("zoo", "name"), [(zoo, name) for zoo, names in FAMILIES.items() for name in names])
+def test_families_of_convolutional_nets(zoo, name):
+    models = pytest.importorskip(zoo)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = zoo.get_model(name).eval()
+        model = models.get_model(name).eval()
     smoke(model, normal(2, 3, 32, 32).float())
 
 

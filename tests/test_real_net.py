@@ -91,6 +91,28 @@ def test_gauss_newton_and_fisher_are_what_they_are_made_of():
         hf.check_matvec(matvec, params)
 
 
+def test_what_shares_its_probes_agrees_and_parts_make_the_whole():
+    loss, params, (x, y), _ = resnet20(10)
+    matvec, probes = hf.hvp(loss, params, (x, y)), hf.rademacher(params, 3)
+    v = hf.gaussian(params, 1)[0]
+    whole, uneven = matvec(v), hf.mean_hvp(loss, params, [(x[:7], y[:7]), (x[7:], y[7:])])(v)
+    assert tree.norm(tree.add(uneven, whole, -1.0)) <= 1e-3 * tree.norm(whole)
+    name = "features.stage2.unit1.body.conv1.conv.weight"
+    alone = hf.restrict(matvec, params, name)({name: v[name]})[name]
+    only = {key: z if key == name else torch.zeros_like(z) for key, z in v.items()}
+    assert tree.norm(alone - matvec(only)[name]) <= 1e-5 * tree.norm(alone)
+    trace, layers = hf.hutchinson(matvec, probes), hf.hutchinson_per_leaf(matvec, probes)
+    diagonal = hf.hutchinson_diag(matvec, probes)
+    ones = tree.map(torch.ones_like, params)
+    assert torch.allclose(torch.stack(list(layers.mean.values())).sum(), trace.mean, rtol=1e-4)
+    assert torch.allclose(tree.dot(diagonal.mean, ones), trace.mean, rtol=1e-4)
+    assert torch.allclose(hf.mean_traces(layers, params).mean[name] * params[name].numel(), layers.mean[name])
+    rows, square = hf.squared_row_norms(matvec, probes), hf.squared_frobenius(matvec, probes)
+    assert torch.allclose(tree.dot(rows.mean, tree.map(tree.wide, ones)), square.mean, rtol=1e-4)
+    tridiagonal = hf.lanczos(matvec, v, 4)
+    assert torch.allclose(tridiagonal.alpha[0], tree.dot(v, whole) / tree.dot(v, v), rtol=1e-3, atol=1e-6)
+
+
 MEMORY = r"""
 import re, sys
 sys.path.insert(0, {folder!r})
