@@ -132,6 +132,9 @@ print(*peaks)
 @pytest.mark.usefixtures("all_cores")
 def test_memory_is_flat():
     script = MEMORY.format(folder=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    # Every tensor in memory of its own: else the holes between blocks of the heap would be measured along.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     after_5, after_50 = map(int, done.stdout.split())
-    assert after_50 <= 1.02 * after_5
+    assert after_50 <= 1.01 * after_5
