@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import hessfn as hf
-from hessfn import disk, page, tree
+from hessfn import disk, page, tree, words
 from hessfn.batches import mean
 from hessfn.distributed import Dealt
 from hessfn.page import Analysis
@@ -129,7 +129,7 @@ def _landscape(
         found = mean(of_batch, batches)()  # every batch is read once
     if not points:
         return steps, found["lines"], None
-    names = [f"eigenvector of {page.number(float(eigen.values[i]))}" for i in (first, others[0])]
+    names = [f"eigenvector of {words.number(float(eigen.values[i]))}" for i in (first, others[0])]
     return steps, found["lines"], page.Plane(grid, found["plane"], names)
 
 

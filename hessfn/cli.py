@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hessfn import compare, page
+from hessfn import compare, page, words
 from hessfn.distributed import launched
 from hessfn.report import report
 from hessfn.unfinished import num_products
@@ -91,7 +91,7 @@ def _report(arguments: argparse.Namespace, command: str) -> None:
         problem = load_problem(arguments.problem, dict(arguments.set))
         result = report(problem, group=group, **options)
         if speaks:
-            print(f"{page.summary(result)}\n\nreport: {Path(arguments.out) / 'report.html'}")
+            print(f"{words.summary(result)}\n\nreport: {Path(arguments.out) / 'report.html'}")
 
 
 def _what_is_left(out: str) -> str:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from hessfn import page, plot
-from hessfn.page import estimate, number, short
+from hessfn import page, plot, words
+from hessfn.page import short
 from hessfn.spectrum import Density
+from hessfn.words import estimate, number
 
-_SURE = 0.05  # the chance that a comparison, or the table of layers as a whole, marks what is equal
+_SURE = 0.05  # the chance that a comparison, or a table of layers as a whole, marks what is equal
 
 
 class Measured(NamedTuple):
@@ -21,6 +22,9 @@ class Measured(NamedTuple):
 
     mean: float
     stderr: float
+
+
+Layers = dict[str, tuple[int, Measured]]  # numel, trace
 
 
 class Side(NamedTuple):
@@ -31,7 +35,8 @@ class Side(NamedTuple):
     eigenvalues: list[Measured]
     trace: Measured
     negative: Measured
-    layers: dict[str, tuple[int, Measured]]
+    layers: Layers
+    activations: Layers
     density: dict[str, Any]
     settings: dict[str, Any]
     versions: dict[str, Any]
@@ -60,7 +65,8 @@ def compare(a: str | Path, b: str | Path, out: str | Path = "compare.html") -> d
 
     Returns:
         ``loss`` (one each), ``eigenvalues`` (pairs, and whether they differ), ``trace`` and ``negative_curvature`` (a
-        :class:`Difference`), ``layers`` (name: the same, of those that both have), ``only`` (names that one has).
+        :class:`Difference`), ``layers`` and ``activations`` (name: the same, of those that both have), ``only``
+        (layers that one has), ``critical`` (how many errors apart a layer must be, and an activation).
 
     Raises:
         ModuleNotFoundError: jinja2 or plotly, which make the page, is not installed.
@@ -73,9 +79,8 @@ def compare(a: str | Path, b: str | Path, out: str | Path = "compare.html") -> d
     drawn = {name: Density(side.density["grid"], side.density["values"]) for name, side in labelled}
     images = {"density": page.picture(lambda ax: plot.density_plot(drawn, ax), 3.8)}
     spectrum = [{"name": name, **side.density, **_columns(side.eigenvalues)} for name, side in labelled]
-    names = list(dict.fromkeys([*sides[0].layers, *sides[1].layers]))
     data = short(page.plain({"spectrum": spectrum}))
-    shown = {"sides": sides, "result": result, "names": names, "settings": _settings(*sides)}
+    shown = {"sides": sides, "result": result, "settings": _settings(*sides)}
     text = template.render(**shown, images=images, data=data)
     with page.staging(Path(out).parent) as folder:
         (folder / Path(out).name).write_text(text, "utf-8")
@@ -102,9 +107,8 @@ def read(folder: str | Path) -> Side:
             eigenvalues=list(map(Measured, _numbers(found["eigenvalues"]), _numbers(found["residuals"]))),
             trace=_measured(found["trace"], "mean"),
             negative=_measured(found.get("negative_curvature", {}), "mean"),
-            layers={
-                name: (int(layer["numel"]), _measured(layer, "trace")) for name, layer in dict(found["layers"]).items()
-            },
+            layers=_layers(found["layers"]),
+            activations=_layers(found.get("activations") or {}),
             density={**density, "grid": density["grid"], "values": density["values"]},
             settings={**found["settings"], **{key: found["settings"][key] for key in ("which", "probes", "runs")}},
             versions=dict(found["versions"]),
@@ -115,8 +119,8 @@ def read(folder: str | Path) -> Side:
 
 
 def difference(a: Side, b: Side) -> dict[str, Any]:
-    both = [name for name in a.layers if name in b.layers]
-    probes, runs = (min(side.settings[name] for side in (a, b)) for name in ("probes", "runs"))
+    probes, runs, flows = (min(side.settings.get(x, 0) for side in (a, b)) for x in ("probes", "runs", "activations"))
+    layers, activations = _by_layer(a.layers, b.layers, probes), _by_layer(a.activations, b.activations, flows)
     same_end = a.settings["which"] == b.settings["which"]
     return {
         "loss": (a.loss, b.loss),
@@ -126,11 +130,10 @@ def difference(a: Side, b: Side) -> dict[str, Any]:
         ],
         "trace": _difference(a.trace, b.trace, _critical(probes)),
         "negative_curvature": _difference(a.negative, b.negative, _critical(runs)),
-        "layers": {
-            name: _difference(a.layers[name][1], b.layers[name][1], _critical(probes, len(both))) for name in both
-        },
-        "only": {"A": [x for x in a.layers if x not in both], "B": [x for x in b.layers if x not in both]},
-        "critical": _critical(probes, max(len(both), 1)),
+        "layers": layers,
+        "activations": activations,
+        "only": {"A": [x for x in a.layers if x not in layers], "B": [x for x in b.layers if x not in layers]},
+        "critical": {"layers": _critical(probes, len(layers)), "activations": _critical(flows, len(activations))},
     }
 
 
@@ -143,16 +146,18 @@ def summary(a: Side, b: Side, result: dict[str, Any]) -> str:
     def compared(name: str, x: Measured, y: Measured, by: Difference, show: Any = estimate) -> str:
         return row(name, show(*x), show(*y), units(by))
 
-    lines = [f"A  {page.cut(a.folder, 77)}", f"B  {page.cut(b.folder, 77)}", "", row("", "A", "B", "B - A")]
+    lines = [f"A  {words.cut(a.folder, 77)}", f"B  {words.cut(b.folder, 77)}", "", row("", "A", "B", "B - A")]
     lines.append(row("loss", number(a.loss), number(b.loss), number(b.loss - a.loss)))
     lines.append(compared("trace", a.trace, b.trace, result["trace"]))
-    lines.append(compared("negative", a.negative, b.negative, result["negative_curvature"], page.share))
+    lines.append(compared("negative", a.negative, b.negative, result["negative_curvature"], words.share))
     for index, (x, y, differs) in enumerate(result["eigenvalues"], 1):
         lines.append(row(f"value {index}", number(x.mean), number(y.mean), "differ" if differs else "may be equal"))
-    marked = [(name, by) for name, by in result["layers"].items() if by.differs]
-    lines += ["", f"{len(marked)} of {len(result['layers'])} layers that both have differ in trace"]
-    for name, by in sorted(marked, key=lambda item: -abs(item[1].units))[:8]:
-        lines.append(f"  {page.cut(name, 42):<44}{estimate(by.mean, by.stderr)}")
+    for kind, of in (("layers", "trace"), ("activations", "the trace of what enters")):
+        marked = [(name, by) for name, by in result[kind].items() if by.differs]
+        if result[kind] or kind == "layers":
+            lines += ["", f"{len(marked)} of {len(result[kind])} layers that both have differ in {of}"]
+        for name, by in sorted(marked, key=lambda item: -abs(item[1].units))[:8]:
+            lines.append(f"  {words.cut(name, 42):<44}{estimate(by.mean, by.stderr)}")
     for side, names in result["only"].items():
         lines += [f"{len(names)} layers only {side} has"] if names else []
     return "\n".join(lines)
@@ -173,7 +178,7 @@ def _settings(a: Side, b: Side) -> list[tuple[str, ...]]:
     """Name and both values of every setting and version that one of them has."""
     pairs = (a.settings, b.settings), (a.versions, b.versions)
     return [
-        (name, *(page.setting(side[name]) if name in side else "" for side in (x, y)))
+        (name, *(words.setting(side[name]) if name in side else "" for side in (x, y)))
         for x, y in pairs
         for name in dict.fromkeys([*x, *y])
     ]
@@ -181,7 +186,12 @@ def _settings(a: Side, b: Side) -> list[tuple[str, ...]]:
 
 def _critical(samples: int, comparisons: int = 1) -> float:
     """Beyond so many standard errors it is no chance; with the degrees of freedom of the smaller sample."""
-    return float(stats.t.ppf(1 - _SURE / (2 * comparisons), samples - 1)) if samples > 1 else math.inf
+    return float(stats.t.ppf(1 - _SURE / (2 * max(comparisons, 1)), samples - 1)) if samples > 1 else math.inf
+
+
+def _by_layer(a: Layers, b: Layers, samples: int) -> dict[str, Difference]:
+    both = [name for name in a if name in b]
+    return {name: _difference(a[name][1], b[name][1], _critical(samples, len(both))) for name in both}
 
 
 def _difference(a: Measured, b: Measured, critical: float) -> Difference:
@@ -191,6 +201,10 @@ def _difference(a: Measured, b: Measured, critical: float) -> Difference:
     if stderr == 0 and math.isfinite(mean):
         return Difference(mean, stderr, math.copysign(math.inf, mean) if mean else 0.0, mean != 0)
     return Difference(mean, stderr, math.nan, False)
+
+
+def _layers(found: Any) -> Layers:
+    return {name: (int(layer["numel"]), _measured(layer, "trace")) for name, layer in dict(found).items()}
 
 
 def _measured(x: Any, key: str) -> Measured:

@@ -1,4 +1,4 @@
-"""What a report looks like: the summary in a terminal, the figures, the page, and how they get to their folder."""
+"""What a report looks like: the figures, the page, and how they get to their folder."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from hessfn.eigen import EigenPairs
 from hessfn.sensitivity import Sensitivities
 from hessfn.spectrum import Band, Density
 from hessfn.trace import Estimate
+from hessfn.words import estimate, number, setting, share
 
 if TYPE_CHECKING:
     import jinja2
@@ -157,58 +158,10 @@ def staging(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def summary(result: dict[str, Any]) -> str:
-    """The numbers in at most 80 columns."""
-    settings, trace, negative = (result[name] for name in ("settings", "trace", "negative_curvature"))
-    lines = [
-        cut(settings["problem"], 80),
-        f"{settings['parameters']:,} parameters, {settings['samples']:,} samples, {settings['dtype']}",
-        "",
-        f"{'loss':<12}{number(result['loss'])}",
-        f"{'trace':<12}{estimate(trace['mean'], trace['stderr'])}   (one standard error, {settings['probes']} probes)",
-        f"{'negative':<12}{share(negative['mean'], negative['stderr'])} of the sum of all |eigenvalues|",
-        f"{'eigenvalues':<26}{'residual':>12}",
-    ]
-    for value, residual, converged in zip(result["eigenvalues"], result["residuals"], result["converged"], strict=True):
-        lines.append(f"{'':<12}{number(value):<14}{residual:>12.1e}{'' if converged else '   not converged'}")
-    ranked = sorted(result["layers"].items(), key=lambda item: -abs(item[1]["trace"] or 0))
-    shown = ranked[:8]
-    lines += ["", f"{'largest traces of layers':<46}{'numel':>10}   trace"]
-    lines += [f"  {cut(name, 42):<44}{x['numel']:>10,}   {estimate(x['trace'], x['stderr'])}" for name, x in shown]
-    if len(ranked) > len(shown):
-        lines.append(f"  and {len(ranked) - len(shown)} more in report.json")
-    return "\n".join(lines)
-
-
-def number(x: float | None) -> str:
-    return "not finite" if x is None or not math.isfinite(x) else f"{x:.5g}"
-
-
-def estimate(mean: float | None, stderr: float | None) -> str:
-    """A number to the digits that its error leaves: ``142.2 +- 3.1``."""
-    if mean is None or not stderr or not math.isfinite(mean) or not math.isfinite(stderr):
-        return f"{number(mean)} +- {number(stderr)}"
-    digits = 1 - math.floor(math.log10(stderr))  # two digits of the error
-    if -1 <= digits <= 6 and abs(mean) < 1e6:
-        return f"{mean:,.{max(digits, 0)}f} +- {stderr:.{max(digits, 0)}f}"
-    return f"{mean:.4g} +- {stderr:.2g}"
-
-
-def share(mean: float | None, stderr: float | None) -> str:
-    """A fraction in percent."""
-    return f"{estimate(*(None if x is None else 100 * x for x in (mean, stderr)))} %"
-
-
 @functools.cache
 def _packed(script: str) -> str:
     """All of the library is in the page, which works offline: 2 MB, where it would be 5 as it is."""
     return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
-
-
-def cut(name: str, width: int) -> str:
-    # Names are the user's, and terminals obey control characters.
-    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-    return name if len(name) <= width else f"...{name[3 - width :]}"
 
 
 def _figures(analysis: Analysis) -> dict[str, Callable[[Axes], Any]]:
@@ -247,9 +200,3 @@ def _dotted(name: str) -> Any:
 def _value(x: float) -> str:
     """What a column sorts by."""
     return "" if math.isnan(x) else repr(x)
-
-
-def setting(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return "all" if value is None else number(value) if isinstance(value, float) else str(value)

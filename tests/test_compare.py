@@ -22,6 +22,7 @@ REPORT: dict[str, Any] = {
     "negative_curvature": {"mean": 0.1, "stderr": 0.01},
     "density": {"grid": [-1.0, 0.0, 9.0], "values": [0.1, 1.0, 0.01], "lower": None, "upper": None},
     "layers": {name: {"numel": n, "trace": x, "stderr": e} for name, (n, x, e) in LAYERS.items()},
+    "activations": {name: {"numel": 64, "trace": 3.0, "stderr": 0.3} for name in ("conv", "head")},
     "landscape": {},
     "settings": {
         "problem": "net",
@@ -30,6 +31,7 @@ REPORT: dict[str, Any] = {
         "which": "LM",
         "probes": 100,
         "runs": 4,
+        "activations": 30,
         "seed": 0,
     },
     "versions": {"torch": "2.14.1"},
@@ -111,6 +113,19 @@ def test_page_sets_two_nets_side_by_side(tmp_path: Path) -> None:
     assert all(image["alt"] for image in parsed.images)
 
 
+def test_activations_are_compared_where_both_have_them(tmp_path: Path) -> None:
+    a = folder(tmp_path / "a")
+    b = folder(tmp_path / "b", activations__conv={"numel": 64, "trace": 4.0, "stderr": 0.1})
+    c = folder(tmp_path / "c", activations=None)
+    found = compare(a, b, tmp_path / "page.html")["activations"]
+    assert {name: (by.mean, by.differs) for name, by in found.items()} == {"conv": (1.0, True), "head": (0.0, False)}
+    assert 'id="activations"' in (tmp_path / "page.html").read_text()
+    sides = read(a), read(b)
+    assert "1 of 2 layers that both have differ in the trace of what enters" in summary(*sides, difference(*sides))
+    assert compare(a, c, tmp_path / "page.html")["activations"] == {}
+    assert 'id="activations"' not in (tmp_path / "page.html").read_text()
+
+
 def test_summary_fits_a_terminal(tmp_path: Path) -> None:
     a = read(folder(tmp_path / "a", eigenvalues=[-1.23456789e-12, 4.0], layers__conv=REPORT["layers"]["conv.weight"]))
     b = read(folder(tmp_path / "b", trace={"mean": -1e7, "stderr": 123.4}, loss=1e-30))
@@ -123,7 +138,7 @@ def test_summary_fits_a_terminal(tmp_path: Path) -> None:
 def test_reports_of_an_older_kind_are_compared_as_far_as_they_go(tmp_path: Path) -> None:
     a = folder(tmp_path / "a")
     old = json.loads((a / "report.json").read_text())
-    del old["negative_curvature"], old["density"]["lower"], old["density"]["upper"]
+    del old["negative_curvature"], old["density"]["lower"], old["density"]["upper"], old["activations"]
     (a / "report.json").write_text(json.dumps(old))
     result = compare(a, folder(tmp_path / "b"), tmp_path / "page.html")
     assert math.isnan(result["negative_curvature"].units)

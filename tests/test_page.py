@@ -19,6 +19,7 @@ import hessfn as hf
 from hessfn import page
 from hessfn.analysis import _negative
 from hessfn.report import report
+from hessfn.words import number, share
 
 NASTY = "</script><img src=x>$\\frac$"
 
@@ -68,7 +69,7 @@ def test_page_says_how_sure_and_how_to_do_it_again(made: Any) -> None:
     assert "hessfn report 'a<b'" in words
     assert "All 3 eigenvalues reached the tolerance" in words
     assert f"{100 * result['trace']['stderr'] / result['trace']['mean']:.2g} %" in words
-    for value in (*result["versions"].values(), page.number(result["loss"]), page.number(result["eigenvalues"][0])):
+    for value in (*result["versions"].values(), number(result["loss"]), number(result["eigenvalues"][0])):
         assert value in words
 
 
@@ -136,8 +137,8 @@ def test_numbers_of_charts_keep_six_digits() -> None:
 
 
 def test_shares_are_in_percent() -> None:
-    assert page.share(0.0503, 0.0234) == "5.0 +- 2.3 %"
-    assert page.share(0.25, None) == "25 +- not finite %"
+    assert share(0.0503, 0.0234) == "5.0 +- 2.3 %"
+    assert share(0.25, None) == "25 +- not finite %"
 
 
 def test_values_that_are_not_finite_are_said_on_the_page(made: Any) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessfn as hf
-from hessfn import page
+from hessfn import page, words
 from hessfn.report import report
 
 FILES = [
@@ -247,15 +247,15 @@ def test_summary_fits_a_terminal(made: Any) -> None:
     result["settings"] |= {"parameters": 10**9, "samples": 10**7}
     result["eigenvalues"], result["converged"] = [-1.23456789e-12, 1e30, 5.0], [False, True, True]
     result["layers"] = {f"{'very.' * 20}{i}": {"numel": 10**9, "trace": -1e7, "stderr": 123.4} for i in range(20)}
-    lines = page.summary(result).splitlines()
+    lines = words.summary(result).splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("not converged" in line for line in lines) == 1
     assert "and 12 more in report.json" in lines[-1]
 
 
 def test_estimates_show_the_digits_their_error_leaves() -> None:
-    assert page.estimate(142.2371, 3.14159) == "142.2 +- 3.1"
-    assert page.estimate(0.00123456, 0.0000123) == "0.001235 +- 0.000012"
-    assert page.estimate(1234.5, 250.0) == "1,234 +- 250"
-    assert page.estimate(5.0, 0.0) == "5 +- 0"
-    assert page.estimate(None, None) == "not finite +- not finite"
+    assert words.estimate(142.2371, 3.14159) == "142.2 +- 3.1"
+    assert words.estimate(0.00123456, 0.0000123) == "0.001235 +- 0.000012"
+    assert words.estimate(1234.5, 250.0) == "1,234 +- 250"
+    assert words.estimate(5.0, 0.0) == "5 +- 0"
+    assert words.estimate(None, None) == "not finite +- not finite"

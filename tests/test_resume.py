@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import hessfn as hf
-from hessfn import analysis, disk, page, sensitivity
+from hessfn import analysis, disk, page, sensitivity, words
 from hessfn.cli import main
 from hessfn.report import report
 from hessfn.unfinished import num_products, unfinished
@@ -315,6 +315,6 @@ def test_names_cannot_steer_the_terminal() -> None:
         "converged": [],
         "layers": {"\x1b]0;title\x07\u202eevil": {"numel": 1, "trace": 1.0, "stderr": 0.1}},
     }
-    lines = page.summary(result).splitlines()
+    lines = words.summary(result).splitlines()
     assert all(line.isprintable() for line in lines)
     assert lines[0] == r"\x1b[2Jgone\r\n"
