@@ -1,9 +1,13 @@
-"""The documentation runs as printed: the Python blocks of a page in order, in one namespace, and what they print."""
+"""The documentation runs as printed: the Python blocks of a page in order, in one namespace, and what they print.
+
+Commands are parsed only: what they do is in the tests of the command line.
+"""
 
 from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +20,19 @@ from nets import classes, normal, seeded
 from torch import nn
 
 import hessfn as hf
+from hessfn import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text("utf-8") for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
 }
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
-
+COMMANDS = [
+    (page, command)
+    for page, text in sorted(PAGES.items())
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for command in block.splitlines()
+]
 
 # Pages that are about what the reader has.
 NOT_ALONE = {"README.md", "docs/howto/many_processes.md"}
@@ -88,6 +98,21 @@ def test_the_readme_runs_as_printed_and_is_right(run: Callable[[str], dict[str, 
     largest = exact[exact.abs().argsort(descending=True)][:5]
     assert ((names["eig"].values - largest).abs() <= names["eig"].residuals + 1e-9).all()
     assert (names["trace"].mean - exact.sum()).abs() <= 4 * names["trace"].stderr
+
+
+def test_commands_are_ones_that_there_are() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert COMMANDS
+    for page, command in COMMANDS:
+        words = shlex.split(command, comments=True)
+        if "hessfn" in words:
+            cli._parser().parse_args([word for word in words[words.index("hessfn") + 1 :] if word != "--help"])
+        elif words[0] == "make":
+            assert set(words[1:]) <= set(targets), f"{page}: {command}"
+        else:
+            named = "".join(re.findall(r"\[(.*)\]", command)).split(",")
+            assert words[:2] == ["pip", "install"] and set(named) - {""} <= set(extras), f"{page}: {command}"
 
 
 def test_every_public_name_is_in_the_reference() -> None:
