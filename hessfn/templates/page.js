@@ -68,7 +68,7 @@
       layout: {
         xaxis: { title: { text: "eigenvalue" }, range: [low - margin, high + margin] },
         yaxis: {
-          title: { text: "spectral density" },
+          title: { text: "spectral density", standoff: 15 },
           type: "log",
           range: [Math.log10(floor), Math.log10(top) + 0.2],
           exponentformat: "power",
