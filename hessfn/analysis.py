@@ -102,7 +102,11 @@ def _landscape(
         "top eigenvector": tree.map(lambda leaf: leaf[first], eigen.vectors),
         "random": hf.random_direction(theta, seed=settings["seed"]),
     }
-    gradient = mean(lambda batch: tree.unflatten(plain_gradient(loss, theta, (batch,))[1], theta), batches)()
+
+    def gradient_of(batch: Any) -> Tree:
+        return tree.require_finite(tree.unflatten(plain_gradient(loss, theta, (batch,))[1], theta), "the gradient")
+
+    gradient = mean(gradient_of, batches)()
     if tree.norm(gradient) > 0:
         directions["gradient"] = tree.scale(1 / tree.norm(gradient), gradient)
     tenfold = float((20 * value.abs() / eigen.values[first].abs()).sqrt())

@@ -44,8 +44,9 @@ def journal(
         resume: False to drop what is there.
 
     Returns:
-        A matvec on plain tensors: not under ``vmap``, ``torch.compile`` or autograd. Around it, ``all_reduce`` works if
-        every rank has a folder of its own; a journal around ``all_reduce`` would leave ranks waiting for each other.
+        A matvec on plain tensors: no ``DTensor``, and not under ``vmap``, ``torch.compile`` or autograd. Around it,
+        ``all_reduce`` works if every rank has a folder of its own; a journal around ``all_reduce`` would leave ranks
+        waiting for each other.
 
     Cost: a hash of the vector and of the product. On disk, the bytes of one vector a product.
 
@@ -112,8 +113,8 @@ def _require_plain(v: Tree) -> None:
         plain = not torch.compiler.is_compiling() and type(leaf) in (Tensor, torch.nn.Parameter) and not leaf.is_meta
         if not plain or is_functorch_wrapped_tensor(leaf) or (leaf.requires_grad and torch.is_grad_enabled()):
             raise ValueError(
-                "a journal takes plain tensors, one vector at a time: not under vmap (batch_size=1), torch.compile or "
-                "autograd. Transform the matvec first, and put the journal around the result"
+                "a journal takes plain tensors, one vector at a time: no DTensors, and not under vmap (batch_size=1), "
+                "torch.compile or autograd. Transform the matvec first, and put the journal around the result"
             )
 
 

@@ -64,6 +64,8 @@ def each(function: Callable[[Tree], Any], probes: Iterable[Tree], batch_size: in
         if len(group) == 1:
             yield function(group[0])
             continue
+        if any(layout(leaf) for leaf in tree.leaves(group[0])):
+            raise ValueError(f"batch_size={batch_size} is not for DTensors, which vmap does not know: leave it at 1")
         results = torch.func.vmap(function)(tree.map(lambda *leaves: torch.stack(leaves), *group))
         for i in range(len(group)):
             yield tree.map(lambda x: x[i], results)  # noqa: B023

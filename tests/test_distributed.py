@@ -306,6 +306,7 @@ def trees_of_parts(rank: int, size: int, folder: Path) -> None:
         matvec = hf.hvp(function, parts, data, mode=mode)
         assert torch.allclose(tree.ravel(matvec(parts))[0], tree.ravel(expected(whole))[0], rtol=1e-12, atol=1e-14)
     hf.check_matvec(matvec, parts)
+    assert "batch_size=2 is not for DTensors" in raised(lambda: hf.slq(matvec, hf.gaussian(parts, 2), 3, batch_size=2))
     same_results(matvec, parts, expected, whole, 1e-9)
     pairs = hf.eigsh(matvec, hf.gaussian(parts, 1)[0], k=2, rtol=1e-6)
     again = hf.eigsh(matvec, hf.gaussian(parts, 1)[0], k=2, rtol=1e-6, warm_start=pairs.vectors)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_distributed import pytestmark as no_processes
+from test_distributed import run, same_bits
 
 import hessfn as hf
 from hessfn import problems, tree
@@ -111,6 +113,26 @@ def test_what_shares_its_probes_agrees_and_parts_make_the_whole():
     assert torch.allclose(tree.dot(rows.mean, tree.map(tree.wide, ones)), square.mean, rtol=1e-4)
     tridiagonal = hf.lanczos(matvec, v, 4)
     assert torch.allclose(tridiagonal.alpha[0], tree.dot(v, whole) / tree.dot(v, v), rtol=1e-3, atol=1e-6)
+
+
+def shared_and_kept(rank, size, folder):
+    loss, params, (x, y), _ = resnet20(5)
+    mine, v = ((x[:2], y[:2]) if rank == 0 else (x[2:], y[2:])), hf.gaussian(params, 1)[0]
+
+    def mean_of(matvec):
+        kept = hf.journal(matvec, folder / f"products{rank}", key={"params": params, "data": mine})
+        return hf.all_reduce(kept, len(mine[0]))
+
+    product, read = (mean_of(make)(v) for make in (hf.hvp(loss, params, mine, mode="forward"), lambda v: 1 / 0))
+    assert same_bits(product) and all(torch.equal(read[name], product[name]) for name in params)
+    if rank == 0:
+        whole = hf.hvp(loss, params, (x, y), mode="forward")(v)
+        assert tree.norm(tree.add(product, whole, -1.0)) <= 1e-3 * tree.norm(whole)
+
+
+@no_processes
+def test_two_processes_share_the_images_and_read_their_products_again(tmp_path):
+    run(shared_and_kept, 2, tmp_path)
 
 
 MEMORY = r"""

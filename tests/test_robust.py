@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hessfn as hf
 from hessfn import tree
+from hessfn.report import report
 
 N = 24
 MATRIX = symmetric(torch.linspace(-1, 1.3, N).double() ** 3)
@@ -159,6 +160,21 @@ def test_a_finite_loss_may_have_a_gradient_that_is_not():
         hf.gradient_direction(loss, params)
     with pytest.raises(ValueError, match="product 1 of the matvec is not finite in leaf 'a'"):
         hf.eigsh(hf.hvp(loss, params), start(params))
+
+
+def test_a_report_names_the_batch_whose_gradient_is_not_finite(tmp_path):
+    class Steep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.z = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return x[:, :3] @ self.w.tanh() + x[:, 3] * (1e25 * self.z)
+
+    batches = [(torch.ones(2, 4), torch.zeros(2)), (torch.tensor([[1.0, 1.0, 1.0, 1e25]]), torch.zeros(1))]
+    small = {"k": 1, "probes": 2, "runs": 1, "steps": 2, "plane": 0, "activations": 0}
+    with pytest.raises(ValueError, match="batch 1: the gradient is not finite in leaf 'z'"):
+        report((Steep(), lambda outputs, _: outputs.mean(), batches), tmp_path, **small)
 
 
 def test_what_float16_cannot_hold_is_said():
