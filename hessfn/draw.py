@@ -58,6 +58,14 @@ def wide(height: np.ndarray) -> bool:
     return bool(height.min() > 0 and height.max() > 50 * height.min())
 
 
+def log_levels(height: np.ndarray) -> np.ndarray:
+    """1, 2 and 5 in every decade, or the decades alone where they are many; all heights lie between two of them."""
+    low, high = height.min(), height.max()
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    levels = np.outer(decades, [1.0, 2.0, 5.0]).ravel() if len(decades) <= 6 else decades
+    return levels[max(np.searchsorted(levels, low, "right") - 1, 0) : np.searchsorted(levels, high) + 1]
+
+
 def linthresh(grid: np.ndarray) -> float:
     """Where ``sinh`` of an even grid, times linthresh, goes over from even to growing steps; infinite if it is even."""
     steps = np.diff(grid)
@@ -76,12 +84,15 @@ def set_scale(ax: Axes, which: str, values: np.ndarray) -> None:
     if (values[np.isfinite(values)] > 0).all():
         ax.set(**{f"{which}scale": "log"})
     else:
-        set_symlog(ax, which, max(np.quantile(sizes, 0.25), sizes.max() * 1e-4))
+        set_symlog(ax, which, max(np.quantile(sizes, 0.25), sizes.max() * 1e-4), sizes.max())
 
 
-def set_symlog(ax: Axes, which: str, linthresh: float) -> None:
+def set_symlog(ax: Axes, which: str, linthresh: float, furthest: float) -> None:
     threshold = 10.0 ** np.round(np.log10(linthresh))  # a power of ten has all ticks equally far apart
-    getattr(ax, f"set_{which}scale")("symlog", linthresh=threshold)
+    # Few ticks, and room for those around zero: else their labels lie on one another.
+    linscale = max(1.0, 0.3 * np.log10(furthest / threshold))
+    getattr(ax, f"set_{which}scale")("symlog", linthresh=threshold, linscale=linscale)
+    getattr(ax, f"{which}axis").get_major_locator().set_params(numticks=5)
 
 
 def span(x: np.ndarray) -> tuple[float, float]:

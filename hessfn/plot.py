@@ -58,7 +58,7 @@ def density_plot(density: Any, ax: Axes | None = None, *, band: Any = None) -> A
     visible = np.concatenate([grid[values >= floor] for grid, values in arrays.values()])
     linthresh = min((draw.linthresh(grid) for grid, _ in arrays.values()), default=np.inf)
     if np.isfinite(linthresh):
-        draw.set_symlog(ax, "x", linthresh)
+        draw.set_symlog(ax, "x", linthresh, max(np.abs(grid).max() for grid, _ in arrays.values()))
     elif visible.size:
         ax.set_xlim(draw.span(visible))
     ax.axvline(0, color="gray", linewidth=0.6)
@@ -137,13 +137,17 @@ def line_plot(steps: Numbers, losses: Tensor | Mapping[str, Tensor], ax: Axes | 
 
 def plane_plot(steps_x: Numbers, steps_y: Numbers, losses: Tensor, ax: Axes | None = None) -> Axes:
     """Losses over a plane, ``hf.plane(...)``, as contours: ``losses[i, j]`` belongs to ``(steps_x[i], steps_y[j])``."""
-    from matplotlib.ticker import LogLocator, MaxNLocator
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     ax = draw.axes(ax)
     height = np.ma.masked_invalid(draw.array(losses).T)
-    locator = LogLocator(subs=(1.0, 2.0, 5.0)) if draw.wide(height) else MaxNLocator(15)
+    wide = draw.wide(height)
+    spread: dict[str, Any] = (
+        {"levels": draw.log_levels(height), "norm": LogNorm()} if wide else {"locator": MaxNLocator(15)}
+    )
     x, y = draw.array(steps_x), draw.array(steps_y)
-    contours = ax.contourf(x, y, height, locator=locator, cmap="cividis")
+    contours = ax.contourf(x, y, height, cmap="cividis", **spread)
     ax.contour(x, y, height, levels=contours.levels, colors="black", linewidths=0.4, alpha=0.5)
     ax.figure.colorbar(contours, ax=ax, label="loss", format="%.3g")
     ax.plot(0, 0, "P", color="white", markeredgecolor="black", markersize=8)

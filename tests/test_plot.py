@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -182,6 +183,26 @@ def test_planes_have_the_first_direction_along_x() -> None:
     )
     assert ax.get_xlim() == (0.0, 2.0)
     assert ax.get_ylim() == (0.0, 5.0)
+
+
+@pytest.mark.parametrize("power", [0.01, 1.0, 5.0, 40.0])
+def test_contours_leave_nothing_out(power: float) -> None:
+    heights = (7.3 * LOSSES / LOSSES.max()).double() ** power
+    ax = plot.plane_plot(STEPS, STEPS[:7], heights, Figure().subplots())
+    levels = ax.collections[0].levels
+    assert levels[0] <= heights.min() and heights.max() <= levels[-1]
+    assert 5 <= len(levels) <= 40
+
+
+def test_labels_of_a_symmetric_logarithmic_axis_do_not_lie_on_one_another() -> None:
+    nodes = torch.cat([-torch.logspace(-4, 1, 15), torch.logspace(-4, 3, 25)]).double()[None]
+    rule = hf.Quadrature(nodes, torch.full_like(nodes, 1 / 40))
+    figure = Figure(figsize=(4.0, 3.0))
+    ax = plot.density_plot(hf.density(rule, linthresh=1e-3), figure.subplots())
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+    assert len(boxes) >= 4
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
 
 
 def test_a_surface_in_flat_axes_says_how_to_make_them() -> None:
