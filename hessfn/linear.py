@@ -13,6 +13,7 @@ from hessfn import passes, tree
 from hessfn.graph import aten, clean, tensors
 from hessfn.record import looks, record
 from hessfn.tree import MatVec, Tree
+from hessfn.winograd import add_overlaps
 
 
 def linearized(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: bool = False) -> MatVec:
@@ -63,7 +64,11 @@ def derivative(graph: Callable[..., Tensor], params: Tree, args: tuple[Any, ...]
         found = [torch.zeros_like(p) if t is None else t for t, p in zip(tangents, at, strict=True)]
         return [t.contiguous() if p.is_contiguous() else t for t, p in zip(found, point, strict=True)]
 
-    return record(product, [*given, *map(torch.empty_like, point)])
+    module = record(product, [*given, *map(torch.empty_like, point)])
+    add_overlaps(module.graph)
+    passes.drop_dead(module.graph)
+    module.recompile()
+    return module
 
 
 def _folded(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
@@ -96,6 +101,7 @@ def _folded(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
             if not waiting[i] and i in known:
                 known[i] = None  # its memory is free
     passes.own_results(graph)
+    passes.accumulate(graph)
     passes.drop_dead(graph)
     for node in fixed:
         graph.erase_node(node)

@@ -53,6 +53,28 @@ def only_used_gradients(graph: fx.Graph) -> None:
     drop_dead(graph)
 
 
+def accumulate(graph: fx.Graph) -> None:
+    """Products of matrices that are added up are added where the first one lies."""
+    for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        first, second = add.args[:2]
+        if first is second or add.kwargs or not all(_is_own_product(i) for i in (first, second)):
+            continue
+        if first.meta["val"].shape == second.meta["val"].shape:
+            with graph.inserting_before(add):
+                new = graph.call_function(_ADDING[second.target], (first, *second.args[-2:]))
+            new.meta = dict(add.meta)
+            add.replace_all_uses_with(new)
+            graph.erase_node(add)
+            graph.erase_node(second)
+
+
+def _is_own_product(node: Any) -> bool:
+    return isinstance(node, fx.Node) and len(node.users) == 1 and node.target in _ADDING
+
+
+_ADDING = {aten.mm.default: aten.addmm_.default, aten.bmm.default: aten.baddbmm_.default}
+
+
 def fold_batch_norm(graph: fx.Graph) -> None:
     """BatchNorm in eval mode is affine: it goes into the convolution's weight, or else is a multiply-add per channel.
 
@@ -74,17 +96,18 @@ def fold_batch_norm(graph: fx.Graph) -> None:
             of_one_dtype = dtype == var.meta["val"].dtype  # not so under autocast
             if x.target is aten.convolution.default and len(x.users) == 1 and not x.args[6] and of_one_dtype:
                 weight, bias = x.args[1:3]
-                weight = graph.call_function(aten.mul.Tensor, (weight, _column(graph, scale, _ndim(weight) - 1)))
+                scaled = graph.call_function(aten.mul.Tensor, (weight, _column(graph, scale, _ndim(weight) - 1)))
+                scaled.meta, weight = dict(weight.meta), scaled
                 if bias is not None:
                     shift = graph.call_function(aten.addcmul.default, (shift, bias, scale))
                 new = graph.call_function(x.target, (x.args[0], weight, shift, *x.args[3:]))
-                new.meta = dict(x.meta)
             else:
                 wide = _ndim(x) - 2
                 scaled = graph.call_function(aten.mul.Tensor, (x, _column(graph, scale, wide)))
                 new = graph.call_function(aten.add.Tensor, (scaled, _column(graph, shift, wide)))
                 if not of_one_dtype:
                     new = graph.call_function(aten.to.dtype, (new, dtype))
+            new.meta = dict(x.meta)
         for output in outputs:
             output.replace_all_uses_with(new)
 

@@ -101,6 +101,11 @@ class Recorder(TorchDispatchMode):
         if same is not None and isinstance(out, Tensor) and looks(same) == looks(out):
             self.nodes[out] = self.node_of(same)
             return out
+        if self.lean and isinstance(out, Tensor) and self._vanishes(func, args):
+            like: Any = {"dtype": out.dtype, "device": out.device}
+            self._name(out, self.graph.call_function(aten.zeros.default, (list(out.shape),), like))
+            self.zeros[out] = True
+            return out
         func = aten.reshape.default if func in _VIEWS else func  # under vmap the layout may be another
         call = self.graph.call_function(func, *_with_tensors((args, kwargs), self.node_of))
         if isinstance(out, Tensor):
@@ -155,6 +160,13 @@ class Recorder(TorchDispatchMode):
             self.seen[key] = _result_on_meta(func, args, kwargs)
         home = kwargs.get("device") or _tensors((args, kwargs))[0].device
         return _with_tensors(self.seen[key], partial(_like, device=home))
+
+    def _vanishes(self, func: Any, args: Any) -> bool:
+        """Derivative rules multiply by the zero derivatives of what is constant."""
+        if func is aten.convolution.default and args[2] is not None:
+            return False
+        factors = args[:2] if func in _BILINEAR else args[:1] if func in _LINEAR else ()
+        return any(isinstance(t, Tensor) and t in self.zeros for t in factors)
 
     def _handed_on(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """The argument that the result is, if it looks the same: derivative rules leave many of these behind."""
@@ -222,6 +234,29 @@ _ZEROS = {
     aten.zeros_like.default,
     aten.new_zeros.default,
     aten._new_zeros_with_same_feature_meta.default,
+}
+_BILINEAR = {aten.mm.default, aten.bmm.default, aten.mul.Tensor, aten.convolution.default}
+_LINEAR = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.neg.default,
+    aten.sum.dim_IntList,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.constant_pad_nd.default,
+    aten.unfold.default,
+    aten.threshold_backward.default,
 }
 _MAY_HAND_ON = {
     aten.expand.default,

@@ -8,8 +8,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessfn as hf
-from hessfn.graph import Untraceable
+from hessfn.graph import Untraceable, clean
+from hessfn.linear import derivative
 from hessfn.record import record
+
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
 
 def peak_memory():
@@ -68,3 +71,14 @@ def test_products_compute_only_what_they_need():
     plain, linear = (flops(lambda product=product: product(params)) / gradient for product in products)
     assert linear <= 2.0 + 1e-6  # six convolutions where the gradient has three
     assert plain <= 8 / 3  # and the loss and its gradient by the activations, but not that by the weights
+
+
+def test_nothing_is_multiplied_by_the_zero_derivative_of_a_constant():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    loss, params = hf.functionalize(model.eval(), nn.MSELoss())
+    batch = normal(4, 6), normal(4, 3)
+    module = derivative(clean(loss, params, batch), params, (batch,))
+    products = [node for node in module.graph.nodes if node.target in PRODUCTS]
+    # The layers, their tangents; the gradients by hidden activations and weights, and both sides of their tangents,
+    # but neither the gradient by the weights itself nor anything for the derivative of the data.
+    assert len(products) == 2 + 3 + 1 + 2 + 1 + 2
