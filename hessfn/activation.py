@@ -116,7 +116,6 @@ def _shifted(
     if at not in ("input", "output"):
         raise ValueError(f"at={at!r} must be 'input' or 'output'")
     model = bare(model)
-    model = bare(model)
     _, run = private(model)
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
 

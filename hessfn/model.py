@@ -189,6 +189,9 @@ def _skeleton(model: nn.Module) -> nn.Module:
             # The output depends on the batch alone; without the running buffers there is nothing to write to.
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
+        if isinstance(module, nn.TransformerEncoder):
+            # Where nothing asks for a gradient, torch packs away what is padded: another function, 0 there.
+            module.use_nested_tensor = False
     return skeleton
 
 
