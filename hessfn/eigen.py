@@ -149,9 +149,10 @@ def eigsh(
         max_matvecs: the most products spent; by default ten times ``basis_size``.
         basis_size: the most vectors kept, by default 2k + 20. Fewer cost more products.
         basis_device: where they are kept, such as ``"cpu"``; by default where the entries of ``v0`` are.
-        warm_start: several vectors to start from instead of ``v0``, a tree whose leaves carry a leading axis: the
-            ``vectors`` of a matrix that differs by a thousandth or so, which leave little to do; or p random ones, to
-            see an eigenvalue that is p times repeated as often (``v0`` alone is sure to see it once).
+        warm_start: several vectors to start from instead of ``v0``, which then only says what shapes they have: a tree
+            whose leaves carry a leading axis. The ``vectors`` of a matrix that differs by a thousandth or so leave
+            little to do; p random ones see an eigenvalue that is p times repeated as often (``v0`` alone is sure to
+            see it once).
 
     Returns:
         ``values (k,)`` float64, ``vectors``, orthonormal, a tree whose leaves carry a leading axis of k, ``residuals
@@ -162,8 +163,8 @@ def eigsh(
     Cost: ``num_matvecs`` products, one of which checks the residuals; ``basis_size`` vectors and two more.
 
     Raises:
-        ValueError: k, ``which``, ``basis_size`` or ``max_matvecs`` is out of range, ``v0`` is zero, or (with ``rtol``)
-            a product is not finite.
+        ValueError: k, ``which``, ``basis_size`` or ``max_matvecs`` is out of range, ``v0`` is zero, ``warm_start``
+            without ``rtol``, or (with ``rtol``) a product is not finite.
 
     Source: Wu and Simon (2000); the form with one dense projected matrix is Stewart's (2001).
 
@@ -177,6 +178,8 @@ def eigsh(
         raise ValueError(f"which={which!r} must be one of {', '.join(_ORDERS)}")
     space = krylov.flatten(matvec, v0)
     if rtol is None:
+        if warm_start is not None:
+            raise ValueError("rtol=None starts from one vector: give the sum of those of warm_start as v0")
         if max_matvecs is None:
             raise ValueError("rtol=None asks for a fixed number of products: give it as max_matvecs")
         return _unrestarted(space, v0, k, which, min(max_matvecs, n))
@@ -209,7 +212,7 @@ def _unrestarted(space: Space, v0: Tree, k: int, which: str, num_matvecs: int) -
     alpha, beta, basis, _ = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
     values, vectors = krylov.decompose(alpha, beta[:-1])
     # The recurrence knows of no rounding: its residuals fall below what the products can tell.
-    floor = 10 * space.eps * values.detach().abs().max()
+    floor = (10 * space.eps + num_matvecs * torch.finfo(values.dtype).eps) * values.detach().abs().max()
     wanted = krylov.select(values, k, which)
     values, vectors = values[wanted], vectors[:, wanted]
     residuals = (beta[-1] * vectors[-1]).abs().clamp(min=floor)

@@ -142,22 +142,22 @@ def decompose(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     if tree.known(bad.any()):
         count = int(bad.nonzero()[0]) + 1
         raise ValueError(f"product {count} of the matvec is not finite: are the loss and its curvature finite there?")
-    offset = _apart(alpha.detach(), beta.detach())
+    offset = _apart(alpha.detach())
     values, vectors = torch.linalg.eigh(tridiagonal(alpha + offset, beta))
     values = values - (vectors.detach().square() * offset[:, None]).sum(0)
     order = values.detach().argsort(stable=True)
     return values[order], vectors[:, order]
 
 
-def _apart(alpha: Tensor, beta: Tensor) -> Tensor:
-    """Diagonals, of the size of rounding, that tell the blocks apart which a beta of 0 leaves.
+def _apart(alpha: Tensor) -> Tensor:
+    """Diagonals, of the size of rounding, that tell copies of an eigenvalue apart by where in the recurrence they live.
 
-    A block has distinct eigenvalues. Those of two blocks may agree, where the derivative of eigenvectors is 0/0.
+    Eigenvalues of two blocks (where a beta is 0) may agree, and so may those of a recurrence that lost its
+    orthogonality: there the derivative of eigenvectors is 0/0.
     """
     size = alpha.abs().max()
     size = torch.where(size > 0, size, 1.0)
-    block = torch.cat([torch.zeros_like(alpha[:1]), (beta == 0).to(alpha).cumsum(0)])
-    return 8 * torch.finfo(alpha.dtype).eps * size * block
+    return torch.finfo(alpha.dtype).eps * size * torch.arange(len(alpha)).to(alpha)
 
 
 def tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:

@@ -100,10 +100,10 @@ def density(
             ``asinh(x / linthresh)``, which is linear for eigenvalues below ``linthresh`` in size, logarithmic beyond.
 
     Returns:
-        ``grid (g,)`` and ``values (g,)``, per unit of eigenvalue on either axis.
+        ``grid (g,)`` and ``values (g,)``, per unit of eigenvalue on either axis. All runs under ``vmap`` and autograd.
 
     Raises:
-        ValueError: ``sigma`` or ``linthresh`` is not positive.
+        ValueError: ``sigma`` or ``linthresh`` is not positive; ``vmap`` with a ``sigma`` and no ``grid``.
 
     Source: Lin, Saad and Yang (2016), which also gives the width.
 
@@ -164,7 +164,8 @@ def cumulative(quadrature: Quadrature, grid: Tensor | None = None) -> Cumulative
     steps = (quadrature.weights.flatten()[order] / len(quadrature.nodes)).cumsum(0)
     if grid is None:
         return Cumulative(nodes, steps)
-    count = torch.searchsorted(nodes, grid.to(nodes), right=True)
+    # The zero takes the grid along under vmap, which would else hand on a view that searchsorted warns of.
+    count = torch.searchsorted(nodes, grid.to(nodes) + torch.zeros_like(nodes[:1]), right=True)
     return Cumulative(grid, torch.cat([torch.zeros_like(steps[:1]), steps])[count])
 
 
@@ -220,21 +221,29 @@ def _smoothed(
             raise ValueError(f"{name}={value} must be positive: it is a width on the axis of the eigenvalues")
     if linthresh is not None:
         nodes = (nodes / linthresh).asinh()
-    low, high = float(nodes.min()), float(nodes.max())
+    low, high = nodes.min(), nodes.max()
+    resolved = max(nodes.shape[-1] - 1, 1) * math.sqrt(8 * math.log(3))  # widths in the range
     if sigma is None:
         # Nodes that differ by rounding have no range of their own: their size is the only scale there is.
-        size = max(abs(low), abs(high))
-        span = high - low if high - low > 1e-6 * size else 1e-3 * size or 1.0
-        sigma = span / (max(nodes.shape[-1] - 1, 1) * math.sqrt(8 * math.log(3)))
+        size = torch.maximum(low.abs(), high.abs())
+        span = torch.where(high - low > 1e-6 * size, high - low, torch.where(size > 0, 1e-3 * size, 1.0))
+        width = span / resolved
+    else:
+        width = torch.as_tensor(sigma, dtype=nodes.dtype, device=nodes.device)
+        if grid is None:
+            if tree.known(high > low) is None:
+                raise ValueError("how many points sigma takes depends on the range, which vmap hides: give grid")
+            resolved = float((high - low) / width)
     if grid is None:
-        steps = max(1024, math.ceil(2 * (high - low) / sigma) + 20)
-        at = torch.linspace(low - 5 * sigma, high + 5 * sigma, steps, dtype=nodes.dtype, device=nodes.device)
+        steps = max(1024, math.ceil(2 * resolved) + 20)
+        unit = torch.linspace(0, 1, steps, dtype=nodes.dtype, device=nodes.device)
+        at = low - 5 * width + (high - low + 10 * width) * unit
         grid = at if linthresh is None else at.sinh() * linthresh
     at = grid if linthresh is None else (grid / linthresh).asinh()
 
     def row(theta: Tensor, weight: Tensor) -> Tensor:
-        z = (at[:, None] - theta) / sigma
-        return (-0.5 * z.square()).exp() @ weight / (sigma * math.sqrt(2 * math.pi))
+        z = (at[:, None] - theta) / width
+        return (-0.5 * z.square()).exp() @ weight / (width * math.sqrt(2 * math.pi))
 
     rows = torch.stack([row(theta, weight) for theta, weight in zip(nodes, weights, strict=True)])
     return grid, rows if linthresh is None else rows / (grid.square() + linthresh**2).sqrt()

@@ -206,6 +206,12 @@ def test_density_band_holds_the_density_of_many_probes():
     assert ((lower <= mean) & (mean <= upper)).all()
 
 
+def test_a_width_under_vmap_asks_for_a_grid():
+    _, rule = rule_of("flat")
+    with pytest.raises(ValueError, match="give grid"):
+        vmap(lambda nodes: density(Quadrature(nodes[None], rule.weights[:1]), sigma=0.1).values)(rule.nodes)
+
+
 @pytest.mark.parametrize("option", [{"sigma": 0.0}, {"sigma": -1.0}, {"linthresh": 0.0}])
 def test_density_refuses_a_width_that_is_none(option):
     _, rule = rule_of("flat")
@@ -291,3 +297,19 @@ def test_trace_of_differentiates(orthogonalize):
     direction = symmetric(torch.linspace(-1, 1, N), seed=5)
     slope = (along(1e-4) - along(-1e-4)) / 2e-4
     torch.testing.assert_close((grad(logdet)(A) * direction).sum(), slope, rtol=1e-6, atol=1e-8)
+
+
+@either
+@pytest.mark.parametrize("spectrum", ["decaying", "rank-deficient"])
+def test_trace_of_differentiates_where_spaces_end_and_copies_come_up(spectrum, orthogonalize):
+    A, direction = symmetric(SPECTRA[spectrum]), symmetric(torch.linspace(-1, 1, N), seed=5)
+    if spectrum == "rank-deficient":
+        direction = A @ direction @ A  # of the same range: else a small change is none
+    size = A.norm() / direction.norm()
+
+    def along(t):
+        rule = slq(lambda v: A @ v + t * size * (direction @ v), rademacher(FLAT, 2), 40, orthogonalize=orthogonalize)
+        return trace_of(rule, lambda x: (x / 20).cos(), N).mean
+
+    slope = (along(1e-5) - along(-1e-5)) / 2e-5
+    torch.testing.assert_close(grad(along)(torch.zeros(()).double()), slope, rtol=1e-5, atol=0)
