@@ -36,6 +36,12 @@ def test_it_shows_pictures(cells: list[dict[str, Any]]) -> None:
     assert any("image/png" in output.get("data", {}) for output in outputs(cells))
 
 
+def test_its_pictures_are_described_for_those_who_do_not_see_them(cells: list[dict[str, Any]]) -> None:
+    for cell in cells:
+        if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+            assert cell["metadata"]["mystnb"]["image"]["alt"]
+
+
 def test_nothing_in_it_is_of_the_machine_it_ran_on(cells: list[dict[str, Any]]) -> None:
     for cell in cells:
         texts = ["".join(cell["source"])]
