@@ -147,8 +147,8 @@ def build(zoo, name, size):
 
 
 def is_layer(name, module):
-    """But for what is there and not called: attention's last layer, and the outputs that only training has."""
-    called = not name.endswith("out_proj") and not name.lower().startswith("aux")
+    """But for what is there and not called: layers of attention, and the outputs that only training has."""
+    called = not name.endswith(("out_proj", "attn.qkv", "attn.proj")) and not name.lower().startswith("aux")
     return called and isinstance(module, (nn.Conv2d, nn.Linear))
 
 
