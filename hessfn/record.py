@@ -94,6 +94,8 @@ class Recorder(TorchDispatchMode):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:
                 return func.decompose(*args, **kwargs)
+        if self.lean and (other := self._beside_zeros(func, args, kwargs)) is not None:
+            return self._again(other)
         out = self._run(func, args, kwargs)
         if not isinstance(out, (Tensor, tuple, list)):
             return out
@@ -168,10 +170,26 @@ class Recorder(TorchDispatchMode):
         factors = args[:2] if func in _BILINEAR else args[:1] if func in _LINEAR else ()
         return any(isinstance(t, Tensor) and t in self.zeros for t in factors)
 
+    def _beside_zeros(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """What zeros are added to."""
+        if func is not aten.add.Tensor or kwargs or not all(isinstance(t, Tensor) for t in args):
+            return None
+        sums = torch.broadcast_shapes(args[0].shape, args[1].shape), torch.result_type(*args)
+        found = (args[1 - i] for i in (0, 1) if args[i] in self.zeros)
+        return next((t for t in found if (t.shape, t.dtype) == sums), None)
+
+    def _again(self, tensor: Tensor) -> Tensor:
+        """Another tensor of the same node."""
+        hollow = tensor in self.hollow
+        out = _like(tensor, device=tensor.device) if hollow else tensor.clone()
+        self.nodes[out] = self.node_of(tensor)
+        for marks in (self.hollow, self.zeros):
+            if tensor in marks:
+                marks[out] = True
+        return out
+
     def _handed_on(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """The argument that the result is, if it looks the same: derivative rules leave many of these behind."""
-        if func is aten.add.Tensor and not kwargs and all(isinstance(t, Tensor) for t in args):
-            return next((args[1 - i] for i in (0, 1) if args[i] in self.zeros), None)
         return args[func is aten.copy.default] if func in _MAY_HAND_ON else None
 
 

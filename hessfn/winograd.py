@@ -84,14 +84,12 @@ def joined(tiles: Tensor, high: int, wide: int) -> Tensor:
     """Images (groups, N, high, wide, C) from tiles (groups, N, rows, columns, C, 6, 6), added up where they overlap."""
     groups, n, rows, columns, c, _, _ = tiles.shape
     tiles = tiles.permute(0, 1, 2, 5, 3, 6, 4)
-    strips = tiles.new_empty(groups, n, rows, 6, columns + 1, 4, c)
-    strips[..., :-1, :, :] = tiles[..., :4, :]
-    strips[..., -1, :, :] = 0
-    strips[..., 1:, :2, :] += tiles[..., 4:, :]
     image = tiles.new_empty(groups, n, rows + 1, 4, columns + 1, 4, c)
-    image[:, :, :-1] = strips[:, :, :, :4]
-    image[:, :, -1] = 0
-    image[:, :, 1:, :2] += strips[:, :, :, 4:]
+    image[:, :, -1] = image[:, :, :-1, :, -1] = 0
+    image[:, :, :-1, :, :-1] = tiles[:, :, :, :4, :, :4]
+    image[:, :, :-1, :, 1:, :2] += tiles[:, :, :, :4, :, 4:]
+    image[:, :, 1:, :2, :-1] += tiles[:, :, :, 4:, :, :4]
+    image[:, :, 1:, :2, 1:, :2] += tiles[:, :, :, 4:, :, 4:]
     return image.view(groups, n, 4 * rows + 4, 4 * columns + 4, c)[:, :, :high, :wide]
 
 
