@@ -15,6 +15,7 @@ from hessfn import passes, tree
 from hessfn.definitions import by_definition
 from hessfn.graph import Untraceable, clean, tensors
 from hessfn.linear import derivative
+from hessfn.probes import gaussian
 from hessfn.tree import Tree
 from hessfn.turns import turn
 
@@ -116,6 +117,16 @@ def _two_differences(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -
     return tree.add(fine, apart, 1 / 3), torch.where(size > 0, tree.norm(apart) / size, 0.0)
 
 
+def _require_derivative(product: Tree, difference: Tree, apart: Tensor) -> None:
+    """Plain autograd takes for constants what a ``once_differentiable`` backward computes, and says nothing."""
+    gap, size = tree.norm(tree.add(product, difference, -1.0)), tree.norm(difference)
+    if tree.known(gap > (0.01 + 10 * apart) * size):
+        raise RuntimeError(
+            f"second derivatives are not those of differences ({float(gap / size):.1g} of them apart): an "
+            "autograd.Function whose backward has no derivative, such as a once_differentiable one?"
+        )
+
+
 class Way(NamedTuple):
     """How products are made: the mode, why no earlier one would do, and the relative error if it is a difference."""
 
@@ -130,7 +141,7 @@ def choose_way(loss: Loss, params: Tree, *args: Any) -> Way:
     >>> choose_way(lambda w: (w**4).sum(), torch.ones(3))
     Way(mode='traced', reason='', error=0.0)
     """
-    v = tree.map(torch.ones_like, params)
+    v = gaussian(params, 1)[0]  # not of ones, which nets with norms are often blind to
     with turn(), sdpa_kernel(SDPBackend.MATH):
         return _first(loss, params, args, v, "auto")[1]
 
@@ -176,6 +187,8 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
             product = WAYS[name](loss, params, args)
             with_error = name == "difference"
             result, apart = _two_differences(loss, params, args, v) if with_error else (product(params, args, v), 0.0)
+            if name == "double_backward":
+                _require_derivative(result, *_two_differences(loss, params, args, v))
         except (RuntimeError, NotImplementedError) as error:
             if mode != "auto":
                 raise

@@ -75,13 +75,17 @@ def add_overlaps(graph: fx.Graph) -> None:
         inner, size, *outer_cut = outer.args
         if inner.target is aten.unfold_backward.default and [*outer_cut, *inner.args[2:]] == [2, 6, 4, 3, 6, 4]:
             with graph.inserting_before(outer):
-                new = graph.call_function(joined, (inner.args[0], *size[2:4]))
+                new = graph.call_function(torch.ops.hessfn.joined.default, (inner.args[0],))
+                for dim in (2, 3):
+                    new = graph.call_function(aten.slice.Tensor, (new, dim, 0, size[dim]))
             new.meta = dict(outer.meta)
             outer.replace_all_uses_with(new)
 
 
-def joined(tiles: Tensor, high: int, wide: int) -> Tensor:
-    """Images (groups, N, high, wide, C) from tiles (groups, N, rows, columns, C, 6, 6), added up where they overlap."""
+# An operation of its own, because what a compiler makes of it is slow to make and slow to run.
+@torch.library.custom_op("hessfn::joined", mutates_args=())
+def joined(tiles: Tensor) -> Tensor:
+    """Images (groups, N, 4 rows + 4, 4 columns + 4, C) from tiles (groups, N, rows, columns, C, 6, 6), added up."""
     groups, n, rows, columns, c, _, _ = tiles.shape
     tiles = tiles.permute(0, 1, 2, 5, 3, 6, 4)
     image = tiles.new_empty(groups, n, rows + 1, 4, columns + 1, 4, c)
@@ -90,7 +94,19 @@ def joined(tiles: Tensor, high: int, wide: int) -> Tensor:
     image[:, :, :-1, :, 1:, :2] += tiles[:, :, :, :4, :, 4:]
     image[:, :, 1:, :2, :-1] += tiles[:, :, :, 4:, :, :4]
     image[:, :, 1:, :2, 1:, :2] += tiles[:, :, :, 4:, :, 4:]
-    return image.view(groups, n, 4 * rows + 4, 4 * columns + 4, c)[:, :, :high, :wide]
+    return image.view(groups, n, 4 * rows + 4, 4 * columns + 4, c)
+
+
+@joined.register_fake
+def _(tiles: Tensor) -> Tensor:
+    groups, n, rows, columns, c, _, _ = tiles.shape
+    return tiles.new_empty(groups, n, 4 * rows + 4, 4 * columns + 4, c)
+
+
+@joined.register_vmap
+def _(info: Any, where: Any, tiles: Tensor) -> tuple[Tensor, int]:
+    tiles = tiles.movedim(where[0], 0)
+    return joined(tiles.flatten(0, 1)).unflatten(0, (info.batch_size, -1)), 0
 
 
 def _matrix(*rows: tuple[float, ...]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from nets import classes, normal, seeded
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hessfn import tree
@@ -259,3 +260,27 @@ def test_the_documentation_has_the_same_table():
     assert [line for line in page.splitlines() if line.startswith("| ")][1:] == [
         f"| {r.what} | {r.way} |" for r in ROWS
     ]
+
+
+class _OnceCubed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return 3 * g * ctx.saved_tensors[0] ** 2
+
+
+def test_a_backward_without_a_derivative_is_not_taken_for_a_constant():
+    def loss(w):
+        return _OnceCubed.apply(w).sum() + (w**4).sum()
+
+    w = torch.arange(1.0, 4.0, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="not exact"):
+        found = hvp(loss, w)(torch.ones_like(w))
+    torch.testing.assert_close(found, 6 * w + 12 * w**2, rtol=1e-8, atol=0.0)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        hvp(loss, w, mode="double_backward")(torch.ones_like(w))
