@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hessfn import passes
+from hessfn import passes, zeros
 
 aten = torch.ops.aten
 
@@ -94,7 +94,7 @@ class Recorder(TorchDispatchMode):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:
                 return func.decompose(*args, **kwargs)
-        if self.lean and (other := self._beside_zeros(func, args, kwargs)) is not None:
+        if self.lean and (other := zeros.beside(func, args, kwargs, self.zeros)) is not None:
             return self._again(other)
         out = self._run(func, args, kwargs)
         if not isinstance(out, (Tensor, tuple, list)):
@@ -103,7 +103,7 @@ class Recorder(TorchDispatchMode):
         if same is not None and isinstance(out, Tensor) and looks(same) == looks(out):
             self.nodes[out] = self.node_of(same)
             return out
-        if self.lean and isinstance(out, Tensor) and self._vanishes(func, args):
+        if self.lean and isinstance(out, Tensor) and zeros.vanishes(func, args, self.zeros):
             like: Any = {"dtype": out.dtype, "device": out.device}
             self._name(out, self.graph.call_function(aten.zeros.default, (list(out.shape),), like))
             self.zeros[out] = True
@@ -112,7 +112,7 @@ class Recorder(TorchDispatchMode):
         call = self.graph.call_function(func, *_with_tensors((args, kwargs), self.node_of))
         if isinstance(out, Tensor):
             self._name(out, call)
-            if func in _ZEROS:
+            if func in zeros.MAKERS:
                 self.zeros[out] = True
         else:
             for i, part in enumerate(out):
@@ -162,21 +162,6 @@ class Recorder(TorchDispatchMode):
             self.seen[key] = _result_on_meta(func, args, kwargs)
         home = kwargs.get("device") or _tensors((args, kwargs))[0].device
         return _with_tensors(self.seen[key], partial(_like, device=home))
-
-    def _vanishes(self, func: Any, args: Any) -> bool:
-        """Derivative rules multiply by the zero derivatives of what is constant."""
-        if func is aten.convolution.default and args[2] is not None:
-            return False
-        factors = args[:2] if func in _BILINEAR else args[:1] if func in _LINEAR else ()
-        return any(isinstance(t, Tensor) and t in self.zeros for t in factors)
-
-    def _beside_zeros(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-        """What zeros are added to."""
-        if func is not aten.add.Tensor or kwargs or not all(isinstance(t, Tensor) for t in args):
-            return None
-        sums = torch.broadcast_shapes(args[0].shape, args[1].shape), torch.result_type(*args)
-        found = (args[1 - i] for i in (0, 1) if args[i] in self.zeros)
-        return next((t for t in found if (t.shape, t.dtype) == sums), None)
 
     def _again(self, tensor: Tensor) -> Tensor:
         """Another tensor of the same node."""
@@ -247,35 +232,6 @@ def _key(x: Any) -> Any:
 
 _OF_MASKS = (torch.bool, torch.uint8)
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-_ZEROS = {
-    aten.zeros.default,
-    aten.zeros_like.default,
-    aten.new_zeros.default,
-    aten._new_zeros_with_same_feature_meta.default,
-}
-_BILINEAR = {aten.mm.default, aten.bmm.default, aten.mul.Tensor, aten.convolution.default}
-_LINEAR = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.expand.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.clone.default,
-    aten._to_copy.default,
-    aten.neg.default,
-    aten.sum.dim_IntList,
-    aten.mul.Scalar,
-    aten.div.Tensor,
-    aten.div.Scalar,
-    aten.constant_pad_nd.default,
-    aten.unfold.default,
-    aten.threshold_backward.default,
-}
 _MAY_HAND_ON = {
     aten.expand.default,
     aten._to_copy.default,

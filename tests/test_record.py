@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import normal, seeded
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,3 +83,13 @@ def test_nothing_is_multiplied_by_the_zero_derivative_of_a_constant():
     # The layers, their tangents; the gradients by hidden activations and weights, and both sides of their tangents,
     # but neither the gradient by the weights itself nor anything for the derivative of the data.
     assert len(products) == 2 + 3 + 1 + 2 + 1 + 2
+
+
+def test_zeros_stay_zero_only_in_what_is_linear_in_them():
+    def function(a):
+        zero = torch.zeros_like(a)
+        return [zero * a + a, a + zero.sum(0), F.pad(zero, (1, 1), value=2.0) * 3, zero.exp() * a, a / (zero + 2)]
+
+    x = normal(3, 4)
+    for found, right in zip(record(function, [x + 1])(x), function(x), strict=True):
+        torch.testing.assert_close(found, right, rtol=0.0, atol=0.0)
