@@ -57,7 +57,7 @@ TORCHVISION = {
     "efficientnet_b0": 32,
     "efficientnet_v2_s": 32,
     "googlenet": 32,
-    "inception_v3": 75,
+    "inception_v3": 299,
     "maxvit_t": 224,
     "mnasnet0_5": 32,
     "mobilenet_v2": 32,

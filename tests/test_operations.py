@@ -31,13 +31,21 @@ class Row(NamedTuple):
 
 
 def net(*middle: nn.Module, width: int = 5) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(nn.Linear(4, width), *middle, nn.Linear(width, 3))
+    return lambda: nn.Sequential(nn.Linear(4, width), *anew(middle), nn.Linear(width, 3))
 
 
 def image(*middle: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(
-        nn.Conv2d(1, 4, 3), *middle, nn.Conv2d(4, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)
+        nn.Conv2d(1, 4, 3), *anew(middle), nn.Conv2d(4, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)
     )
+
+
+def anew(modules: tuple[nn.Module, ...]) -> list[nn.Module]:
+    """Copies whose parameters are drawn now: those of the table were drawn, from no seed, when it was written down."""
+    copies = [copy.deepcopy(module) for module in modules]
+    for module in (m for each in copies for m in each.modules() if hasattr(m, "reset_parameters")):
+        module.reset_parameters()
+    return copies
 
 
 class Module(nn.Module):
