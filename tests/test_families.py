@@ -49,7 +49,7 @@ PYTORCHCV = [
     "diapreresnet20_cifar10",
     "diapreresnet164bn_cifar10",
 ]
-# And of torchvision's, which has none that are made for it: with the smallest images they take.
+# And of torchvision's, which has none that are made for it: with small images.
 TORCHVISION = {
     "alexnet": 63,
     "convnext_tiny": 32,
