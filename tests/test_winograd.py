@@ -71,6 +71,17 @@ def test_other_convolutions_stay_what_they_are(options):
     assert not uses_tiles(loss, params, (x, torch.zeros_like(module(x).detach())))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 10, 14), (2, 2, 10, 13, 1), (2, 2, 10, 14, 3)])
+def test_a_models_own_overlapping_pieces_are_added_up_too(shape):
+    def loss(w):
+        return w.unfold(2, 6, 4).unfold(3, 6, 4).pow(3).sum()
+
+    w = normal(*shape)
+    v = w.cos()
+    exact = hf.hvp(loss, w, mode="double_backward")(v)
+    torch.testing.assert_close(hf.hvp(loss, w)(v), exact, rtol=1e-10, atol=0.0)
+
+
 def test_convolutions_right_behind_a_batch_norm_go_by_tiles_too():
     module = nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)).double().eval()
     loss, params = hf.functionalize(module, nn.MSELoss())
