@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 aten = torch.ops.aten
 
@@ -61,7 +61,7 @@ def accumulate(graph: fx.Graph) -> None:
             continue
         if first.meta["val"].shape == second.meta["val"].shape:
             with graph.inserting_before(add):
-                new = graph.call_function(_ADDING[second.target], (first, *second.args[-2:]))
+                new = graph.call_function(_add_product, (first, *second.args))
             new.meta = dict(add.meta)
             add.replace_all_uses_with(new)
             graph.erase_node(add)
@@ -69,10 +69,15 @@ def accumulate(graph: fx.Graph) -> None:
 
 
 def _is_own_product(node: Any) -> bool:
-    return isinstance(node, fx.Node) and len(node.users) == 1 and node.target in _ADDING
+    return isinstance(node, fx.Node) and len(node.users) == 1 and node.target in (aten.mm.default, aten.bmm.default)
 
 
-_ADDING = {aten.mm.default: aten.addmm_.default, aten.bmm.default: aten.baddbmm_.default}
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    add = torch.addmm if a.dim() == 2 else torch.baddbmm
+    # Under vmap the total may be one for all where the product is one for each.
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return add(total, a, b)
+    return add(total, a, b, out=total)
 
 
 def fold_batch_norm(graph: fx.Graph) -> None:

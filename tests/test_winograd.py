@@ -41,6 +41,17 @@ def test_products_by_tiles_are_those_of_the_convolution(dtype, close):
     assert tree.norm(tree.add(tree.map(lambda t: t[1], many), exact, 2.0)) <= close * tree.norm(exact)
 
 
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_products_may_be_batched_in_some_leaves_only(name):
+    loss, params, x = two_convolutions(n=6, size=14)
+    v = tree.map(torch.cos, params)
+    many = torch.stack([v[name], -2 * v[name]])
+    for product in (hf.hvp(loss, params, x), hf.linearized_hvp(loss, params, x)):
+        exact = product({**v, name: many[1]})
+        found = torch.func.vmap(lambda part: product({**v, name: part}))(many)  # noqa: B023
+        assert tree.norm(tree.add(tree.map(lambda t: t[1], found), exact, -1.0)) <= 1e-12 * tree.norm(exact)
+
+
 def test_products_by_an_image_go_through_the_tiles_overlaps():
     loss, params, x = two_convolutions(n=6, size=14)
     shifts = torch.zeros_like(x)
