@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from hessfn import passes, tree
 from hessfn.graph import aten, clean, tensors
-from hessfn.record import looks, record
+from hessfn.record import record
+from hessfn.shapes import looks
 from hessfn.tree import MatVec, Tree
 from hessfn.winograd import add_overlaps
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hessfn import passes, zeros
+from hessfn import passes, shapes, zeros
+from hessfn.shapes import like, looks, on_meta, tensors, with_tensors
 
 aten = torch.ops.aten
 
@@ -72,7 +73,7 @@ class Recorder(TorchDispatchMode):
 
     def _name(self, tensor: Tensor, node: fx.Node) -> None:
         self.nodes[tensor] = node
-        node.meta["val"] = _on_meta(tensor)
+        node.meta["val"] = on_meta(tensor)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         if tensor not in self.nodes:
@@ -85,7 +86,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._efficientzerotensor.default:
-            return func(*args, **kwargs)  # it takes no memory, and torch leaves out what is done with it
+            func = aten.zeros.default  # the rules for the other one run operations on meta
         if func in self.rules:
             with self:
                 return self.rules[func](*args, **kwargs)
@@ -104,12 +105,12 @@ class Recorder(TorchDispatchMode):
             self.nodes[out] = self.node_of(same)
             return out
         if self.lean and isinstance(out, Tensor) and zeros.vanishes(func, args, self.zeros):
-            like: Any = {"dtype": out.dtype, "device": out.device}
-            self._name(out, self.graph.call_function(aten.zeros.default, (list(out.shape),), like))
+            options: Any = {"dtype": out.dtype, "device": out.device}
+            self._name(out, self.graph.call_function(aten.zeros.default, (list(out.shape),), options))
             self.zeros[out] = True
             return out
         func = aten.reshape.default if func in _VIEWS else func  # under vmap the layout may be another
-        call = self.graph.call_function(func, *_with_tensors((args, kwargs), self.node_of))
+        call = self.graph.call_function(func, *with_tensors((args, kwargs), self.node_of))
         if isinstance(out, Tensor):
             self._name(out, call)
             if func in zeros.MAKERS:
@@ -122,7 +123,7 @@ class Recorder(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operation on constants; else only what looks like it."""
-        known = not any(t in self.hollow for t in _tensors((args, kwargs)))
+        known = not any(t in self.hollow for t in tensors((args, kwargs)))
         masks = func is aten.index.Tensor and [i for i in args[1] if i is not None and i.dtype in _OF_MASKS]
         if not known and torch.Tag.data_dependent_output in func.tags:
             raise Untraceable(f"it branches on, or takes out, the value of a tensor ({func})")
@@ -132,7 +133,7 @@ class Recorder(TorchDispatchMode):
             raise Untraceable(f"the shape of a result depends on values ({func})")
         view = passes.is_view(func)
         out = func(*args, **kwargs) if known or masks or view else self._hollow(func, args, kwargs)
-        for t in _tensors(out):
+        for t in tensors(out):
             if not known:
                 self.hollow[t] = True
             if view:
@@ -148,9 +149,9 @@ class Recorder(TorchDispatchMode):
         if plain is aten.copy.default and isinstance(args[1], Tensor) and looks(args[1]) == looks(base):
             self.nodes[base] = self.node_of(args[1])
         else:
-            self._name(base, self.graph.call_function(plain, *_with_tensors((args, kwargs), self.node_of)))
+            self._name(base, self.graph.call_function(plain, *with_tensors((args, kwargs), self.node_of)))
         self.zeros.pop(base, None)
-        if any(t in self.hollow for t in _tensors((args, kwargs))):
+        if any(t in self.hollow for t in tensors((args, kwargs))):
             self.hollow[base] = True
         else:
             func(*args, **kwargs)
@@ -159,14 +160,14 @@ class Recorder(TorchDispatchMode):
     def _hollow(self, func: Any, args: Any, kwargs: Any) -> Any:
         key = func, _key(args), _key(kwargs)
         if key not in self.seen:  # nets repeat themselves
-            self.seen[key] = _result_on_meta(func, args, kwargs)
-        home = kwargs.get("device") or _tensors((args, kwargs))[0].device
-        return _with_tensors(self.seen[key], partial(_like, device=home))
+            self.seen[key] = shapes.result(func, args, kwargs)
+        home = kwargs.get("device") or tensors((args, kwargs))[0].device
+        return with_tensors(self.seen[key], partial(like, device=home))
 
     def _again(self, tensor: Tensor) -> Tensor:
         """Another tensor of the same node."""
         hollow = tensor in self.hollow
-        out = _like(tensor, device=tensor.device) if hollow else tensor.clone()
+        out = like(tensor, device=tensor.device) if hollow else tensor.clone()
         self.nodes[out] = self.node_of(tensor)
         for marks in (self.hollow, self.zeros):
             if tensor in marks:
@@ -176,50 +177,6 @@ class Recorder(TorchDispatchMode):
     def _handed_on(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
         """The argument that the result is, if it looks the same: derivative rules leave many of these behind."""
         return args[func is aten.copy.default] if func in _MAY_HAND_ON else None
-
-
-def looks(t: Tensor) -> Any:
-    return t.shape, t.stride(), t.dtype, t.device
-
-
-def _result_on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """What looks like the operation's result, but for the device."""
-    options = {**kwargs, "device": "meta"} if "device" in kwargs else kwargs
-    try:
-        out = func(*_with_tensors(args, _on_meta), **_with_tensors(options, _on_meta))
-    except NotImplementedError:
-        out = func(*args, **kwargs)
-    if func is aten.convolution.default and _channels_last(args[0]):
-        out = out.to(memory_format=torch.channels_last)  # as its kernels do, which only its meta function does not know
-    return _with_tensors(out, _on_meta)
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def _like(t: Tensor, *, device: Any) -> Tensor:
-    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device)
-
-
-_on_meta = partial(_like, device="meta")
-
-
-# An operation's arguments, which are simpler than trees and many.
-
-
-def _with_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(x, Tensor):
-        return function(x)
-    if isinstance(x, (tuple, list)):
-        return type(x)(_with_tensors(part, function) for part in x)
-    return {name: _with_tensors(part, function) for name, part in x.items()} if isinstance(x, dict) else x
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _with_tensors(x, found.append)
-    return found
 
 
 def _key(x: Any) -> Any:

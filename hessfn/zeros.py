@@ -16,16 +16,24 @@ def vanishes(func: Any, args: Any, zeros: Container[Tensor]) -> bool:
     if func is aten.convolution.default and args[2] is not None:
         return False  # the bias stays
     factors = args[:2] if func in _BILINEAR else args[:1] if func in _LINEAR else ()
-    return any(isinstance(t, Tensor) and t in zeros for t in factors)
+    return any(_is_zero(t, zeros) for t in factors)
 
 
 def beside(func: Any, args: Any, kwargs: Any, zeros: Container[Tensor]) -> Tensor | None:
-    """What zeros are added to, if it is the sum."""
-    if func is not aten.add.Tensor or kwargs or not all(isinstance(t, Tensor) for t in args):
+    """What zeros are added to, or taken from, if it is the result."""
+    if kwargs or func not in (aten.add.Tensor, aten.sub.Tensor):
         return None
-    like = torch.broadcast_shapes(args[0].shape, args[1].shape), torch.result_type(*args)
-    others = (args[1 - i] for i in (0, 1) if args[i] in zeros)
-    return next((t for t in others if (t.shape, t.dtype) == like), None)
+    first, second = args
+    others = [first] if _is_zero(second, zeros) else []
+    if func is aten.add.Tensor and _is_zero(first, zeros):
+        others.append(second)
+    shape = torch.broadcast_shapes(*(t.shape for t in args if isinstance(t, Tensor)))
+    like = shape, torch.result_type(first, second)
+    return next((t for t in others if isinstance(t, Tensor) and (t.shape, t.dtype) == like), None)
+
+
+def _is_zero(x: Any, zeros: Container[Tensor]) -> bool:
+    return x in zeros if isinstance(x, Tensor) else x == 0
 
 
 MAKERS = {
