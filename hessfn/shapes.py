@@ -47,7 +47,7 @@ class _Entrywise(TorchDispatchMode):
             return _cat(*args)
         composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
         parts = func.decompose if composite else func.py_kernels.get(torch._C.DispatchKey.Meta)
-        if parts is None or func is aten._to_copy.default:
+        if parts is None or func.is_view or func in _NATIVE:
             return func(*args, **kwargs)
         with self:
             return parts(*args, **kwargs)
@@ -58,6 +58,10 @@ def _sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 
 
 _MEANS = {aten.mean.default, aten.mean.dim, aten.var.correction, aten.var_mean.correction}
+
+
+# Torch too keeps to its native functions for these.
+_NATIVE = {aten.empty_strided.default, aten._to_copy.default, aten.constant_pad_nd.default, aten.stack.default}
 
 
 def _entrywise(func: Any, args: Any, kwargs: Any) -> Tensor:
