@@ -128,7 +128,8 @@ def _trace(
         raise Untraceable(f"the loss cannot be traced: {_explain(str(error))}") from error
     for node in watch.cut:
         node.target = aten.detach.default
-    passes.plain_copies(module.graph)
+    passes.plain_assignments(module.graph)
+    passes.drop_same_views(module.graph)
     passes.drop_dead(module.graph)
     _refuse(module.graph, watch.switched_off, num_params)
     return module

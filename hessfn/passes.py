@@ -10,8 +10,11 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 
 
-def plain_copies(graph: fx.Graph) -> None:
-    """An assignment to a slice leaves a ``copy``, which has no derivative rule: it is its source, cast and expanded."""
+def plain_assignments(graph: fx.Graph) -> None:
+    """An assignment to a slice leaves a ``copy``, which has no derivative rule: it is its source, cast and expanded.
+
+    Or a ``zero``, the rule of which sets the derivative of its argument to zero in place: it is zeros.
+    """
     for copy in graph.find_nodes(op="call_function", target=aten.copy.default):
         result = copy.meta["val"]
         with graph.inserting_before(copy):
@@ -19,6 +22,18 @@ def plain_copies(graph: fx.Graph) -> None:
             new = graph.call_function(aten.expand.default, (cast, list(result.shape)))
         new.meta = dict(copy.meta)
         copy.replace_all_uses_with(new)
+    for zero in graph.find_nodes(op="call_function", target=aten.zero.default):
+        zero.target = aten.zeros_like.default
+
+
+def drop_same_views(graph: fx.Graph) -> None:
+    """Pooling to one pixel sets the strides of dimensions of one entry, where no stride is ever used."""
+    for view in graph.find_nodes(op="call_function", target=aten.as_strided.default):
+        x, shape, strides, *offset = view.args
+        own = x.op == "call_function" and not is_view(x.target) and offset in ([], [0], [None])
+        dims = zip(shape, strides, x.meta["val"].stride(), strict=False)
+        if own and x.meta["val"].shape == tuple(shape) and all(n == 1 or new == old for n, new, old in dims):
+            view.replace_all_uses_with(x)
 
 
 def is_view(func: Any) -> bool:

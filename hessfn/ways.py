@@ -117,14 +117,32 @@ def _two_differences(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -
     return tree.add(fine, apart, 1 / 3), torch.where(size > 0, tree.norm(apart) / size, 0.0)
 
 
-def _require_derivative(product: Tree, difference: Tree, apart: Tensor) -> None:
+def _require_derivative(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, product: Tree) -> None:
     """Plain autograd takes for constants what a ``once_differentiable`` backward computes, and says nothing."""
+    if not _has_custom_backward(loss, params, args):
+        return
+    difference, apart = _two_differences(loss, params, args, v)
     gap, size = tree.norm(tree.add(product, difference, -1.0)), tree.norm(difference)
     if tree.known(gap > (0.01 + 10 * apart) * size):
         raise RuntimeError(
             f"second derivatives are not those of differences ({float(gap / size):.1g} of them apart): an "
             "autograd.Function whose backward has no derivative, such as a once_differentiable one?"
         )
+
+
+def _has_custom_backward(loss: Loss, params: Tree, args: tuple[Any, ...]) -> bool:
+    with torch.enable_grad():
+        params = tree.map(lambda p: p.detach().requires_grad_(), params)
+        waiting = [loss(params, *args).grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(inner for inner, _ in node.next_functions)
+    return False
 
 
 class Way(NamedTuple):
@@ -188,7 +206,7 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
             with_error = name == "difference"
             result, apart = _two_differences(loss, params, args, v) if with_error else (product(params, args, v), 0.0)
             if name == "double_backward":
-                _require_derivative(result, *_two_differences(loss, params, args, v))
+                _require_derivative(loss, params, args, v, result)
         except (RuntimeError, NotImplementedError) as error:
             if mode != "auto":
                 raise

@@ -1,4 +1,4 @@
-"""Activation Hessians of the families of nets in torchvision and pytorchcv, against double backward through hooks.
+"""Hessians of the families of nets in torchvision and pytorchcv, against double backward: activations through hooks.
 
 A sample of small ones runs with the suite; ``python tests/test_families.py`` runs one of every family, or those that
 are named, and says how far off each is.
@@ -178,6 +178,20 @@ def error(zoo, name, size):
     return float(tree.norm(tree.add(product, exact, -1.0)) / tree.norm(exact)), len(shifts)
 
 
+def linearized_error(zoo, name, size):
+    """Of a linearized product with the Hessian of the parameters, relative."""
+    model, batch = build(zoo, name, size), (normal(2, 3, size, size), classes(2, 10))
+    loss, params = hf.functionalize(model, criterion)
+    v = hf.gaussian(params, 1)[0]
+    product = hf.linearized_hvp(loss, params, batch)(v)
+    for module in model.modules():
+        if type(module) in ELEMENTARY:
+            module.forward = ELEMENTARY[type(module)]
+    loss, _ = hf.functionalize(model, criterion)
+    exact = hf.hvp(loss, params, batch, mode="double_backward")(v)
+    return float(tree.norm(tree.add(product, exact, -1.0)) / tree.norm(exact))
+
+
 @pytest.mark.parametrize(("zoo", "name", "size"), [entry for entry in ALL if entry[1] in SAMPLE])
 def test_all_layers_at_once_are_those_of_double_backward_through_hooks(zoo, name, size):
     assert error(zoo, name, size)[0] <= 1e-10
@@ -190,7 +204,8 @@ def main(names):
         start = time.perf_counter()
         try:
             relative, layers = error(zoo, name, size)
-            found = f"{layers:4} layers, {size:3} pixels: off by {relative:.0e}"
+            of_parameters = "not" if name == ONE_BIT else f"off by {linearized_error(zoo, name, size):.0e}"
+            found = f"{layers:4} layers, {size:3} pixels: off by {relative:.0e}; linearized: {of_parameters}"
         except Exception as failure:
             found = f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
         print(f"{name:40}{found}, {time.perf_counter() - start:.0f} s", flush=True)

@@ -363,3 +363,46 @@ def test_channels_last_gives_back_the_parameters_layout_and_single_precision_is_
     out = linearized(loss, weights, x.float())(tree.map(lambda p: p.float(), v))
     assert all(o.stride() == p.stride() for o, p in zip(out.values(), weights.values(), strict=True))
     assert off(tree.map(lambda p: p.double(), out), double_backward(loss, double, x, v)) < 1e-5
+
+
+def test_pooling_to_one_pixel_is_linearized_whatever_the_layout_of_its_image():
+    x = seeded(B, 5, 5, 2).permute(0, 3, 1, 2)  # the channels are innermost
+
+    def loss(p, x):
+        return F.adaptive_avg_pool2d(p["w"][:, None, None] * x, 1).flatten(1).pow(3).sum()
+
+    p, v = {"w": seeded(2)}, {"w": seeded(2)}
+    assert not clean(loss, p, x).module.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default)
+    assert off(linearized(loss, p, x)(v), double_backward(loss, p, x, v)) < 1e-12
+
+
+@pytest.mark.parametrize("strides", [(1, 2), (2, 1)])
+def test_views_of_other_entries_are_kept(strides):
+    def loss(p, x):
+        return (p["w"] ** 3)[2:].as_strided((2, 2), strides, 2).mm(p["w"][:4].view(2, 2)).pow(2).sum()
+
+    p, v = {"w": seeded(6)}, {"w": seeded(6)}
+    assert off(product(clean(loss, p, None), p, None, v), double_backward(loss, p, None, v)) < 1e-12
+
+
+ASSIGNMENTS = {
+    "zero_": lambda a, w: a[2:4].zero_(),
+    "zeros": lambda a, w: a.__setitem__(slice(2, 4), 0.0),
+    "of parameters": lambda a, w: a.__setitem__(slice(2, 4), w[:2]),
+    "at indices": lambda a, w: a.__setitem__([1, 3], w[:2]),
+    "at a mask": lambda a, w: a.__setitem__(a > 0, 0.0),
+    "to one number": lambda a, w: a[2:4].fill_(w[0]),
+    "to all": lambda a, w: a.view(2, 3).fill_(1.5),
+    "on a diagonal": lambda a, w: a.view(2, 3).diagonal().mul_(w[:2]),
+}
+
+
+@pytest.mark.parametrize("assign", ASSIGNMENTS.values(), ids=list(ASSIGNMENTS))
+def test_losses_that_assign_are_linearized(assign):
+    def loss(p, x):
+        a = p["a"].clone()
+        assign(a, p["w"])
+        return (a * p["w"] + p["a"]).pow(3).sum()
+
+    p, v = {"a": seeded(6), "w": seeded(6) + 1}, {"a": seeded(6), "w": seeded(6) - 1}
+    assert off(linearized(loss, p, None)(v), double_backward(loss, p, None, v)) < 1e-12

@@ -292,3 +292,9 @@ def test_a_backward_without_a_derivative_is_not_taken_for_a_constant():
     torch.testing.assert_close(found, 6 * w + 12 * w**2, rtol=1e-8, atol=0.0)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         hvp(loss, w, mode="double_backward")(torch.ones_like(w))
+
+
+def test_what_a_loss_detaches_is_a_constant_also_to_double_backward():
+    w = torch.arange(1.0, 4.0, dtype=torch.float64)
+    found = hvp(lambda w: (w**3).sum() / w.detach().sum(), w, mode="double_backward")(torch.ones_like(w))
+    torch.testing.assert_close(found, 6 * w / w.sum(), rtol=1e-12, atol=0.0)
