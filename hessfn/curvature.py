@@ -13,6 +13,7 @@ from hessfn import tree
 from hessfn.batches import Weights, mean
 from hessfn.definitions import by_definition
 from hessfn.linear import linearized
+from hessfn.record import Untraceable
 from hessfn.tree import MatVec, Tree
 from hessfn.turns import turn
 from hessfn.ways import Loss, check_loss, is_differentiated, product_of, vjp
@@ -81,7 +82,10 @@ def linearized_hvp(loss: Loss, params: Tree, *args: Any, compile: bool = False) 
     """
     with turn():
         check_loss(loss, params, args)
-        product = linearized(by_definition(loss), params, *args, compile=compile)
+        try:
+            product = linearized(by_definition(loss), params, *args, compile=compile)
+        except Untraceable as error:
+            raise Untraceable(f"{error}; hvp finds another way") from error
     return lambda v: product(tree.aligned(v, params))
 
 

@@ -55,6 +55,7 @@ class Recorder(TorchDispatchMode):
         self.hollow = WeakTensorKeyDictionary()
         self.zeros = WeakTensorKeyDictionary()
         self.shared = WeakTensorKeyDictionary()
+        self.cuts = WeakTensorKeyDictionary()  # views of what has no other view, and of what they are which part
         self.seen: dict[Any, Any] = {}
 
     @classmethod
@@ -137,20 +138,33 @@ class Recorder(TorchDispatchMode):
             if not known:
                 self.hollow[t] = True
             if view:
-                self.shared[t] = self.shared[args[0]] = True
+                self._note_view(t, func, args)
         return out
+
+    def _note_view(self, view: Tensor, func: Any, args: Any) -> None:
+        whole = args[0]
+        for other in [other for other, cut in self.cuts.items() if whole is other or whole is cut[1]]:
+            del self.cuts[other]
+        if func in _PUTS_BACK and whole not in self.shared:
+            self.cuts[view] = _PUTS_BACK[func], *args
+        self.shared[view] = self.shared[whole] = True
 
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Where nothing else shares the memory, the plain operation does the same."""
         base, (name, overload) = args[0], str(func).removeprefix("aten.").split(".")
         plain = getattr(getattr(aten, name[:-1], None), overload, None) if name.endswith("_") else None
-        if plain is None or base in self.shared or base not in self.nodes:
+        own = base not in self.shared or base in self.cuts
+        if plain is None or not own or base not in self.nodes:
             raise Untraceable(f"it changes a tensor that is not its own ({func})")
         if plain is aten.copy.default and isinstance(args[1], Tensor) and looks(args[1]) == looks(base):
             self.nodes[base] = self.node_of(args[1])
         else:
             self._name(base, self.graph.call_function(plain, *with_tensors((args, kwargs), self.node_of)))
         self.zeros.pop(base, None)
+        if base in self.cuts:
+            put_back, whole, *part = self.cuts[base]
+            self._name(whole, self.graph.call_function(put_back, (self.node_of(whole), self.nodes[base], *part)))
+            self.zeros.pop(whole, None)
         if any(t in self.hollow for t in tensors((args, kwargs))):
             self.hollow[base] = True
         else:
@@ -187,6 +201,11 @@ def _key(x: Any) -> Any:
     return looks(x) if isinstance(x, Tensor) else (type(x), x)
 
 
+_PUTS_BACK = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+    aten.as_strided.default: aten.as_strided_scatter.default,
+}
 _OF_MASKS = (torch.bool, torch.uint8)
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _MAY_HAND_ON = {

@@ -406,3 +406,11 @@ def test_losses_that_assign_are_linearized(assign):
 
     p, v = {"a": seeded(6), "w": seeded(6) + 1}, {"a": seeded(6), "w": seeded(6) - 1}
     assert off(linearized(loss, p, None)(v), double_backward(loss, p, None, v)) < 1e-12
+
+
+def test_filters_of_frequencies_are_linearized():
+    def loss(p, x):
+        return torch.fft.irfft2(torch.fft.rfft2(p["a"]) * torch.complex(p["re"], p["im"])).pow(3).sum()
+
+    p, v = ({"a": seeded(4, 8), "re": seeded(4, 5), "im": seeded(4, 5)} for _ in range(2))
+    assert off(linearized(loss, p, None)(v), double_backward(loss, p, None, v)) < 1e-12

@@ -48,10 +48,33 @@ def test_what_depends_on_values_or_changes_what_others_see_is_refused():
         lambda a: [a * a.sum().item()]: "value of a tensor",
         lambda a: [a[a > 0]]: "shape",
         lambda a: [a.mul_(2.0)]: "not its own",
-        lambda a: [(a + 1)[:2].mul_(2.0)]: "not its own",
+        lambda a: [(a + 1)[:2][:1].mul_(2.0)]: "not its own",
     }.items():
         with pytest.raises(Untraceable, match=why):
             record(function, [torch.ones(3)])
+
+
+@pytest.mark.parametrize("part", [lambda b: b[1:3], lambda b: b[2], lambda b: b.as_strided((2, 2), (1, 3), 1)])
+def test_what_is_done_to_the_one_part_that_is_looked_at_is_done_to_the_whole(part):
+    def function(a):
+        b = a * 2
+        part(b).mul_(3.0).add_(a[0, 0])
+        return [b, b + 1]
+
+    a = normal(4, 3)
+    module = record(function, [torch.zeros_like(a)])
+    assert all(torch.equal(x, y) for x, y in zip(module(a), function(a), strict=True))
+
+
+def test_what_is_looked_at_twice_is_not_changed():
+    def function(a):
+        b = a * 2
+        first, second = b[:2], b[1:]
+        first.mul_(3.0)
+        return [second]
+
+    with pytest.raises(Untraceable, match="not its own"):
+        record(function, [torch.ones(3)])
 
 
 def flops(function):
