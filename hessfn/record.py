@@ -55,7 +55,8 @@ class Recorder(TorchDispatchMode):
         self.hollow = WeakTensorKeyDictionary()
         self.zeros = WeakTensorKeyDictionary()
         self.shared = WeakTensorKeyDictionary()
-        self.cuts = WeakTensorKeyDictionary()  # views of what has no other view, and of what they are which part
+        # The one view that something has, and which part that is.
+        self.parts, self.cuts = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.seen: dict[Any, Any] = {}
 
     @classmethod
@@ -143,10 +144,10 @@ class Recorder(TorchDispatchMode):
 
     def _note_view(self, view: Tensor, func: Any, args: Any) -> None:
         whole = args[0]
-        for other in [other for other, cut in self.cuts.items() if whole is other or whole is cut[1]]:
-            del self.cuts[other]
+        for seen in (whole, self.parts.pop(whole, whole)):
+            self.cuts.pop(seen, None)
         if func in _PUTS_BACK and whole not in self.shared:
-            self.cuts[view] = _PUTS_BACK[func], *args
+            self.cuts[view], self.parts[whole] = (_PUTS_BACK[func], *args), view
         self.shared[view] = self.shared[whole] = True
 
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -160,15 +161,18 @@ class Recorder(TorchDispatchMode):
             self.nodes[base] = self.node_of(args[1])
         else:
             self._name(base, self.graph.call_function(plain, *with_tensors((args, kwargs), self.node_of)))
-        self.zeros.pop(base, None)
+        changed = [base]
         if base in self.cuts:
             put_back, whole, *part = self.cuts[base]
             self._name(whole, self.graph.call_function(put_back, (self.node_of(whole), self.nodes[base], *part)))
-            self.zeros.pop(whole, None)
-        if any(t in self.hollow for t in tensors((args, kwargs))):
-            self.hollow[base] = True
-        else:
+            changed.append(whole)
+        known = not any(t in self.hollow for t in tensors((args, kwargs)))
+        if known:
             func(*args, **kwargs)
+        for tensor in changed:
+            self.zeros.pop(tensor, None)
+            if not known:
+                self.hollow[tensor] = True
         return base
 
     def _hollow(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -66,6 +66,17 @@ def test_what_is_done_to_the_one_part_that_is_looked_at_is_done_to_the_whole(par
     assert all(torch.equal(x, y) for x, y in zip(module(a), function(a), strict=True))
 
 
+def test_a_constant_of_which_a_part_is_changed_is_none():
+    def function(a):
+        b = torch.zeros(3, dtype=a.dtype)
+        b[:2].copy_(a[:2])
+        return [b * a]
+
+    a = normal(3)
+    (found,) = record(function, [torch.ones_like(a)])(a)
+    assert torch.equal(found, torch.stack([a[0] ** 2, a[1] ** 2, 0 * a[2]]))
+
+
 def test_what_is_looked_at_twice_is_not_changed():
     def function(a):
         b = a * 2
