@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hessfn import tree
-from hessfn.curvature import hvp
+from hessfn.curvature import hvp, linearized_hvp
 from hessfn.model import functionalize
 from hessfn.probes import gaussian
 from hessfn.ways import choose_way
@@ -97,6 +97,12 @@ def branching(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.out(hidden)
 
 
+def zero_slice(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = torch.tanh(m.inp(x)).clone()
+    hidden[:, 1:3].zero_()
+    return m.out(hidden * m.block(hidden))
+
+
 def tied() -> nn.Module:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
     model[2].weight = model[0].weight
@@ -161,6 +167,12 @@ ROWS = [
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)), X),
     Row("spectral_norm, eval", lambda: nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)), X),
+    Row("pooling to one pixel", lambda: Module(
+        lambda m, x: m.out(F.adaptive_avg_pool2d(m.conv(x).pow(2).to(memory_format=torch.channels_last), 1).flatten(1)),
+        conv=nn.Conv2d(1, 4, 3), out=nn.Linear(4, 3)), IMAGES),
+    Row("slices set to zero", lambda: Module(zero_slice, **three()), X),
+    Row("filters of frequencies", lambda: Module(lambda m, x: m.out(
+        torch.fft.irfft(torch.fft.rfft(m.inp(x)) * m.block(x)[:, :3])), **three()), X),
     Row("grid_sample", lambda: Module(
         lambda m, x: m.out(F.grid_sample(x, 0.2 + 0.1 * m.where(x.flatten(1)).tanh().view(4, 3, 3, 2),
                                        align_corners=False).flatten(1)),
@@ -242,6 +254,9 @@ def test_row(row):
     assert abs(tree.dot(w, hv) - tree.dot(v, hw)) <= 1e-10 * size
     way = choose_way(loss, params, batch)
     assert way.mode == row.way, way
+    if row.way == "traced":
+        linearized = linearized_hvp(loss, params, batch)(v)
+        assert tree.norm(tree.add(linearized, hvp(loss, params, batch)(v), -1.0)) <= 1e-12 * size
     assert (way.error > 0) == (row.way == "difference")
 
 
