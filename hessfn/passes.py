@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from hessfn.shapes import looks
 
 aten = torch.ops.aten
 
@@ -69,7 +72,7 @@ def only_used_gradients(graph: fx.Graph) -> None:
 
 
 def accumulate(graph: fx.Graph) -> None:
-    """Products of matrices that are added up are added where the first one lies."""
+    """Results go where what nobody needs any more lies: less memory, and less to move."""
     for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         first, second = add.args[:2]
         if first is second or add.kwargs or not all(_is_own_product(i) for i in (first, second)):
@@ -81,18 +84,50 @@ def accumulate(graph: fx.Graph) -> None:
             add.replace_all_uses_with(new)
             graph.erase_node(add)
             graph.erase_node(second)
+    for target in _ONTO:
+        for node in graph.find_nodes(op="call_function", target=target):
+            first = node.args[0]
+            if not node.kwargs and _is_own(first) and looks(first.meta["val"]) == looks(node.meta["val"]):
+                node.target, node.args = _onto, (target, *node.args)
+
+
+def _is_own(node: Any) -> bool:
+    """Whether its memory is its own, and it is used once."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or len(node.users) != 1 or "val" not in node.meta:
+        return False
+    source = node.args[0].target if node.target is operator.getitem else node.target  # type: ignore[union-attr]
+    return not is_view(source)
 
 
 def _is_own_product(node: Any) -> bool:
-    return isinstance(node, fx.Node) and len(node.users) == 1 and node.target in (aten.mm.default, aten.bmm.default)
+    return _is_own(node) and node.target in (aten.mm.default, aten.bmm.default)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     add = torch.addmm if a.dim() == 2 else torch.baddbmm
-    # Under vmap the total may be one for all where the product is one for each.
+    return add(total, a, b) if _keep(total, a, b) else add(total, a, b, out=total)
+
+
+def _onto(function: Any, first: Tensor, *others: Any) -> Tensor:
+    if _keep(first, *others):
+        return function(first, *others)
+    with_out, name = _ONTO[function]
+    return with_out(first, *others, **{name: first})
+
+
+_ONTO = {
+    aten.add.Tensor: (aten.add.out, "out"),
+    aten.sub.Tensor: (aten.sub.out, "out"),
+    aten.mul.Tensor: (aten.mul.out, "out"),
+    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
+}
+
+
+def _keep(*inputs: Any) -> bool:
+    """A compiler sees to memory itself, autograd needs inputs, and under vmap one may be the same for many results."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return add(total, a, b)
-    return add(total, a, b, out=total)
+        return True
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
 def fold_batch_norm(graph: fx.Graph) -> None:

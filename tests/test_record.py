@@ -88,6 +88,16 @@ def test_what_is_looked_at_twice_is_not_changed():
         record(function, [torch.ones(3)])
 
 
+def test_products_can_be_differentiated_by_the_vector():
+    loss, params = hf.functionalize(
+        seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))), F.mse_loss
+    )
+    matvec, (v, w) = hf.hvp(loss, params, (normal(6, 4), normal(6, 3))), hf.gaussian(params, 2)
+    leaves = {name: x.clone().requires_grad_() for name, x in v.items()}
+    found = torch.autograd.grad(hf.tree.dot(matvec(leaves), w), list(leaves.values()))
+    torch.testing.assert_close(dict(zip(leaves, found, strict=True)), matvec(w), rtol=1e-12, atol=1e-14)
+
+
 def flops(function):
     with FlopCounterMode(display=False) as counter:
         function()
