@@ -158,7 +158,8 @@ def eigsh(
         ``values (k,)`` float64, ``vectors``, orthonormal, a tree whose leaves carry a leading axis of k, ``residuals
         (k,)`` with ``||A v - value v||``, ``num_matvecs``, ``converged (k,)``: the residual is at most ``rtol |value|``
         (or what rounding leaves of a value near 0). What has not converged is returned all the same, with its
-        residual. LM comes by decreasing magnitude, LA decreasing, SA and BE increasing.
+        residual. LM comes by decreasing magnitude, LA decreasing, SA and BE increasing. A is what the products are: in
+        float32 those of a deep net are off by some 1e-5 of its Hessian's norm, of which residuals know nothing.
 
     Cost: ``num_matvecs`` products, one of which checks the residuals; ``basis_size`` vectors and two more.
 
