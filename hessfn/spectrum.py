@@ -103,7 +103,8 @@ def density(
         ``grid (g,)`` and ``values (g,)``, per unit of eigenvalue on either axis. All runs under ``vmap`` and autograd.
 
     Raises:
-        ValueError: ``sigma`` or ``linthresh`` is not positive; ``vmap`` with a ``sigma`` and no ``grid``.
+        ValueError: ``sigma`` or ``linthresh`` is not positive, or ``sigma`` too small for a grid over all nodes;
+            ``vmap`` with a ``sigma`` and no ``grid``.
 
     Source: Lin, Saad and Yang (2016), which also gives the width.
 
@@ -211,6 +212,9 @@ def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> 
     return result._replace(num_matvecs=torch.tensor(nodes.numel()))
 
 
+_MOST_WIDTHS = 1e7
+
+
 def _smoothed(
     quadrature: Quadrature, grid: Tensor | None, sigma: float | None, linthresh: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -234,6 +238,11 @@ def _smoothed(
             if tree.known(high > low) is None:
                 raise ValueError("how many points sigma takes depends on the range, which vmap hides: give grid")
             resolved = float((high - low) / width)
+            if resolved > _MOST_WIDTHS:
+                raise ValueError(
+                    f"sigma={sigma:.3g} is {resolved:.1g} times within the range of the nodes, more than "
+                    f"{_MOST_WIDTHS:.0e}: a grid over all of it takes too many points; widen sigma, or give grid"
+                )
     if grid is None:
         steps = max(1024, math.ceil(2 * resolved) + 20)
         unit = torch.linspace(0, 1, steps, dtype=nodes.dtype, device=nodes.device)

@@ -280,7 +280,11 @@ class Fuzz(RuleBasedStateMachine):
         at_most((steps.values[-1] - 1).abs(), 1e-12)
         at_most(hf.wasserstein(rule, rule).abs(), 0.0)
         at_most(hf.wasserstein(rule, eigenvalues), 2 * self.size + self.slack)
-        options = {name: x and x * (self.size or 1.0) for name, x in (("sigma", sigma), ("linthresh", linthresh))}
+        size = self.size or 1.0  # on a logarithmic axis a width has no unit
+        options = {
+            "sigma": sigma and (sigma if linthresh else sigma * size),
+            "linthresh": linthresh and linthresh * size,
+        }
         valid = all(x is None or x > 0 for x in options.values())
         smooth = self.call("density", lambda _, rule, **options: hf.density(rule, **options), valid, rule, **options)
         if smooth is not None and not linthresh:

@@ -313,3 +313,11 @@ def test_trace_of_differentiates_where_spaces_end_and_copies_come_up(spectrum, o
 
     slope = (along(1e-5) - along(-1e-5)) / 2e-5
     torch.testing.assert_close(grad(along)(torch.zeros(()).double()), slope, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("linthresh", [None, 1e-3])
+def test_a_width_that_takes_too_many_points_is_refused(linthresh):
+    rule = Quadrature(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]))
+    with pytest.raises(ValueError, match="widen sigma"):
+        density(rule, sigma=1e-12, linthresh=linthresh)
+    assert density(rule, torch.zeros(1), sigma=1e-12, linthresh=linthresh).values.isfinite().all()
