@@ -16,7 +16,7 @@ from hessfn.linear import linearized
 from hessfn.record import Untraceable
 from hessfn.tree import MatVec, Tree
 from hessfn.turns import turn
-from hessfn.ways import Loss, check_loss, is_differentiated, product_of, vjp
+from hessfn.ways import Loss, check_loss, product_of, vjp
 
 
 def hvp(loss: Loss, params: Tree, *args: Any, mode: str = "auto") -> MatVec:
@@ -160,7 +160,7 @@ def ggnvp(
 
     def matvec(v: Tree) -> Tree:
         v = tree.aligned(v, params)
-        defined = by_definition(forward, thrice=is_differentiated(params, (batch,)))
+        defined = by_definition(forward)
 
         def outputs(p: Tree) -> Any:
             return defined(p, inputs)
@@ -197,7 +197,7 @@ def fvp(
 
     def matvec(v: Tree) -> Tree:
         v = tree.aligned(v, params)
-        defined = by_definition(forward, thrice=is_differentiated(params, (batch,)))
+        defined = by_definition(forward)
 
         def losses(p: Tree) -> Tensor:
             return torch.func.vmap(alone)(defined(p, inputs), targets)

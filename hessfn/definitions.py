@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,35 +12,32 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-def by_definition(loss: Callable[..., Tensor], *, thrice: bool = False) -> Callable[..., Tensor]:
-    """The same loss, made of operations whose second derivatives are right; or ``thrice``, their third ones too.
+def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same loss, made of operations whose derivatives are right and cheap, the third ones too.
 
     - The padding row of an embedding is a constant, as torch's gradient has it: the forward rule knows nothing of
       ``padding_idx``, so the Hessian would not be symmetric. Bags are sums: they have no second derivative.
     - Weight normalisation is a quotient: the second derivative of the fused operation is wrong in reverse mode.
-    - ``thrice``: LayerNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary operations: the
-      third derivatives of the fused ones are wrong in every mode.
+    - LayerNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary operations: the third
+      derivatives of the fused ones are wrong in every mode, and the second ones compute much of the first ones again.
+    - Attention divides by the sum of its weights last, so that only one matrix of its size comes into the derivatives
+      for two.
 
-    >>> loss = by_definition(lambda w, x: torch.nn.functional.layer_norm(w * x, (3,)).square().sum(), thrice=True)
+    >>> loss = by_definition(lambda w, x: torch.nn.functional.layer_norm(w * x, (3,)).square().sum()
     >>> loss(torch.tensor(2.0), torch.arange(3.0))
     tensor(3.0000)
     """
-    definitions = {**_TWICE, **_THRICE} if thrice else _TWICE
 
     def defined(*args: Any) -> Tensor:
-        with _Replacing(definitions):
+        with _Replacing():
             return loss(*args)
 
     return defined
 
 
 class _Replacing(TorchFunctionMode):
-    def __init__(self, definitions: dict[Any, Callable[..., Tensor]]) -> None:
-        super().__init__()
-        self.definitions = definitions
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.definitions.get(func, func)(*args, **(kwargs or {}))
+        return _DEFINITIONS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **options: Any) -> Tensor:
@@ -108,8 +106,9 @@ def _instance_norm(
 
 
 def _standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    centred = x - x.mean(dims, keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    n = math.prod(x.shape[i] for i in dims)
+    centred = x - x.sum(dims, keepdim=True) / n
+    return centred * torch.rsqrt((centred * centred).sum(dims, keepdim=True) / n + eps)
 
 
 def _per_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -122,13 +121,39 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-_TWICE: dict[Any, Callable[..., Tensor]] = {
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    wide = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
+    if dropout_p or enable_gqa or not wide or (is_causal and attn_mask is not None):
+        options: Any = {"scale": scale, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if masked else scores + attn_mask
+    highest = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - highest.masked_fill(highest == -math.inf, 0.0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ value) * total.masked_fill(total == 0, 1.0).reciprocal()  # who attends to nothing gets zeros
+
+
+_DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     torch._weight_norm: _weight_norm,
-}
-_THRICE: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
+    F.scaled_dot_product_attention: _attention,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, fx
 from hessfn import passes, tree
 from hessfn.graph import aten, clean, tensors
 from hessfn.record import record
+from hessfn.scaling import multiply_once
 from hessfn.shapes import looks
 from hessfn.tree import MatVec, Tree
 from hessfn.winograd import add_overlaps
@@ -38,7 +41,9 @@ def linearized(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: b
     # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new.
     params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
     module = derivative(clean(loss, params, *args), params, args)
+    _give_back()
     module = _folded(module, tensors((params, args))[0])
+    _give_back()
     product = _compiled(module, tree.leaves(params)) if compile else module
 
     def matvec(v: Tree) -> Tree:
@@ -75,26 +80,32 @@ def derivative(graph: Callable[..., Tensor], params: Tree, args: tuple[Any, ...]
 def _folded(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
     """The graph with its first inputs fixed: all that depends on nothing else is computed now, once."""
     graph = module.graph
-    fixed = graph.find_nodes(op="placeholder")[: len(values)]
-    known: dict[fx.Node, Any] = dict(zip(fixed, values, strict=True))
+    given = graph.find_nodes(op="placeholder")[: len(values)]
+    fixed = set(given)
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_function") and all(i in fixed for i in node.all_input_nodes):
+            fixed.add(node)
+    multiply_once(graph, fixed)
+
+    known: dict[fx.Node, Any] = dict(zip(given, values, strict=True))
     constants: dict[fx.Node, fx.Node] = {}
     waiting = {node: set(node.users) for node in graph.nodes}
     for node in list(graph.nodes):
         inputs = node.all_input_nodes
         if node.op == "get_attr":
             known[node] = module.get_buffer(node.target).clone()  # what the loss closed over may change in place
-        elif node.op == "call_function" and all(i in known for i in inputs):
+        elif node.op == "call_function" and node in fixed:
             args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
             with torch.no_grad():
                 known[node] = node.target(*args, **kwargs)
         else:
             for i in inputs:
-                if i in known and i not in constants:
+                if i in fixed and i not in constants:
                     module.register_buffer(f"folded{len(constants)}", known[i])
                     with graph.inserting_before(node):
                         constants[i] = graph.get_attr(f"folded{len(constants)}")
                     constants[i].meta = dict(i.meta)
-                if i in known:
+                if i in fixed:
                     node.replace_input_with(i, constants[i])
             _leave_out_zeros(node, module)
         for i in inputs:
@@ -104,7 +115,7 @@ def _folded(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
     passes.own_results(graph)
     passes.accumulate(graph)
     passes.drop_dead(graph)
-    for node in fixed:
+    for node in given:
         graph.erase_node(node)
     return fx.GraphModule(module, graph)  # with the buffers that it still uses
 
@@ -119,6 +130,13 @@ def _leave_out_zeros(node: fx.Node, module: fx.GraphModule) -> None:
         if zeros.op == "get_attr" and same and not module.get_buffer(zeros.target).any():
             node.replace_all_uses_with(other)
             return
+
+
+def _give_back() -> None:
+    """Gives the system what was freed: glibc keeps it, and the products would come on top of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _compiled(module: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[Tensor]]:

@@ -75,19 +75,21 @@ def accumulate(graph: fx.Graph) -> None:
     """Results go where what nobody needs any more lies: less memory, and less to move."""
     for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         first, second = add.args[:2]
-        if first is second or add.kwargs or not all(_is_own_product(i) for i in (first, second)):
+        if add.kwargs or first is second or not isinstance(first, fx.Node):
             continue
-        if first.meta["val"].shape == second.meta["val"].shape:
-            with graph.inserting_before(add):
-                new = graph.call_function(_add_product, (first, *second.args))
-            new.meta = dict(add.meta)
-            add.replace_all_uses_with(new)
-            graph.erase_node(add)
-            graph.erase_node(second)
+        for total, product in ((first, second), (second, first)):
+            if _is_own_product(product) and _looks_like(product, add):
+                onto = _is_own(total) and _looks_like(total, add)
+                with graph.inserting_before(add):
+                    new = graph.call_function(_add_product, (product.target, onto, total, *product.args))
+                new.meta = dict(add.meta)
+                add.replace_all_uses_with(new)
+                graph.erase_node(add)
+                graph.erase_node(product)
+                break
     for target in _ONTO:
         for node in graph.find_nodes(op="call_function", target=target):
-            first = node.args[0]
-            if not node.kwargs and _is_own(first) and looks(first.meta["val"]) == looks(node.meta["val"]):
+            if not node.kwargs and _is_own(node.args[0]) and _looks_like(node.args[0], node):
                 node.target, node.args = _onto, (target, *node.args)
 
 
@@ -100,12 +102,25 @@ def _is_own(node: Any) -> bool:
 
 
 def _is_own_product(node: Any) -> bool:
-    return _is_own(node) and node.target in (aten.mm.default, aten.bmm.default)
+    if not _is_own(node) or node.target not in _ADDING or node.kwargs:
+        return False
+    return all(isinstance(i, fx.Node) and i.meta["val"].dtype == node.meta["val"].dtype for i in node.args)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    add = torch.addmm if a.dim() == 2 else torch.baddbmm
-    return add(total, a, b) if _keep(total, a, b) else add(total, a, b, out=total)
+def _looks_like(node: fx.Node, other: fx.Node) -> bool:
+    return looks(node.meta["val"]) == looks(other.meta["val"])
+
+
+def _add_product(product: Any, onto: bool, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    function = _ADDING[product]
+    return function(total, a, b, out=total) if onto and not _keep(total, a, b) else function(total, a, b)
+
+
+_ADDING = {
+    aten.mm.default: torch.addmm,
+    aten.bmm.default: torch.baddbmm,
+    aten.mul.Tensor: torch.addcmul,
+}
 
 
 def _onto(function: Any, first: Tensor, *others: Any) -> Tensor:

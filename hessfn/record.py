@@ -44,7 +44,7 @@ class Recorder(TorchDispatchMode):
     Args:
         graph: where to.
         rules: what takes the place of an operation.
-        lean: leave out what only hands on an argument.
+        lean: leave out what only hands on an argument, and what is there already.
     """
 
     def __init__(self, graph: fx.Graph, *, rules: Mapping[Any, Callable[..., Any]] | None = None, lean: bool) -> None:
@@ -58,6 +58,7 @@ class Recorder(TorchDispatchMode):
         # The one view that something has, and which part that is.
         self.parts, self.cuts = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.seen: dict[Any, Any] = {}
+        self.calls: dict[Any, fx.Node] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -112,7 +113,9 @@ class Recorder(TorchDispatchMode):
             self.zeros[out] = True
             return out
         func = aten.reshape.default if func in _VIEWS else func  # under vmap the layout may be another
-        call = self.graph.call_function(func, *with_tensors((args, kwargs), self.node_of))
+        if func is aten._new_zeros_with_same_feature_meta.default and self.lean:  # it would keep what it is like
+            func, args, kwargs = aten.zeros.default, (list(out.shape),), {"dtype": out.dtype, "device": out.device}
+        call = self._call(func, *with_tensors((args, kwargs), self.node_of))
         if isinstance(out, Tensor):
             self._name(out, call)
             if func in zeros.MAKERS:
@@ -120,8 +123,15 @@ class Recorder(TorchDispatchMode):
         else:
             for i, part in enumerate(out):
                 if isinstance(part, Tensor):
-                    self._name(part, self.graph.call_function(operator.getitem, (call, i)))
+                    self._name(part, self._call(operator.getitem, (call, i), {}))
         return out
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
+        """In a lean graph, what was called before is not called again: derivative rules repeat themselves."""
+        key = _key((func, args, kwargs)) if self.lean else len(self.graph.nodes)
+        if key not in self.calls:
+            self.calls[key] = self.graph.call_function(func, args, kwargs)
+        return self.calls[key]
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operation on constants; else only what looks like it."""

@@ -199,7 +199,7 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
     check_loss(loss, params, args)
     reasons: list[str] = []
     differentiated = is_differentiated(params, args)
-    loss = by_definition(loss, thrice=differentiated)
+    loss = by_definition(loss)
     for name in (("forward", "reverse") if differentiated else WAYS) if mode == "auto" else (mode,):
         try:
             product = WAYS[name](loss, params, args)
