@@ -61,8 +61,9 @@ def hvp(loss: Loss, params: Tree, *args: Any, mode: str = "auto") -> MatVec:
 def linearized_hvp(loss: Loss, params: Tree, *args: Any, compile: bool = False) -> MatVec:
     """The products of :func:`hvp`, with all that does not depend on the vector computed once, here: the fastest ones.
 
-    A product costs about 2 gradients instead of 3. Kept in memory are the intermediate results of one gradient. The
-    matrix is that of the parameters and data as they are now, also if they change in place later.
+    A product costs about 2 gradients instead of 3. Kept in memory are the intermediate results of one gradient, and on
+    the CPU the memory for those of a product, for which threads take turns. The matrix is that of the parameters and
+    data as they are now, also if they change in place later.
 
     Args:
         loss, params, args: as for :func:`hvp`.

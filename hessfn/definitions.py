@@ -72,7 +72,9 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    return _affine(_standardized(input, list(range(-len(normalized_shape), 0)), eps), weight, bias)
+    if torch.is_autocast_enabled(input.device.type):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # each device has its own dtype for this
+    return _affine(_standardized(input, list(range(-len(normalized_shape), 0)), eps), weight, bias).to(input.dtype)
 
 
 def _batch_norm(
@@ -85,9 +87,9 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not training:
+    if not training or torch.is_autocast_enabled(input.device.type):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _per_channel(_standardized(input, [0, *range(2, input.dim())], eps), weight, bias)
+    return _per_channel(_standardized(input, [0, *range(2, input.dim())], eps), weight, bias).to(input.dtype)
 
 
 def _instance_norm(
@@ -100,13 +102,14 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not use_input_stats:
+    if not use_input_stats or torch.is_autocast_enabled(input.device.type):
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return _per_channel(_standardized(input, list(range(2, input.dim())), eps), weight, bias)
+    return _per_channel(_standardized(input, list(range(2, input.dim())), eps), weight, bias).to(input.dtype)
 
 
 def _standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
     n = math.prod(x.shape[i] for i in dims)
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # as the fused ones compute
     centred = x - x.sum(dims, keepdim=True) / n
     return centred * torch.rsqrt((centred * centred).sum(dims, keepdim=True) / n + eps)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, fx
 
-from hessfn import passes, tree
+from hessfn import memory, passes, tree
 from hessfn.graph import aten, clean, tensors
 from hessfn.record import record
 from hessfn.scaling import multiply_once
@@ -29,7 +31,7 @@ def linearized(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: b
 
     Returns:
         ``matvec(v)``, for trees ``v`` like the parameters in order, shapes and dtypes. Kept: what the products need of
-        the forward and backward pass.
+        the forward and backward pass, and on the CPU the memory for what they compute on the way.
 
     Raises:
         Untraceable: see :func:`hessfn.graph.clean`.
@@ -43,11 +45,14 @@ def linearized(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: b
     module = derivative(clean(loss, params, *args), params, args)
     _give_back()
     module = _folded(module, tensors((params, args))[0])
+    if not compile and all(t.device.type == "cpu" for t in tensors((params, args))[0]):
+        memory.keep_memory(module)
     _give_back()
     product = _compiled(module, tree.leaves(params)) if compile else module
+    lock = Lock()
 
     def matvec(v: Tree) -> Tree:
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else lock:
             return tree.unflatten(product(*tree.leaves(v)), params)
 
     return matvec
@@ -113,7 +118,8 @@ def _folded(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
             if not waiting[i] and i in known:
                 known[i] = None  # its memory is free
     passes.own_results(graph)
-    passes.accumulate(graph)
+    memory.add_products(graph)
+    memory.accumulate(graph)
     passes.drop_dead(graph)
     for node in given:
         graph.erase_node(node)

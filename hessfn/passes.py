@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-
-from hessfn.shapes import looks
+from torch import fx
 
 aten = torch.ops.aten
 
@@ -69,80 +66,6 @@ def only_used_gradients(graph: fx.Graph) -> None:
         *others, mask = backward.args
         backward.args = (*others, [wanted and i in used for i, wanted in enumerate(mask)])
     drop_dead(graph)
-
-
-def accumulate(graph: fx.Graph) -> None:
-    """Results go where what nobody needs any more lies: less memory, and less to move."""
-    for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        first, second = add.args[:2]
-        if add.kwargs or first is second or not isinstance(first, fx.Node):
-            continue
-        for total, product in ((first, second), (second, first)):
-            if _is_own_product(product) and _looks_like(product, add):
-                onto = _is_own(total) and _looks_like(total, add)
-                with graph.inserting_before(add):
-                    new = graph.call_function(_add_product, (product.target, onto, total, *product.args))
-                new.meta = dict(add.meta)
-                add.replace_all_uses_with(new)
-                graph.erase_node(add)
-                graph.erase_node(product)
-                break
-    for target in _ONTO:
-        for node in graph.find_nodes(op="call_function", target=target):
-            if not node.kwargs and _is_own(node.args[0]) and _looks_like(node.args[0], node):
-                node.target, node.args = _onto, (target, *node.args)
-
-
-def _is_own(node: Any) -> bool:
-    """Whether its memory is its own, and it is used once."""
-    if not isinstance(node, fx.Node) or node.op != "call_function" or len(node.users) != 1 or "val" not in node.meta:
-        return False
-    source = node.args[0].target if node.target is operator.getitem else node.target  # type: ignore[union-attr]
-    return not is_view(source)
-
-
-def _is_own_product(node: Any) -> bool:
-    if not _is_own(node) or node.target not in _ADDING or node.kwargs:
-        return False
-    return all(isinstance(i, fx.Node) and i.meta["val"].dtype == node.meta["val"].dtype for i in node.args)
-
-
-def _looks_like(node: fx.Node, other: fx.Node) -> bool:
-    return looks(node.meta["val"]) == looks(other.meta["val"])
-
-
-def _add_product(product: Any, onto: bool, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    function = _ADDING[product]
-    return function(total, a, b, out=total) if onto and not _keep(total, a, b) else function(total, a, b)
-
-
-_ADDING = {
-    aten.mm.default: torch.addmm,
-    aten.bmm.default: torch.baddbmm,
-    aten.mul.Tensor: torch.addcmul,
-}
-
-
-def _onto(function: Any, first: Tensor, *others: Any) -> Tensor:
-    if _keep(first, *others):
-        return function(first, *others)
-    with_out, name = _ONTO[function]
-    return with_out(first, *others, **{name: first})
-
-
-_ONTO = {
-    aten.add.Tensor: (aten.add.out, "out"),
-    aten.sub.Tensor: (aten.sub.out, "out"),
-    aten.mul.Tensor: (aten.mul.out, "out"),
-    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
-}
-
-
-def _keep(*inputs: Any) -> bool:
-    """A compiler sees to memory itself, autograd needs inputs, and under vmap one may be the same for many results."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
 def fold_batch_norm(graph: fx.Graph) -> None:

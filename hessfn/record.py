@@ -113,7 +113,8 @@ class Recorder(TorchDispatchMode):
             self.zeros[out] = True
             return out
         func = aten.reshape.default if func in _VIEWS else func  # under vmap the layout may be another
-        if func is aten._new_zeros_with_same_feature_meta.default and self.lean:  # it would keep what it is like
+        if func is aten._new_zeros_with_same_feature_meta.default and self.lean and isinstance(out, Tensor):
+            # It would keep what it is like.
             func, args, kwargs = aten.zeros.default, (list(out.shape),), {"dtype": out.dtype, "device": out.device}
         call = self._call(func, *with_tensors((args, kwargs), self.node_of))
         if isinstance(out, Tensor):

@@ -15,11 +15,11 @@ aten = torch.ops.aten
 def multiply_once(graph: fx.Graph, fixed: set[fx.Node]) -> None:
     """Makes of ``(x * a) * b`` the product ``x * (a * b)``, where ``a`` and ``b`` are fixed.
 
-    And of an activation's derivative, which is a multiplication, the multiplication: the slope is then fixed too.
+    And of GELU's derivative, which computes the slope anew each time, a product with the slope.
     """
     slopes: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.target in _SLOPES and node not in fixed and node.args[1] in fixed:
+        if node.target is aten.gelu_backward.default and node not in fixed and node.args[1] in fixed:
             at = node.target, node.args[1:], tuple(node.kwargs.items())
             if at not in slopes:
                 ones = _before(node, aten.ones_like.default, node.args[1])
@@ -63,14 +63,3 @@ def _before(node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     fixed = [i.meta["val"] for i in new.all_input_nodes]
     new.meta["val"] = fixed[0].new_empty(torch.broadcast_shapes(*(v.shape for v in fixed)))
     return new
-
-
-# Linear in the first argument, and slow.
-_SLOPES = {
-    aten.gelu_backward.default,
-    aten.silu_backward.default,
-    aten.mish_backward.default,
-    aten.softplus_backward.default,
-    aten.elu_backward.default,
-    aten.log_sigmoid_backward.default,
-}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hessfn import passes, tree
+from hessfn import memory, tree
 from hessfn.definitions import by_definition
 from hessfn.graph import Untraceable, clean, tensors
 from hessfn.linear import derivative
@@ -69,7 +69,8 @@ def _traced(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Product:
         module = derivative(graph, params, args)
     except Untraceable:  # a derivative rule looks at values
         return _forward(graph)
-    passes.accumulate(module.graph)
+    memory.add_products(module.graph)
+    memory.accumulate(module.graph)
     module.recompile()
     return lambda params, args, v: tree.unflatten(module(*tensors((params, args, v))[0]), params)
 

@@ -1,6 +1,7 @@
 """Every kind of net and loss, one row each: its product is right, and made in the way that the documentation says."""
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import classes, normal, seeded
-from torch import nn
+from torch import fx, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hessfn import tree
 from hessfn.curvature import hvp, linearized_hvp
+from hessfn.definitions import by_definition
+from hessfn.graph import clean, tensors
+from hessfn.linear import derivative
+from hessfn.memory import shares_memory
 from hessfn.model import functionalize
 from hessfn.probes import gaussian
 from hessfn.ways import choose_way
@@ -232,13 +237,16 @@ def difference(model, criterion, batch, v, step=1e-3):
     return (8 * near - far) / (12 * step)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what)
-def test_row(row):
+def problem(row):
     model = seeded(row.build)
     if "training" in row.what:
         model.train()
-    loss, params = functionalize(model, row.criterion)
-    batch = (row.inputs, row.targets)
+    return model, *functionalize(model, row.criterion), (row.inputs, row.targets)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what)
+def test_row(row):
+    model, loss, params, batch = problem(row)
     with warnings.catch_warnings():
         if row.way not in ("traced", "forward"):
             warnings.simplefilter("ignore", UserWarning)
@@ -258,6 +266,32 @@ def test_row(row):
         linearized = linearized_hvp(loss, params, batch)(v)
         assert tree.norm(tree.add(linearized, hvp(loss, params, batch)(v), -1.0)) <= 1e-12 * size
     assert (way.error > 0) == (row.way == "difference")
+
+
+class Aliases(fx.Interpreter):
+    """Runs a graph, and notes which operations hand on the memory of an argument."""
+
+    def run(self, *args):
+        self.found = set()
+        return super().run(*args)
+
+    def call_function(self, target, args, kwargs):
+        out = super().call_function(target, args, kwargs)
+        given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))[0] if t.numel()}
+        if any(t.untyped_storage().data_ptr() in given for t in tensors(out)[0] if t.numel()):
+            self.found.add(target)
+        return out
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.way == "traced"], ids=lambda row: row.what)
+def test_only_views_share_memory(row):
+    """What is not known for a view would be written over while it is in use."""
+    _, loss, params, batch = problem(row)
+    graph = derivative(clean(by_definition(loss), params, batch), params, (batch,))
+    run = Aliases(graph)
+    with torch.no_grad():
+        run.run(*tensors((params, batch, gaussian(params, 1)[0]))[0])
+    assert all(shares_memory(target) for target in run.found - {operator.getitem})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

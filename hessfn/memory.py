@@ -1,0 +1,179 @@
+"""Where the results of a graph go: onto what nobody needs any more, or into one piece of memory that is kept for them.
+
+To ask for memory and to give it back in every call costs a tenth of the time, since the system clears each page anew.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hessfn.passes import aten, is_view
+from hessfn.shapes import looks
+
+
+def add_products(graph: fx.Graph) -> None:
+    """A product that is only added to something is one operation with it."""
+    for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        first, second = add.args[:2]
+        if add.kwargs or first is second or not isinstance(first, fx.Node):
+            continue
+        for total, product in ((first, second), (second, first)):
+            if _is_own_product(product) and _looks_like(product, add):
+                add.target, add.args = _ADDING[product.target], (total, *product.args)
+                graph.erase_node(product)
+                break
+
+
+def accumulate(graph: fx.Graph) -> None:
+    """What is added to, multiplied or masked for the last time has the result where it was itself."""
+    for node in graph.nodes:
+        if node.target in _ENTRYWISE and not node.kwargs:
+            first = node.args[0]
+            if _is_own(first) and _looks_like(first, node):
+                node.target, node.args = into, (node.target, first, *node.args)
+
+
+def _is_own_product(node: Any) -> bool:
+    if not _is_own(node) or node.target not in _ADDING or node.kwargs:
+        return False
+    return all(isinstance(i, fx.Node) and i.meta["val"].dtype == node.meta["val"].dtype for i in node.args)
+
+
+def _is_own(node: Any) -> bool:
+    """Whether its memory is its own, and it is used once."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or len(node.users) != 1 or "val" not in node.meta:
+        return False
+    source = node.args[0].target if node.target is operator.getitem else node.target  # type: ignore[union-attr]
+    return not shares_memory(source)
+
+
+def shares_memory(func: Any) -> bool:
+    """Whether the result may be another name for the memory of the first argument."""
+    return func in _UNSAFE_VIEWS or is_view(func)
+
+
+def _looks_like(node: fx.Node, other: fx.Node) -> bool:
+    return looks(node.meta["val"]) == looks(other.meta["val"])
+
+
+def into(function: Any, place: Tensor, *args: Any) -> Tensor:
+    """The result of the function, in this place unless it has to be elsewhere."""
+    if _keep(*args):
+        return function(*args)
+    with_out, name = _WITH_OUT[function]
+    return with_out(*args, **{name: place})
+
+
+def _keep(*inputs: Any) -> bool:
+    """A compiler sees to memory itself, autograd needs inputs, and under vmap one may be the same for many results."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+
+
+def keep_memory(module: fx.GraphModule) -> None:
+    """Large results go into one block of memory, which stays. It is then not to be called twice at once.
+
+    On the CPU, that is: elsewhere torch itself keeps what is freed.
+    """
+    nodes = list(module.graph.nodes)
+    homes, wanting = _homes(nodes)
+    last = {homes[i]: node for node in nodes for i in node.all_input_nodes}
+    sizes: list[int] = []
+    free: list[int] = []
+    taken: dict[fx.Node, int] = {}
+    for node in nodes:
+        if node in wanting:
+            taken[node] = _piece(node.meta["val"], sizes, free)
+        free.extend({taken[homes[i]] for i in node.all_input_nodes if homes[i] in taken and last[homes[i]] is node})
+    block = torch.empty(sum(sizes), dtype=torch.uint8)
+    for node, piece in taken.items():
+        if node.target is not into:
+            node.args = (node.target, None, *node.args)  # type: ignore[arg-type]
+            node.target = into
+        node.update_arg(1, _view(module, block[sum(sizes[:piece]) :], node))
+    module.recompile()
+
+
+def _homes(nodes: list[fx.Node]) -> tuple[dict[fx.Node, fx.Node], set[fx.Node]]:
+    """From which other node each has its memory, if not from itself; and which shall have it from the block."""
+    sources = {node: source for node in nodes if (source := _source(node)) is not None}
+    results = set(nodes[-1].all_input_nodes)
+    for node in reversed(nodes):
+        if node in results and node in sources:
+            results.add(sources[node])
+    homes: dict[fx.Node, fx.Node] = {}
+    wanting: set[fx.Node] = set()
+    for node in nodes:
+        homes[node] = homes[sources[node]] if node in sources else node
+        elsewhere = node.target is into and homes[node] not in wanting  # onto what an operation had to allocate
+        own = node.target in _WITH_OUT and not node.kwargs
+        if (own or elsewhere) and node not in results and _is_large(node.meta["val"]):
+            homes[node] = node
+            wanting.add(node)
+    return homes, wanting
+
+
+def _source(node: fx.Node) -> Any:
+    if node.target is into:
+        return node.args[1]
+    return node.args[0] if node.target is operator.getitem or shares_memory(node.target) else None
+
+
+def _is_large(x: Tensor) -> bool:
+    dense = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) == x.numel()
+    return dense and x.numel() * x.element_size() >= _LARGE
+
+
+def _piece(x: Tensor, sizes: list[int], free: list[int]) -> int:
+    """The piece that this goes into: of the free ones the one that fits best, if need be made larger."""
+    size = -(-x.numel() * x.element_size() // 64) * 64
+    if not free:
+        sizes.append(size)
+        return len(sizes) - 1
+    piece = min(free, key=lambda i: (sizes[i] < size, abs(sizes[i] - size)))
+    free.remove(piece)
+    sizes[piece] = max(sizes[piece], size)
+    return piece
+
+
+def _view(module: fx.GraphModule, start: Tensor, node: fx.Node) -> fx.Node:
+    like, name = node.meta["val"], f"place_of_{node.name}"
+    place = start[: like.numel() * like.element_size()].view(like.dtype).as_strided(like.shape, like.stride())
+    module.register_buffer(name, place)
+    with module.graph.inserting_before(node):
+        return module.graph.get_attr(name)
+
+
+_LARGE = 1 << 16
+# They say that they are none; whoever calls them promises not to use the whole again.
+_UNSAFE_VIEWS = {aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default}
+_ENTRYWISE = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.addcmul.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.threshold_backward.default,
+}
+_ADDING: dict[Any, Any] = {
+    aten.mm.default: aten.addmm.default,
+    aten.bmm.default: aten.baddbmm.default,
+    aten.mul.Tensor: aten.addcmul.default,
+}
+_WITH_OUT = {
+    aten.add.Tensor: (aten.add.out, "out"),
+    aten.sub.Tensor: (aten.sub.out, "out"),
+    aten.mul.Tensor: (aten.mul.out, "out"),
+    aten.addcmul.default: (aten.addcmul.out, "out"),
+    aten.addmm.default: (aten.addmm.out, "out"),
+    aten.baddbmm.default: (aten.baddbmm.out, "out"),
+    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
+    aten.mm.default: (aten.mm.out, "out"),
+    aten.bmm.default: (aten.bmm.out, "out"),
+}

@@ -1,0 +1,133 @@
+"""Where results go changes no number, no earlier result and nothing of the caller's."""
+
+from threading import Thread
+
+import pytest
+import torch
+from nets import classes, normal, seeded
+from torch import nn
+from torch.func import vmap
+
+import hessfn as hf
+from hessfn import memory, tree
+from hessfn.linear import linearized
+
+
+def convolutions():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8 * 4, 5),
+    )  # fmt: skip
+    return net, normal(6, 3, 8, 8)
+
+
+def transformer():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(8 * 7, 5)), normal(6, 7, 8)
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(4, 9), nn.SiLU(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 5)), normal(6, 4)
+
+
+@pytest.fixture(params=[convolutions, transformer, perceptron])
+def loss_and_params(request):
+    return problem(request.param)
+
+
+def problem(net):
+    model, batch = seeded(lambda: net()[0]).double().eval(), (net()[1].double(), classes(6, 5))
+    loss, params = hf.functionalize(model, nn.CrossEntropyLoss())
+    return lambda p: loss(p, batch), params
+
+
+def with_places(matvec):
+    """How many results of a product have a place that is kept."""
+    module = next(c.cell_contents for c in matvec.__closure__ if isinstance(c.cell_contents, torch.fx.GraphModule))
+    return sum(name.startswith("place_of") for name, _ in module.named_buffers())
+
+
+def test_products_are_those_by_double_backward_again_and_again(loss_and_params):
+    loss, params = loss_and_params
+    matvec, exact = linearized(loss, params), hf.hvp(loss, params, mode="double_backward")
+    assert with_places(matvec) > 10
+    probes = list(hf.gaussian(params, 3))
+    wanted = [exact(v) for v in probes]
+    found = [matvec(v) for v in probes]  # the later ones must leave the earlier ones alone
+    for f, w in zip(found, wanted, strict=True):
+        assert tree.norm(tree.add(f, w, -1.0)) < 1e-12 * tree.norm(w)
+
+
+def test_the_vector_stays_what_it_is(loss_and_params):
+    loss, params = loss_and_params
+    v = hf.gaussian(params, 1)[0]
+    before = tree.map(torch.clone, v)
+    linearized(loss, params)(v)
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(v), tree.leaves(before), strict=True))
+
+
+def test_threads_do_not_write_over_each_other(loss_and_params):
+    loss, params = loss_and_params
+    matvec = linearized(loss, params)
+    probes = list(hf.gaussian(params, 4))
+    alone = [matvec(v) for v in probes]
+    equal = []
+
+    def again(v, wanted):
+        for _ in range(50):
+            found = tree.leaves(matvec(v))
+            equal.append(all(torch.equal(f, w) for f, w in zip(found, tree.leaves(wanted), strict=True)))
+
+    threads = [Thread(target=again, args=pair) for pair in zip(probes, alone, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(equal) == 200
+    assert all(equal)
+
+
+def test_under_vmap_every_result_has_its_own_place(loss_and_params):
+    loss, params = loss_and_params
+    matvec = linearized(loss, params)
+    probes = list(hf.gaussian(params, 3))
+    together = vmap(matvec)(tree.map(lambda *leaves: torch.stack(leaves), *probes))
+    for i, v in enumerate(probes):
+        one = tree.map(lambda leaf, i=i: leaf[i], together)
+        wanted = matvec(v)
+        assert tree.norm(tree.add(one, wanted, -1.0)) < 1e-12 * tree.norm(wanted)
+
+
+def test_what_is_small_is_allocated_as_ever(monkeypatch):
+    loss, params = problem(perceptron)
+    for size, kept in ((1, True), (1 << 16, False)):
+        monkeypatch.setattr(memory, "_LARGE", size)
+        assert bool(with_places(linearized(loss, params))) == kept
+
+
+def test_pieces_are_used_again_and_grow_if_they_must():
+    sizes, free = [], []
+    small, large = torch.empty(16, dtype=torch.float32), torch.empty(64, dtype=torch.float32)
+    assert memory._piece(small, sizes, free) == 0
+    assert memory._piece(large, sizes, free) == 1
+    free.extend([0, 1])
+    assert memory._piece(small, sizes, free) == 0
+    assert (sizes, free) == ([64, 256], [1])
+    free[:] = [0]
+    assert memory._piece(large, sizes, free) == 0
+    assert sizes == [256, 256]
+
+
+def test_what_is_in_use_at_once_lies_apart():
+    """A long chain needs few pieces; two chains that meet at the end need more of them."""
+    w = torch.linspace(0.1, 1.0, 50, dtype=torch.float64)
+
+    def loss(w):
+        first = second = w
+        for i in range(12):
+            first, second = (first * (i + 1)).sin(), (second + i).cos()
+        return (first * second).sum()
+
+    matvec, exact = linearized(loss, w), hf.hvp(loss, w, mode="double_backward")
+    v = torch.ones_like(w)
+    torch.testing.assert_close(matvec(v), exact(v), rtol=1e-12, atol=1e-9)
