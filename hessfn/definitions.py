@@ -143,8 +143,9 @@ def _attention(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None:
-        masked = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -math.inf) if masked else scores + attn_mask
+        # Added, a mask is nothing to differentiate; where the weights are zero, so is all that follows from them.
+        added = torch.where(attn_mask, 0.0, -math.inf) if attn_mask.dtype == torch.bool else attn_mask
+        scores = scores + added.to(scores.dtype)
     highest = scores.detach().amax(-1, keepdim=True)
     weights = (scores - highest.masked_fill(highest == -math.inf, 0.0)).exp()
     total = weights.sum(-1, keepdim=True)

@@ -83,19 +83,20 @@ def keep_memory(module: fx.GraphModule) -> None:
     nodes = list(module.graph.nodes)
     homes, wanting = _homes(nodes)
     last = {homes[i]: node for node in nodes for i in node.all_input_nodes}
-    sizes: list[int] = []
-    free: list[int] = []
+    layout = Layout()
     taken: dict[fx.Node, int] = {}
     for node in nodes:
         if node in wanting:
-            taken[node] = _piece(node.meta["val"], sizes, free)
-        free.extend({taken[homes[i]] for i in node.all_input_nodes if homes[i] in taken and last[homes[i]] is node})
-    block = torch.empty(sum(sizes), dtype=torch.uint8)
-    for node, piece in taken.items():
+            taken[node] = layout.take(_size(node.meta["val"]))
+        for home in {homes[i] for i in node.all_input_nodes}:
+            if home in taken and last[home] is node:
+                layout.release(taken[home], _size(home.meta["val"]))
+    block = torch.empty(layout.size, dtype=torch.uint8)
+    for node, start in taken.items():
         if node.target is not into:
             node.args = (node.target, None, *node.args)  # type: ignore[arg-type]
             node.target = into
-        node.update_arg(1, _view(module, block[sum(sizes[:piece]) :], node))
+        node.update_arg(1, _view(module, block[start:], node))
     module.recompile()
 
 
@@ -129,16 +130,36 @@ def _is_large(x: Tensor) -> bool:
     return dense and x.numel() * x.element_size() >= _LARGE
 
 
-def _piece(x: Tensor, sizes: list[int], free: list[int]) -> int:
-    """The piece that this goes into: of the free ones the one that fits best, if need be made larger."""
-    size = -(-x.numel() * x.element_size() // 64) * 64
-    if not free:
-        sizes.append(size)
-        return len(sizes) - 1
-    piece = min(free, key=lambda i: (sizes[i] < size, abs(sizes[i] - size)))
-    free.remove(piece)
-    sizes[piece] = max(sizes[piece], size)
-    return piece
+def _size(x: Tensor) -> int:
+    """In bytes, with what is between it and the next one: torch has them begin at multiples of 64."""
+    return -(-x.numel() * x.element_size() // 64) * 64
+
+
+class Layout:
+    """Which bytes of a block are whose."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.free: list[tuple[int, int]] = []  # from where to where
+
+    def take(self, size: int) -> int:
+        """The start of so many free bytes: of the smallest gap that has them, else at the end."""
+        gaps = [gap for gap in self.free if gap[1] - gap[0] >= size]
+        last = self.free[-1] if self.free and self.free[-1][1] == self.size else (self.size, self.size)
+        start, stop = min(gaps, key=lambda gap: gap[1] - gap[0], default=last)
+        self.free = [gap for gap in self.free if gap[0] != start]
+        self.size = max(self.size, start + size)
+        if stop > start + size:
+            self.release(start + size, stop - start - size)
+        return start
+
+    def release(self, start: int, size: int) -> None:
+        merged: list[tuple[int, int]] = []
+        for gap in sorted([*self.free, (start, start + size)]):
+            if merged and merged[-1][1] == gap[0]:
+                gap = merged.pop()[0], gap[1]
+            merged.append(gap)
+        self.free = merged
 
 
 def _view(module: fx.GraphModule, start: Tensor, node: fx.Node) -> fx.Node:

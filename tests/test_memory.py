@@ -4,6 +4,8 @@ from threading import Thread
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nets import classes, normal, seeded
 from torch import nn
 from torch.func import vmap
@@ -105,17 +107,33 @@ def test_what_is_small_is_allocated_as_ever(monkeypatch):
         assert bool(with_places(linearized(loss, params))) == kept
 
 
-def test_pieces_are_used_again_and_grow_if_they_must():
-    sizes, free = [], []
-    small, large = torch.empty(16, dtype=torch.float32), torch.empty(64, dtype=torch.float32)
-    assert memory._piece(small, sizes, free) == 0
-    assert memory._piece(large, sizes, free) == 1
-    free.extend([0, 1])
-    assert memory._piece(small, sizes, free) == 0
-    assert (sizes, free) == ([64, 256], [1])
-    free[:] = [0]
-    assert memory._piece(large, sizes, free) == 0
-    assert sizes == [256, 256]
+@given(st.lists(st.integers(1, 9).map(lambda n: 64 * n), min_size=1, max_size=40), st.randoms(use_true_random=False))
+def test_what_is_in_use_does_not_overlap_and_gaps_are_used(sizes, random):
+    layout, used, most = memory.Layout(), {}, 0
+    for size in sizes:
+        start = layout.take(size)
+        assert all(start + size <= other or other + length <= start for other, length in used.items())
+        used[start] = size
+        most = max(most, sum(used.values()))
+        assert most <= layout.size == max(layout.size, start + size)
+        if random.random() < 0.5:
+            gone = random.choice(sorted(used))
+            layout.release(gone, used.pop(gone))
+    for start, size in used.items():
+        layout.release(start, size)
+    assert layout.free == [(0, layout.size)]
+    assert layout.take(layout.size) == 0
+
+
+def test_the_smallest_gap_is_taken_and_the_last_one_grows():
+    layout = memory.Layout()
+    a, _, c, _, e = (layout.take(size) for size in (192, 64, 128, 64, 64))
+    for start, size in ((a, 192), (c, 128), (e, 64)):
+        layout.release(start, size)
+    assert layout.take(128) == c
+    assert layout.take(256) == e
+    assert layout.take(64) == a
+    assert layout.size == e + 256
 
 
 def test_what_is_in_use_at_once_lies_apart():
