@@ -23,7 +23,7 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     - Attention divides by the sum of its weights last, so that only one matrix of its size comes into the derivatives
       for two.
 
-    >>> loss = by_definition(lambda w, x: torch.nn.functional.layer_norm(w * x, (3,)).square().sum()
+    >>> loss = by_definition(lambda w, x: torch.nn.functional.layer_norm(w * x, (3,)).square().sum())
     >>> loss(torch.tensor(2.0), torch.arange(3.0))
     tensor(3.0000)
     """

@@ -95,8 +95,8 @@ def _folded(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
     known: dict[fx.Node, Any] = dict(zip(given, values, strict=True))
     constants: dict[fx.Node, fx.Node] = {}
     waiting = {node: set(node.users) for node in graph.nodes}
-    for i, node in enumerate(list(graph.nodes)):
-        if i % 100 == 0:
+    for count, node in enumerate(list(graph.nodes)):
+        if count % 100 == 0:
             _give_back()
         inputs = node.all_input_nodes
         if node.op == "get_attr":

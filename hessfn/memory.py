@@ -19,10 +19,10 @@ def add_products(graph: fx.Graph) -> None:
     """A product that is only added to something is one operation with it."""
     for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         first, second = add.args[:2]
-        if add.kwargs or first is second or not isinstance(first, fx.Node):
+        if add.kwargs or first is second:
             continue
         for total, product in ((first, second), (second, first)):
-            if _is_own_product(product) and _looks_like(product, add):
+            if _is_own_product(product) and _looks_like(product, add) and _dtype(total) == _dtype(add):
                 add.target, add.args = _ADDING[product.target], (total, *product.args)
                 graph.erase_node(product)
                 break
@@ -40,7 +40,7 @@ def accumulate(graph: fx.Graph) -> None:
 def _is_own_product(node: Any) -> bool:
     if not _is_own(node) or node.target not in _ADDING or node.kwargs:
         return False
-    return all(isinstance(i, fx.Node) and i.meta["val"].dtype == node.meta["val"].dtype for i in node.args)
+    return all(_dtype(i) == _dtype(node) for i in node.args)
 
 
 def _is_own(node: Any) -> bool:
@@ -54,6 +54,10 @@ def _is_own(node: Any) -> bool:
 def shares_memory(func: Any) -> bool:
     """Whether the result may be another name for the memory of the first argument."""
     return func in _UNSAFE_VIEWS or is_view(func)
+
+
+def _dtype(x: Any) -> torch.dtype | None:
+    return x.meta["val"].dtype if isinstance(x, fx.Node) else None
 
 
 def _looks_like(node: fx.Node, other: fx.Node) -> bool:

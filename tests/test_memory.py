@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import classes, normal, seeded
-from torch import nn
+from torch import Tensor, nn
 from torch.func import vmap
 
 import hessfn as hf
@@ -149,3 +149,19 @@ def test_what_is_in_use_at_once_lies_apart():
     matvec, exact = linearized(loss, w), hf.hvp(loss, w, mode="double_backward")
     v = torch.ones_like(w)
     torch.testing.assert_close(matvec(v), exact(v), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", [hf.hvp, hf.linearized_hvp])
+def test_what_is_added_to_a_product_may_be_of_another_dtype(way):
+    w = {"w": torch.linspace(-1, 1, 12).reshape(4, 3), "b": torch.linspace(0, 1, 3).bfloat16()}
+    x = normal(5, 4).float()
+
+    def loss(p):
+        hidden = x @ p["w"] + p["b"]
+        return (p["b"] + hidden * hidden.sin()).square().mean()
+
+    v = tree.map(torch.ones_like, w)
+    wide = tree.map(Tensor.float, w)
+    exact = hf.hvp(loss, wide, mode="double_backward")(tree.map(Tensor.float, v))
+    found = tree.map(Tensor.float, way(loss, w)(v))
+    assert tree.norm(tree.add(found, exact, -1.0)) < 0.01 * tree.norm(exact)
