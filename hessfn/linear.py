@@ -27,7 +27,7 @@ def linearized(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: b
 
     Args:
         loss, params, args: as for :func:`hessfn.graph.clean`.
-        compile: whether ``torch.compile`` makes the products: a minute once, then about a tenth less time each.
+        compile: whether ``torch.compile`` makes the products: a minute once, then up to a tenth less time each.
 
     Returns:
         ``matvec(v)``, for trees ``v`` like the parameters in order, shapes and dtypes. Kept: what the products need of
