@@ -1,4 +1,4 @@
-"""Operations by their definitions, where torch's own derivatives of them are silently not those of one function."""
+"""Operations by their definitions, where torch's derivatives are silently not those of one function, or cost more."""
 
 from __future__ import annotations
 

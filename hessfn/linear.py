@@ -120,7 +120,6 @@ def _folded(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
             if not waiting[i] and i in known:
                 known[i] = None  # its memory is free
     passes.own_results(graph)
-    memory.add_products(graph)
     memory.accumulate(graph)
     passes.drop_dead(graph)
     for node in given:

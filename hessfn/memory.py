@@ -15,7 +15,17 @@ from hessfn.passes import aten, is_view
 from hessfn.shapes import looks
 
 
-def add_products(graph: fx.Graph) -> None:
+def accumulate(graph: fx.Graph) -> None:
+    """What is added to, multiplied or masked for the last time has the result where it was itself."""
+    _add_products(graph)
+    for node in graph.nodes:
+        if node.target in _ONTO_FIRST and not node.kwargs:
+            first = node.args[0]
+            if _is_own(first) and _looks_like(first, node):
+                node.target, node.args = into, (node.target, first, *node.args)
+
+
+def _add_products(graph: fx.Graph) -> None:
     """A product that is only added to something is one operation with it."""
     for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         first, second = add.args[:2]
@@ -26,15 +36,6 @@ def add_products(graph: fx.Graph) -> None:
                 add.target, add.args = _ADDING[product.target], (total, *product.args)
                 graph.erase_node(product)
                 break
-
-
-def accumulate(graph: fx.Graph) -> None:
-    """What is added to, multiplied or masked for the last time has the result where it was itself."""
-    for node in graph.nodes:
-        if node.target in _ENTRYWISE and not node.kwargs:
-            first = node.args[0]
-            if _is_own(first) and _looks_like(first, node):
-                node.target, node.args = into, (node.target, first, *node.args)
 
 
 def _is_own_product(node: Any) -> bool:
@@ -177,15 +178,6 @@ def _view(module: fx.GraphModule, start: Tensor, node: fx.Node) -> fx.Node:
 _LARGE = 1 << 16
 # They say that they are none; whoever calls them promises not to use the whole again.
 _UNSAFE_VIEWS = {aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default}
-_ENTRYWISE = {
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.mul.Tensor,
-    aten.addcmul.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    aten.threshold_backward.default,
-}
 _ADDING: dict[Any, Any] = {
     aten.mm.default: aten.addmm.default,
     aten.bmm.default: aten.baddbmm.default,
@@ -202,3 +194,4 @@ _WITH_OUT = {
     aten.mm.default: (aten.mm.out, "out"),
     aten.bmm.default: (aten.bmm.out, "out"),
 }
+_ONTO_FIRST = _WITH_OUT.keys() - {aten.mm.default, aten.bmm.default}

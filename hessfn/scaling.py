@@ -20,7 +20,7 @@ def multiply_once(graph: fx.Graph, fixed: set[fx.Node]) -> None:
     slopes: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.target is aten.gelu_backward.default and node not in fixed and node.args[1] in fixed:
-            at = node.target, node.args[1:], tuple(node.kwargs.items())
+            at = node.args[1:], tuple(node.kwargs.items())
             if at not in slopes:
                 ones = _before(node, aten.ones_like.default, node.args[1])
                 slopes[at] = _before(node, node.target, ones, *node.args[1:], **node.kwargs)

@@ -69,7 +69,6 @@ def _traced(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Product:
         module = derivative(graph, params, args)
     except Untraceable:  # a derivative rule looks at values
         return _forward(graph)
-    memory.add_products(module.graph)
     memory.accumulate(module.graph)
     module.recompile()
     return lambda params, args, v: tree.unflatten(module(*tensors((params, args, v))[0]), params)

@@ -104,3 +104,9 @@ def dense_hessian(loss: Any, params: Any, *args: Any) -> Tensor:
     flat, unravel = hessfn.tree.ravel(params)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return torch.autograd.functional.hessian(lambda p: loss(unravel(p), *args), flat)
+
+
+def product_module(linearized: Any) -> torch.fx.GraphModule:
+    """What :func:`hessfn.linear.linearized` runs."""
+    cells = (cell.cell_contents for cell in linearized.__closure__)
+    return next(x for x in cells if isinstance(x, torch.fx.GraphModule))

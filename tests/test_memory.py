@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import classes, normal, seeded
+from nets import classes, normal, product_module, seeded
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -45,8 +45,7 @@ def problem(net):
 
 def with_places(matvec):
     """How many results of a product have a place that is kept."""
-    module = next(c.cell_contents for c in matvec.__closure__ if isinstance(c.cell_contents, torch.fx.GraphModule))
-    return sum(name.startswith("place_of") for name, _ in module.named_buffers())
+    return sum(name.startswith("place_of") for name, _ in product_module(matvec).named_buffers())
 
 
 def test_products_are_those_by_double_backward_again_and_again(loss_and_params):
