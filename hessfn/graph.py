@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hessfn import passes, tree
+from hessfn.native import suits
 from hessfn.record import Recorder, Untraceable
 from hessfn.tree import Tree
 from hessfn.winograd import fewer_multiplications
@@ -20,7 +22,7 @@ from hessfn.winograd import fewer_multiplications
 aten = torch.ops.aten
 
 
-def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[..., Tensor]:
+def clean(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: bool = False) -> Callable[..., Tensor]:
     """The loss as one pure aten graph: the same function of the same trees, twice differentiable in any mode.
 
     In-place operations are out of place, operations without a derivative rule are decomposed, attention is its math
@@ -32,6 +34,7 @@ def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[...
         loss: ``loss(params, *args)`` to a scalar tensor; it is called once.
         params: a tree of tensors.
         args: what else the loss takes. Tensors in it are inputs of the graph, all else is fixed.
+        compile: leave convolutions that :mod:`hessfn.native` will compute as they are.
 
     Returns:
         ``graph(params, *args)``, for arguments of these shapes and dtypes only.
@@ -47,7 +50,7 @@ def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[...
     num_params = len(tree.leaves(params))
     module = _trace(loss, (params, args), given, where, num_params)
     on_cpu = all(t.device.type == "cpu" for t in given)
-    tiles = (fewer_multiplications,) if on_cpu else ()
+    tiles = (partial(fewer_multiplications, but_for=suits if compile else None),) if on_cpu else ()
     for improve in (passes.fold_batch_norm, *tiles, passes.channels_last, passes.drop_dead):
         improve(module.graph)
     module.recompile()

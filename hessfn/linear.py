@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from hessfn import memory, passes, tree
 from hessfn.graph import aten, clean, tensors
+from hessfn.native import by_tiles
 from hessfn.record import record
 from hessfn.scaling import multiply_once
 from hessfn.shapes import looks
@@ -42,13 +43,16 @@ def linearized(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: b
     """
     # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new.
     params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
-    module = derivative(clean(loss, params, *args), params, args)
+    module = derivative(clean(loss, params, *args, compile=compile), params, args)
     _give_back()
     module = _folded(module, tensors((params, args))[0])
-    if not compile and all(t.device.type == "cpu" for t in tensors((params, args))[0]):
+    on_cpu = all(t.device.type == "cpu" for t in tensors((params, args))[0])
+    if on_cpu and not compile:
         memory.keep_memory(module)
     _give_back()
-    product = _compiled(module, tree.leaves(params)) if compile else module
+    product: Callable[..., list[Tensor]] = module
+    if compile:
+        product = _compiled(module, by_tiles(module) if on_cpu else module, tree.leaves(params))
     lock = Lock()
 
     def matvec(v: Tree) -> Tree:
@@ -146,9 +150,9 @@ def _give_back() -> None:
         trim(0)
 
 
-def _compiled(module: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[Tensor]]:
-    """The module through ``torch.compile``, once one product has been seen to be the same."""
-    product = torch.compile(module, fullgraph=True, dynamic=False)
+def _compiled(module: fx.GraphModule, faster: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[Tensor]]:
+    """The faster module through ``torch.compile``, once one product has been seen to be the same."""
+    product = torch.compile(faster, fullgraph=True, dynamic=False)
     v = [torch.arange(p.numel(), device=p.device).cos().to(p.dtype).view_as(p) for p in like]
     with torch.no_grad():
         plain, compiled = module(*v), product(*v)

@@ -8,6 +8,7 @@ is some five times less exact than by the definition, about 1e-6 of its size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor, fx
 from hessfn.passes import aten
 
 
-def fewer_multiplications(graph: fx.Graph) -> None:
+def fewer_multiplications(graph: fx.Graph, but_for: Callable[..., bool] | None = None) -> None:
     """Convolutions on the CPU go by tiles where that is faster; the libraries of GPUs see to it themselves."""
     if graph.find_nodes(op="call_function", target=aten.as_strided.default):
         return  # it reads memory as the layout was
     for conv in graph.find_nodes(op="call_function", target=aten.convolution.default):
-        if _is_faster(conv):
+        if _is_faster(conv) and not (but_for and but_for(*conv.args[:2], *conv.args[3:])):
             with graph.inserting_before(conv):
                 new = graph.call_function(convolution, (*conv.args[:3], conv.args[4][0]))
             new.meta = dict(conv.meta)
@@ -49,7 +50,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) ->
     high, wide = h + 2 * padding - 2, w + 2 * padding - 2
     rows, columns = -(-high // 4), -(-wide // 4)
     groups = _groups(n, rows * columns, c, weight.shape[0], x.element_size())
-    to_tile, to_kernel, to_result = (torch.kron(m, m).to(x) for m in (_TILE, _KERNEL, _RESULT))
+    to_tile, to_kernel, to_result = (torch.kron(m, m).to(x) for m in (_TILE, KERNEL, _RESULT))
 
     x = x.permute(0, 2, 3, 1).contiguous()  # matrix products want the channels innermost
     x = F.pad(x, (0, 0, padding, 4 * columns + 2 - w - padding, padding, 4 * rows + 2 - h - padding))
@@ -124,5 +125,5 @@ _TILE = _matrix(
     (0, 2, -1, -2, 1, 0),
     (0, 4, 0, -5, 0, 1),
 )
-_KERNEL = _matrix((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24)) / 24
+KERNEL = _matrix((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24)) / 24
 _RESULT = _matrix((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
