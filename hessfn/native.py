@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hessfn import winograd
+from hessfn import passes, winograd
 from hessfn.memory import into
 from hessfn.passes import aten
-from hessfn.shapes import looks
 
 
 def by_tiles(module: fx.GraphModule) -> fx.GraphModule:
@@ -37,7 +36,7 @@ def by_tiles(module: fx.GraphModule) -> fx.GraphModule:
             if new is not None:
                 new.meta = dict(node.meta)
                 node.replace_all_uses_with(new)
-        graph.eliminate_dead_code()
+        passes.only_used_gradients(graph)
     return fx.GraphModule(module, graph)
 
 
@@ -67,7 +66,7 @@ def suits(
         return False
     rows, columns = (n + 2 * padding[0] - 2 for n in image.shape[2:])
     tiles, channels = -(-rows // 4) * -(-columns // 4), kernel.shape[:2]
-    few = 16 <= min(channels) and max(channels) <= 128 and not any(n % 8 for n in channels)
+    few = min(channels) >= 16 and max(channels) <= 128 and not any(n % 8 for n in channels)
     return few and image.shape[0] * tiles >= 64 and 16 * tiles <= 1.5 * rows * columns and _library() is not None
 
 
@@ -78,20 +77,20 @@ def _channels_last(node: fx.Node) -> bool:
 def _joined(graph: fx.Graph, total: Any) -> fx.Node | None:
     """A sum of convolutions is one: what they share is not written, read again and added."""
     function, *parts = total.args[:1] + total.args[2:] if total.target is into else (total.target, *total.args)
-    if function is not aten.add.Tensor or len(parts) != 2:
+    if function is not aten.add.Tensor or total.kwargs:
         return None
     if not all(isinstance(part, fx.Node) and len(part.users) == 1 for part in parts):
         return None
     first, second = parts
     if first.target not in (_CONVOLUTIONS, _CORRELATIONS) or first.target is not second.target:
         return None
-    kinds = [[looks(t.meta["val"]) for t in (part.args[0][0], part.args[1][0])] for part in parts]
+    shapes = [[given[0].meta["val"].shape for given in part.args[:2]] for part in parts]
     biases = [part.args[2] for part in parts if part.target is _CONVOLUTIONS and part.args[2] is not None]
-    if kinds[0] != kinds[1] or first.args[3:] != second.args[3:] or len(biases) > 1:
+    if shapes[0] != shapes[1] or first.args[3:] != second.args[3:] or len(biases) > 1:
         return None
     pairs = [list(a) + list(b) for a, b in zip(first.args[:2], second.args[:2], strict=True)]
-    rest = (*biases, ) if biases else first.args[2:3]
-    return graph.call_function(first.target, (*pairs, *rest, *first.args[3:]))
+    bias = biases[:1] or first.args[2:3]  # of correlations, the padding
+    return graph.call_function(first.target, (*pairs, *bias, *first.args[3:]))
 
 
 @torch.library.custom_op("hessfn::convolutions", mutates_args=())
@@ -111,8 +110,8 @@ def convolutions(
     if transposed:
         weights = [w.flip(2, 3).transpose(0, 1) for w in weights]
     out = _result(images[0], weights[0], padding)
-    change = _change(out)
-    kernels = [change @ w.permute(2, 3, 1, 0).reshape(9, -1) for w in weights]
+    change = _change()
+    kernels = [change @ w.permute(2, 3, 1, 0).reshape(9, -1) for w in weights]  # (36, C O)
     shift = None if bias is None else bias.contiguous()
     _call("convolve", images[0], out, padding, images, kernels, shift, out)
     return out
@@ -142,7 +141,7 @@ def correlations(xs: Sequence[Tensor], ys: Sequence[Tensor], padding: int, chann
     inputs, outputs = xs[0].shape[1], ys[0].shape[1]
     sums = xs[0].new_empty(torch.get_num_threads(), 36, inputs, outputs)
     _call("correlate", xs[0], ys[0], padding, xs, ys, sums)
-    kernel = _change(sums).T @ sums.sum(0).view(36, -1)
+    kernel = _change().T @ sums.sum(0).view(36, -1)
     return _laid_out(kernel.view(3, 3, inputs, outputs).permute(3, 2, 0, 1), channels_last)
 
 
@@ -155,9 +154,10 @@ def _laid_out(weight: Tensor, channels_last: bool) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _change(like: Tensor) -> Tensor:
+@functools.cache
+def _change() -> Tensor:
     """The matrix (36, 9) that brings kernels into the basis of the tiles."""
-    return torch.kron(winograd.KERNEL, winograd.KERNEL).to(like)
+    return torch.kron(winograd.KERNEL, winograd.KERNEL).float()
 
 
 def _call(name: str, x: Tensor, y: Tensor, padding: int, *arguments: list[Tensor] | Tensor | None) -> None:
@@ -170,7 +170,8 @@ def _call(name: str, x: Tensor, y: Tensor, padding: int, *arguments: list[Tensor
     shape = (ctypes.c_int64 * 8)(n, high, wide, inputs, outputs, padding, block, torch.get_num_threads())
     count = next(len(a) for a in arguments if isinstance(a, list))
     pointers = [
-        (ctypes.c_void_p * count)(*(t.data_ptr() for t in a)) if isinstance(a, list)
+        (ctypes.c_void_p * count)(*(t.data_ptr() for t in a))
+        if isinstance(a, list)
         else ctypes.c_void_p(None if a is None else a.data_ptr())
         for a in arguments
     ]

@@ -1,0 +1,176 @@
+"""Convolutions in machine code are the convolutions, and a graph that takes them stays the same function."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import normal
+from torch import nn
+
+import hessfn as hf
+from hessfn import native, tree, winograd
+from hessfn.graph import clean, tensors
+from hessfn.linear import _folded, derivative
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="convolutions in machine code need a compiler"
+)
+
+ops = torch.ops.hessfn
+channels = st.sampled_from([8, 16, 24, 40])
+sizes = st.tuples(st.integers(1, 3), channels, channels, st.integers(3, 13), st.integers(3, 13), st.integers(0, 2))
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
+def assert_float32(found, exact):
+    error = torch.linalg.vector_norm(found.double() - exact)
+    assert error <= 1e-5 * torch.linalg.vector_norm(exact)
+
+
+@pytest.mark.usefixtures("threads")
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.integers(1, 3), st.booleans(), st.booleans())
+def test_convolutions_are_summed(sizes, count, with_bias, channels_last):
+    n, inputs, outputs, high, wide, padding = sizes
+    xs = [normal(n, inputs, high, wide, seed=i) for i in range(count)]
+    weights = [normal(outputs, inputs, 3, 3, seed=9 + i) for i in range(count)]
+    bias = normal(outputs) if with_bias else None
+    exact = sum(F.conv2d(x, w, padding=padding) for x, w in zip(xs, weights, strict=True))
+    exact = exact if bias is None else exact + bias[:, None, None]
+    images = [x.float().to(memory_format=torch.channels_last) if channels_last else x.float() for x in xs]
+    shift = None if bias is None else bias.float()
+    found = ops.convolutions(images, [w.float() for w in weights], shift, padding, False)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert_float32(found, exact)
+
+
+@pytest.mark.usefixtures("threads")
+@settings(max_examples=30, deadline=None)
+@given(sizes, st.booleans())
+def test_derivatives_by_images_and_by_kernels(sizes, channels_last):
+    n, inputs, outputs, high, wide, padding = sizes
+    x = normal(n, inputs, high, wide).requires_grad_()
+    weight = normal(outputs, inputs, 3, 3, seed=1).requires_grad_()
+    y = F.conv2d(x, weight, padding=padding)
+    change = y.detach().cos()
+    by_image, by_kernel = torch.autograd.grad(y, (x, weight), change)
+    single = [t.detach().float() for t in (x, weight, change)]
+    assert_float32(ops.convolutions([single[2]], [single[1]], None, 2 - padding, True), by_image)
+    twice = ops.correlations([single[0]] * 2, [single[2]] * 2, padding, channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert twice.is_contiguous(memory_format=layout)
+    assert_float32(twice, 2 * by_kernel)
+
+
+def test_the_operations_say_what_they_return():
+    x, weight = normal(2, 8, 5, 6).float(), normal(16, 8, 3, 3).float()
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.convolutions.default, ([x], [weight], None, 1, False), test_utils=checks)
+    y = ops.convolutions([x], [weight], None, 0, False)
+    torch.library.opcheck(ops.correlations.default, ([x], [y], 0, True), test_utils=checks)
+
+
+def test_no_image_is_written_to():
+    x, weight = normal(1, 8, 4, 4).float(), normal(8, 8, 3, 3).float()
+    before = x.clone(), weight.clone()
+    ops.correlations([x], [ops.convolutions([x], [weight], None, 1, True)], 1, True)
+    assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
+
+
+def test_a_graph_with_them_is_the_same_function():
+    module, v = linear_graph(*net())
+    faster = native.by_tiles(module)
+    with torch.no_grad():
+        plain, found = module(*v), faster(*v)
+    for a, b in zip(plain, found, strict=True):
+        assert a.shape == b.shape and a.stride() == b.stride()
+        assert torch.linalg.vector_norm(a - b) <= 1e-4 * torch.linalg.vector_norm(a)
+    # Of the first, only the kernel changes, and nothing is derived by its image; of the second, both factors do.
+    assert counts(faster) == {"convolutions": [1, 2, 2], "correlations": [1, 2]}
+
+
+def test_the_compiled_product_is_that_of_the_uncompiled_graph():
+    loss, params, x = net()
+    v = hf.gaussian(params, 1)[0]
+    exact = hf.hvp(*net(torch.float64), mode="double_backward")(tree.map(torch.Tensor.double, v))
+    found = tree.map(torch.Tensor.double, hf.linearized_hvp(loss, params, x, compile=True)(v))
+    assert tree.norm(tree.add(found, exact, -1.0)) <= 1e-5 * tree.norm(exact)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2}, {"dilation": 2}, {"groups": 2}, {"kernel_size": 5}, {"padding": 3}, {"padding": (1, 0)},
+     {"out_channels": 8}, {"out_channels": 20}, {"out_channels": 136}, {"dtype": torch.float64}],
+    ids=lambda options: "-".join(map(str, options.items())),
+)  # fmt: skip
+def test_other_convolutions_stay_what_they_are(options):
+    layer = nn.Conv2d(**{"in_channels": 16, "out_channels": 16, "kernel_size": 3, "padding": 1, **options})
+    loss, params = hf.functionalize(layer, nn.MSELoss())
+    x = normal(8, 16, 16, 16).to(layer.weight.dtype)
+    module, _ = linear_graph(loss, params, (x, torch.zeros_like(layer(x).detach())))
+    assert counts(native.by_tiles(module)) == {"convolutions": [], "correlations": []}
+
+
+def test_few_tiles_and_small_images_stay_what_they_are():
+    for n, size in ((3, 16), (64, 5)):
+        module, _ = linear_graph(*net(n=n, size=size))
+        assert counts(native.by_tiles(module)) == {"convolutions": [], "correlations": []}
+
+
+def test_without_a_compiler_nothing_changes(monkeypatch):
+    monkeypatch.setattr(native, "_library", lambda: None)
+    loss, params, x = net(channels=32)
+    assert winograd.convolution in {node.target for node in clean(loss, params, x, compile=True).module.graph.nodes}
+    module, _ = linear_graph(loss, params, x)
+    assert native.by_tiles(module).code == module.code
+
+
+def test_a_compiler_that_fails_is_left_for_the_next(monkeypatch):
+    build = native._library.__wrapped__
+    monkeypatch.setenv("CXX", "false")
+    assert build() is not None
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == "false" else None)
+    assert build() is None
+
+
+def test_missing_memory_is_said(monkeypatch):
+    class Full:
+        def convolve(self, *_):
+            return 0
+
+    monkeypatch.setattr(native, "_library", Full)
+    with pytest.raises(MemoryError, match="8 and 8 channels"):
+        ops.convolutions([torch.ones(1, 8, 4, 4)], [torch.ones(8, 8, 3, 3)], None, 1, False)
+
+
+def net(dtype=torch.float32, channels=16, n=8, size=14):
+    params = {name: (normal(channels, channels, 3, 3) / channels**0.5).to(dtype) for name in ("first", "second")}
+    params["bias"] = normal(channels).to(dtype)
+
+    def loss(p, x):
+        hidden = F.conv2d(x, p["first"], p["bias"], padding=1).tanh()
+        return F.conv2d(hidden, p["second"], padding=1).square().mean()
+
+    return loss, params, normal(n, channels, size, size).to(dtype)
+
+
+def linear_graph(loss, params, x):
+    graph = clean(loss, params, x, compile=True)
+    module = _folded(derivative(graph, params, (x,)), tensors((params, x))[0])
+    return module, [p.cos() for p in tree.leaves(params)]
+
+
+def counts(module):
+    """How many pairs each operation has."""
+    nodes = {name: getattr(ops, name).default for name in ("convolutions", "correlations")}
+    return {
+        name: sorted(len(node.args[0]) for node in module.graph.find_nodes(op="call_function", target=target))
+        for name, target in nodes.items()
+    }
