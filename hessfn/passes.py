@@ -52,6 +52,8 @@ def own_results(graph: fx.Graph) -> None:
     with graph.inserting_before(output):
         results = list(output.args[0])
         for i, node in enumerate(results):
+            while node.target is aten.t.default and node.args[0].target is aten.t.default:
+                node = results[i] = node.args[0].args[0]
             if node.op != "call_function" or node in results[:i] or is_view(node.target):
                 results[i] = graph.call_function(aten.clone.default, (node,))
                 results[i].meta = dict(node.meta)

@@ -117,13 +117,16 @@ def built(name: str, problem: Problem) -> Callable[[], Vector] | None:
 
 
 def in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each."""
+    """Median seconds of each; a turn is of as many as take a quarter of a second, as they follow on each other in use."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    times = dict.fromkeys(runs, 1)
     for _ in range(rounds + 1):
         for name, run in runs.items():
             start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(times[name]):
+                run()
+            seconds[name].append((time.perf_counter() - start) / times[name])
+            times[name] = max(1, round(0.25 / seconds[name][0]))
     return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
 
 
