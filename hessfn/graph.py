@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hessfn import passes, tree
-from hessfn.native import suits
 from hessfn.record import Recorder, Untraceable
 from hessfn.tree import Tree
 from hessfn.winograd import fewer_multiplications
@@ -22,7 +21,9 @@ from hessfn.winograd import fewer_multiplications
 aten = torch.ops.aten
 
 
-def clean(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: bool = False) -> Callable[..., Tensor]:
+def clean(
+    loss: Callable[..., Tensor], params: Tree, *args: Any, leave: Callable[..., bool] = lambda *_: False
+) -> Callable[..., Tensor]:
     """The loss as one pure aten graph: the same function of the same trees, twice differentiable in any mode.
 
     In-place operations are out of place, operations without a derivative rule are decomposed, attention is its math
@@ -34,7 +35,7 @@ def clean(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: bool =
         loss: ``loss(params, *args)`` to a scalar tensor; it is called once.
         params: a tree of tensors.
         args: what else the loss takes. Tensors in it are inputs of the graph, all else is fixed.
-        compile: leave convolutions that :mod:`hessfn.native` will compute as they are.
+        leave: which convolutions stay what they are, by the nodes of their image and kernel and all else after the bias.
 
     Returns:
         ``graph(params, *args)``, for arguments of these shapes and dtypes only.
@@ -50,7 +51,7 @@ def clean(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: bool =
     num_params = len(tree.leaves(params))
     module = _trace(loss, (params, args), given, where, num_params)
     on_cpu = all(t.device.type == "cpu" for t in given)
-    tiles = (partial(fewer_multiplications, but_for=suits if compile else None),) if on_cpu else ()
+    tiles = (partial(fewer_multiplications, leave=leave),) if on_cpu else ()
     for improve in (passes.fold_batch_norm, *tiles, passes.channels_last, passes.drop_dead):
         improve(module.graph)
     module.recompile()

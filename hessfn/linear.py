@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from hessfn import memory, passes, tree
 from hessfn.graph import aten, clean, tensors
-from hessfn.native import by_tiles
+from hessfn.native import by_tiles, suits
 from hessfn.record import record
 from hessfn.scaling import multiply_once
 from hessfn.shapes import looks
@@ -43,16 +43,16 @@ def linearized(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: b
     """
     # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new.
     params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
-    module = derivative(clean(loss, params, *args, compile=compile), params, args)
+    module = derivative(clean(loss, params, *args, leave=suits), params, args)
     _give_back()
     module = _folded(module, tensors((params, args))[0])
     on_cpu = all(t.device.type == "cpu" for t in tensors((params, args))[0])
+    faster = by_tiles(module) if on_cpu else module
+    memory.accumulate(faster)
     if on_cpu and not compile:
-        memory.keep_memory(module)
+        memory.keep_memory(faster)
     _give_back()
-    product: Callable[..., list[Tensor]] = module
-    if compile:
-        product = _compiled(module, by_tiles(module) if on_cpu else module, tree.leaves(params))
+    product = _compiled(faster, module, tree.leaves(params)) if compile else faster
     lock = Lock()
 
     def matvec(v: Tree) -> Tree:
@@ -124,7 +124,6 @@ def _folded(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
             if not waiting[i] and i in known:
                 known[i] = None  # its memory is free
     passes.own_results(graph)
-    memory.accumulate(graph)
     passes.drop_dead(graph)
     for node in given:
         graph.erase_node(node)
@@ -150,12 +149,12 @@ def _give_back() -> None:
         trim(0)
 
 
-def _compiled(module: fx.GraphModule, faster: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[Tensor]]:
-    """The faster module through ``torch.compile``, once one product has been seen to be the same."""
-    product = torch.compile(faster, fullgraph=True, dynamic=False)
+def _compiled(module: fx.GraphModule, exact: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[Tensor]]:
+    """The module through ``torch.compile``, once one product has been seen to be the same."""
+    product = torch.compile(module, fullgraph=True, dynamic=False)
     v = [torch.arange(p.numel(), device=p.device).cos().to(p.dtype).view_as(p) for p in like]
     with torch.no_grad():
-        plain, compiled = module(*v), product(*v)
+        plain, compiled = exact(*v), product(*v)
     error = tree.norm(tree.add(compiled, plain, -1.0)) / tree.norm(plain).clamp(min=torch.finfo(torch.float64).tiny)
     allowed = tree.eps(like) ** 0.5
     if not error <= allowed:

@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hessfn.native import convolutions, watched
 from hessfn.passes import aten, is_view
 from hessfn.shapes import looks
 
 
-def accumulate(graph: fx.Graph) -> None:
+def accumulate(module: fx.GraphModule) -> None:
     """What is added to, multiplied or masked for the last time has the result where it was itself."""
-    _add_products(graph)
-    for node in graph.nodes:
+    _add_products(module.graph)
+    for node in module.graph.nodes:
         if node.target in _ONTO_FIRST and not node.kwargs:
             first = node.args[0]
             if _is_own(first) and _looks_like(first, node):
                 node.target, node.args = into, (node.target, first, *node.args)
+    module.recompile()
 
 
 def _add_products(graph: fx.Graph) -> None:
@@ -67,17 +69,10 @@ def _looks_like(node: fx.Node, other: fx.Node) -> bool:
 
 def into(function: Any, place: Tensor, *args: Any) -> Tensor:
     """The result of the function, in this place unless it has to be elsewhere."""
-    if _keep(*args):
-        return function(*args)
+    if torch.compiler.is_compiling() or watched(*args):
+        return function(*args)  # a compiler sees to memory itself, autograd needs inputs, vmap has many results
     with_out, name = _WITH_OUT[function]
     return with_out(*args, **{name: place})
-
-
-def _keep(*inputs: Any) -> bool:
-    """A compiler sees to memory itself, autograd needs inputs, and under vmap one may be the same for many results."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
 def keep_memory(module: fx.GraphModule) -> None:
@@ -98,10 +93,14 @@ def keep_memory(module: fx.GraphModule) -> None:
                 layout.release(taken[home], _size(home.meta["val"]))
     block = torch.empty(layout.size, dtype=torch.uint8)
     for node, start in taken.items():
+        place = _view(module, block[start:], node)
+        if node.target is convolutions:
+            node.kwargs = {"out": place}
+            continue
         if node.target is not into:
             node.args = (node.target, None, *node.args)  # type: ignore[arg-type]
             node.target = into
-        node.update_arg(1, _view(module, block[start:], node))
+        node.update_arg(1, place)
     module.recompile()
 
 
@@ -117,7 +116,7 @@ def _homes(nodes: list[fx.Node]) -> tuple[dict[fx.Node, fx.Node], set[fx.Node]]:
     for node in nodes:
         homes[node] = homes[sources[node]] if node in sources else node
         elsewhere = node.target is into and homes[node] not in wanting  # onto what an operation had to allocate
-        own = node.target in _WITH_OUT and not node.kwargs
+        own = (node.target in _WITH_OUT and not node.kwargs) or node.target is convolutions
         if (own or elsewhere) and node not in results and _is_large(node.meta["val"]):
             homes[node] = node
             wanting.add(node)

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from hessfn.shapes import channels_last as is_channels_last
+from hessfn.shapes import looks
+
 aten = torch.ops.aten
 
 
@@ -58,6 +61,25 @@ def own_results(graph: fx.Graph) -> None:
                 results[i] = graph.call_function(aten.clone.default, (node,))
                 results[i].meta = dict(node.meta)
     output.args = (results,)
+
+
+def copies_under_vmap(graph: fx.Graph) -> None:
+    """``vmap`` has no rule for copies with the channels innermost, nor for copies onto another tensor."""
+    for copy in graph.find_nodes(op="call_function", target=aten.copy.default):
+        place, source = copy.args[:2]
+        wanted = copy.meta["val"]
+        layout = _NHWC if is_channels_last(wanted) else {"memory_format": torch.contiguous_format}
+        same = looks(place.meta["val"])[::2] == looks(source.meta["val"])[::2]  # shape and dtype
+        if same and wanted.is_contiguous(**layout):
+            copy.target, copy.args, copy.kwargs = aten.clone.default, (source,), layout
+    for copy in graph.find_nodes(op="call_function", target=aten.clone.default):
+        if copy.kwargs == _NHWC:
+            copy.target, copy.kwargs = channels_innermost, {}
+
+
+def channels_innermost(x: torch.Tensor) -> torch.Tensor:
+    """A copy, and so laid out in memory unless ``vmap`` gives the dimensions another place."""
+    return x.clone() if torch._C._functorch.peek_interpreter_stack() is not None else x.clone(**_NHWC)
 
 
 def only_used_gradients(graph: fx.Graph) -> None:

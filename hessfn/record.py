@@ -34,6 +34,7 @@ def record(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> fx.Gr
     module = recorder.run(function, inputs)
     passes.own_results(module.graph)
     passes.only_used_gradients(module.graph)
+    passes.copies_under_vmap(module.graph)
     module.recompile()
     return module
 

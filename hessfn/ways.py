@@ -15,6 +15,7 @@ from hessfn import memory, tree
 from hessfn.definitions import by_definition
 from hessfn.graph import Untraceable, clean, tensors
 from hessfn.linear import derivative
+from hessfn.native import by_tiles, suits
 from hessfn.probes import gaussian
 from hessfn.tree import Tree
 from hessfn.turns import turn
@@ -64,13 +65,14 @@ def _difference(loss: Loss, *_: Any) -> Product:
 
 
 def _traced(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Product:
-    graph = clean(loss, params, *args)
+    graph = clean(loss, params, *args, leave=suits)
     try:
         module = derivative(graph, params, args)
     except Untraceable:  # a derivative rule looks at values
         return _forward(graph)
-    memory.accumulate(module.graph)
-    module.recompile()
+    if all(t.device.type == "cpu" for t in tensors((params, args))[0]):
+        module = by_tiles(module)
+    memory.accumulate(module)
     return lambda params, args, v: tree.unflatten(module(*tensors((params, args, v))[0]), params)
 
 

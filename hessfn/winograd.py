@@ -18,12 +18,12 @@ from torch import Tensor, fx
 from hessfn.passes import aten
 
 
-def fewer_multiplications(graph: fx.Graph, but_for: Callable[..., bool] | None = None) -> None:
+def fewer_multiplications(graph: fx.Graph, leave: Callable[..., bool]) -> None:
     """Convolutions on the CPU go by tiles where that is faster; the libraries of GPUs see to it themselves."""
     if graph.find_nodes(op="call_function", target=aten.as_strided.default):
         return  # it reads memory as the layout was
     for conv in graph.find_nodes(op="call_function", target=aten.convolution.default):
-        if _is_faster(conv) and not (but_for and but_for(*conv.args[:2], *conv.args[3:])):
+        if _is_faster(conv) and not leave(*conv.args[:2], *conv.args[3:]):
             with graph.inserting_before(conv):
                 new = graph.call_function(convolution, (*conv.args[:3], conv.args[4][0]))
             new.meta = dict(conv.meta)

@@ -46,7 +46,7 @@ def test_convolutions_are_summed(sizes, count, with_bias, channels_last):
     exact = exact if bias is None else exact + bias[:, None, None]
     images = [x.float().to(memory_format=torch.channels_last) if channels_last else x.float() for x in xs]
     shift = None if bias is None else bias.float()
-    found = ops.convolutions(images, [w.float() for w in weights], shift, padding, False)
+    found = native.convolutions(images, [w.float() for w in weights], shift, padding, False)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert_float32(found, exact)
 
@@ -62,8 +62,8 @@ def test_derivatives_by_images_and_by_kernels(sizes, channels_last):
     change = y.detach().cos()
     by_image, by_kernel = torch.autograd.grad(y, (x, weight), change)
     single = [t.detach().float() for t in (x, weight, change)]
-    assert_float32(ops.convolutions([single[2]], [single[1]], None, 2 - padding, True), by_image)
-    twice = ops.correlations([single[0]] * 2, [single[2]] * 2, padding, channels_last)
+    assert_float32(native.convolutions([single[2]], [single[1]], None, 2 - padding, True), by_image)
+    twice = native.correlations([single[0]] * 2, [single[2]] * 2, padding, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert twice.is_contiguous(memory_format=layout)
     assert_float32(twice, 2 * by_kernel)
@@ -73,14 +73,14 @@ def test_the_operations_say_what_they_return():
     x, weight = normal(2, 8, 5, 6).float(), normal(16, 8, 3, 3).float()
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.convolutions.default, ([x], [weight], None, 1, False), test_utils=checks)
-    y = ops.convolutions([x], [weight], None, 0, False)
+    y = native.convolutions([x], [weight], None, 0, False)
     torch.library.opcheck(ops.correlations.default, ([x], [y], 0, True), test_utils=checks)
 
 
 def test_no_image_is_written_to():
     x, weight = normal(1, 8, 4, 4).float(), normal(8, 8, 3, 3).float()
     before = x.clone(), weight.clone()
-    ops.correlations([x], [ops.convolutions([x], [weight], None, 1, True)], 1, True)
+    native.correlations([x], [native.convolutions([x], [weight], None, 1, True)], 1, True)
     assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
 
 
@@ -127,7 +127,9 @@ def test_few_tiles_and_small_images_stay_what_they_are():
 def test_without_a_compiler_nothing_changes(monkeypatch):
     monkeypatch.setattr(native, "_library", lambda: None)
     loss, params, x = net(channels=32)
-    assert winograd.convolution in {node.target for node in clean(loss, params, x, compile=True).module.graph.nodes}
+    assert winograd.convolution in {
+        node.target for node in clean(loss, params, x, leave=native.suits).module.graph.nodes
+    }
     module, _ = linear_graph(loss, params, x)
     assert native.by_tiles(module).code == module.code
 
@@ -147,7 +149,7 @@ def test_missing_memory_is_said(monkeypatch):
 
     monkeypatch.setattr(native, "_library", Full)
     with pytest.raises(MemoryError, match="8 and 8 channels"):
-        ops.convolutions([torch.ones(1, 8, 4, 4)], [torch.ones(8, 8, 3, 3)], None, 1, False)
+        native.convolutions([torch.ones(1, 8, 4, 4)], [torch.ones(8, 8, 3, 3)], None, 1, False)
 
 
 def net(dtype=torch.float32, channels=16, n=8, size=14):
@@ -162,14 +164,14 @@ def net(dtype=torch.float32, channels=16, n=8, size=14):
 
 
 def linear_graph(loss, params, x):
-    graph = clean(loss, params, x, compile=True)
+    graph = clean(loss, params, x, leave=native.suits)
     module = _folded(derivative(graph, params, (x,)), tensors((params, x))[0])
     return module, [p.cos() for p in tree.leaves(params)]
 
 
 def counts(module):
     """How many pairs each operation has."""
-    nodes = {name: getattr(ops, name).default for name in ("convolutions", "correlations")}
+    nodes = {name: getattr(native, name) for name in ("convolutions", "correlations")}
     return {
         name: sorted(len(node.args[0]) for node in module.graph.find_nodes(op="call_function", target=target))
         for name, target in nodes.items()
