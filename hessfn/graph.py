@@ -35,7 +35,7 @@ def clean(
         loss: ``loss(params, *args)`` to a scalar tensor; it is called once.
         params: a tree of tensors.
         args: what else the loss takes. Tensors in it are inputs of the graph, all else is fixed.
-        leave: which convolutions stay what they are, by the nodes of their image and kernel and all else after the bias.
+        leave: which convolutions stay what they are; it takes the arguments of their nodes, but for the bias.
 
     Returns:
         ``graph(params, *args)``, for arguments of these shapes and dtypes only.

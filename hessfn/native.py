@@ -112,7 +112,7 @@ def convolutions(
         return torch.ops.hessfn.convolutions(xs, weights, bias, padding, turned)
     if watched(*xs, *weights, bias):
         conv, padding = (F.conv_transpose2d, 2 - padding) if turned else (F.conv2d, padding)
-        total = sum(conv(x, w, padding=padding) for x, w in zip(xs, weights, strict=True))
+        total: Any = sum(conv(x, w, padding=padding) for x, w in zip(xs, weights, strict=True))
         return total if bias is None else total + bias[:, None, None]
     return _convolutions(xs, weights, bias, padding, turned, out)
 

@@ -117,7 +117,7 @@ def built(name: str, problem: Problem) -> Callable[[], Vector] | None:
 
 
 def in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; a turn is of as many as take a quarter of a second, as they follow on each other in use."""
+    """Median seconds of each. A turn is of as many as take a quarter of a second, one after the other as in use."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     times = dict.fromkeys(runs, 1)
     for _ in range(rounds + 1):
