@@ -2,7 +2,7 @@
 
 ``winograd.py`` says the same in operations of torch, each of which passes over all tiles in memory. This is faster, and
 with few channels too. ``tiles.c`` is compiled when it is first wanted, in under a second; where there is no C compiler,
-nothing changes. Where others want to see operations of torch (autograd, ``torch.func``), they do.
+nothing changes. Where others want to see operations of torch (autograd, ``torch.func``, traces), they do.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hessfn import passes, winograd
 from hessfn.passes import aten
@@ -135,8 +136,8 @@ def correlations(xs: list[Tensor], ys: list[Tensor], padding: int, channels_last
 
 
 def watched(*inputs: Any) -> bool:
-    """Whether autograd or a transform of ``torch.func`` is to see what is computed from these."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    """Whether autograd, a transform of ``torch.func`` or a trace is to see what is computed from these."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or _get_current_dispatch_mode() is not None:
         return True
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import normal
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hessfn as hf
 from hessfn import native, tree, winograd
@@ -114,6 +115,14 @@ def test_products_can_be_batched(make):
     matvec = make(loss, params, x)
     many = torch.func.vmap(matvec)(tree.map(lambda t: torch.stack([t, -2 * t]), v))
     assert_same(tree.map(lambda t: t[1] / -2, many), matvec(v))
+
+
+@pytest.mark.parametrize("make", [hf.hvp, hf.linearized_hvp])
+def test_products_can_be_traced(make):
+    loss, params, x = net()
+    matvec = make(loss, params, x)
+    traced = make_fx(matvec)(tree.map(torch.cos, params))
+    assert_same(traced(params), matvec(params))
 
 
 def test_products_can_be_differentiated():
