@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hessfn import passes, tree
+from hessfn.native import suits
 from hessfn.record import Recorder, Untraceable
 from hessfn.tree import Tree
 from hessfn.winograd import fewer_multiplications
@@ -21,9 +22,7 @@ from hessfn.winograd import fewer_multiplications
 aten = torch.ops.aten
 
 
-def clean(
-    loss: Callable[..., Tensor], params: Tree, *args: Any, leave: Callable[..., bool] = lambda *_: False
-) -> Callable[..., Tensor]:
+def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[..., Tensor]:
     """The loss as one pure aten graph: the same function of the same trees, twice differentiable in any mode.
 
     In-place operations are out of place, operations without a derivative rule are decomposed, attention is its math
@@ -35,7 +34,6 @@ def clean(
         loss: ``loss(params, *args)`` to a scalar tensor; it is called once.
         params: a tree of tensors.
         args: what else the loss takes. Tensors in it are inputs of the graph, all else is fixed.
-        leave: which convolutions stay what they are; it takes the arguments of their nodes, but for the bias.
 
     Returns:
         ``graph(params, *args)``, for arguments of these shapes and dtypes only.
@@ -50,8 +48,7 @@ def clean(
     given, where = tensors((params, args))
     num_params = len(tree.leaves(params))
     module = _trace(loss, (params, args), given, where, num_params)
-    on_cpu = all(t.device.type == "cpu" for t in given)
-    tiles = (partial(fewer_multiplications, leave=leave),) if on_cpu else ()
+    tiles = (partial(fewer_multiplications, leave=suits),) if on_cpu((params, args)) else ()
     for improve in (passes.fold_batch_norm, *tiles, passes.channels_last, passes.drop_dead):
         improve(module.graph)
     module.recompile()
@@ -68,6 +65,10 @@ def tensors(arguments: Any) -> tuple[list[Tensor], list[int]]:
     flat = tree.leaves(arguments)
     where = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
     return [flat[i] for i in where], where
+
+
+def on_cpu(arguments: Any) -> bool:
+    return all(t.device.type == "cpu" for t in tensors(arguments)[0])
 
 
 # Tracing

@@ -14,8 +14,8 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, fx
 
 from hessfn import memory, passes, tree
-from hessfn.graph import aten, clean, tensors
-from hessfn.native import by_tiles, suits
+from hessfn.graph import aten, clean, on_cpu, tensors
+from hessfn.native import by_tiles
 from hessfn.record import record
 from hessfn.scaling import multiply_once
 from hessfn.shapes import looks
@@ -43,13 +43,12 @@ def linearized(loss: Callable[..., Tensor], params: Tree, *args: Any, compile: b
     """
     # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new.
     params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
-    module = derivative(clean(loss, params, *args, leave=suits), params, args)
+    module = derivative(clean(loss, params, *args), params, args)
     _give_back()
     module = _folded(module, tensors((params, args))[0])
-    on_cpu = all(t.device.type == "cpu" for t in tensors((params, args))[0])
-    faster = by_tiles(module) if on_cpu else module
+    faster = by_tiles(module) if on_cpu((params, args)) else module
     memory.accumulate(faster)
-    if on_cpu and not compile:
+    if on_cpu((params, args)) and not compile:
         memory.keep_memory(faster)
     _give_back()
     product = _compiled(faster, module, tree.leaves(params)) if compile else faster

@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from hessfn.shapes import channels_last as is_channels_last
-from hessfn.shapes import looks
 
 aten = torch.ops.aten
 
@@ -66,11 +65,10 @@ def own_results(graph: fx.Graph) -> None:
 def copies_under_vmap(graph: fx.Graph) -> None:
     """``vmap`` has no rule for copies with the channels innermost, nor for copies onto another tensor."""
     for copy in graph.find_nodes(op="call_function", target=aten.copy.default):
-        place, source = copy.args[:2]
-        wanted = copy.meta["val"]
+        source, wanted = copy.args[1], copy.meta["val"]
+        given = source.meta["val"]
         layout = _NHWC if is_channels_last(wanted) else {"memory_format": torch.contiguous_format}
-        same = looks(place.meta["val"])[::2] == looks(source.meta["val"])[::2]  # shape and dtype
-        if same and wanted.is_contiguous(**layout):
+        if (given.shape, given.dtype) == (wanted.shape, wanted.dtype) and wanted.is_contiguous(**layout):
             copy.target, copy.args, copy.kwargs = aten.clone.default, (source,), layout
     for copy in graph.find_nodes(op="call_function", target=aten.clone.default):
         if copy.kwargs == _NHWC:

@@ -93,22 +93,22 @@ static const float *pixels(const float *x, I high, I wide, I channels, I image, 
   return copy;
 }
 
-static void inputs_to_basis(Shape s, const float *x, I first, I some, float *y, float *copy) {
+static inline void images_to_basis(Shape s, const float *x, I high, I wide, I channels, I padding, int size, I first,
+                                   I some, float *y, float *copy) {
   for (I t = 0; t < some; t++) {
-    const I at = first + t, row = at / s.across % s.down * 4 - s.padding, column = at % s.across * 4 - s.padding;
+    const I at = first + t, row = at / s.across % s.down * 4 - padding, column = at % s.across * 4 - padding;
     I line;
-    const float *from = pixels(x, s.high, s.wide, s.inputs, at / s.across / s.down, row, column, 6, copy, &line);
-    to_basis(from, line, s.inputs, 6, y + t * s.inputs, s.block * s.inputs);
+    const float *from = pixels(x, high, wide, channels, at / s.across / s.down, row, column, size, copy, &line);
+    to_basis(from, line, channels, size, y + t * channels, s.block * channels);
   }
 }
 
+static void inputs_to_basis(Shape s, const float *x, I first, I some, float *y, float *copy) {
+  images_to_basis(s, x, s.high, s.wide, s.inputs, s.padding, 6, first, some, y, copy);
+}
+
 static void outputs_to_basis(Shape s, const float *x, I first, I some, float *y, float *copy) {
-  for (I t = 0; t < some; t++) {
-    const I at = first + t, row = at / s.across % s.down * 4, column = at % s.across * 4;
-    I line;
-    const float *from = pixels(x, s.rows, s.columns, s.outputs, at / s.across / s.down, row, column, 4, copy, &line);
-    to_basis(from, line, s.outputs, 4, y + t * s.outputs, s.block * s.outputs);
-  }
+  images_to_basis(s, x, s.rows, s.columns, s.outputs, 0, 4, first, some, y, copy);
 }
 
 static void outputs_from_basis(Shape s, const float *x, I first, I some, const float *bias, float *y) {

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn import memory, tree
 from hessfn.definitions import by_definition
-from hessfn.graph import Untraceable, clean, tensors
+from hessfn.graph import Untraceable, clean, on_cpu, tensors
 from hessfn.linear import derivative
-from hessfn.native import by_tiles, suits
+from hessfn.native import by_tiles
 from hessfn.probes import gaussian
 from hessfn.tree import Tree
 from hessfn.turns import turn
@@ -65,12 +65,12 @@ def _difference(loss: Loss, *_: Any) -> Product:
 
 
 def _traced(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Product:
-    graph = clean(loss, params, *args, leave=suits)
+    graph = clean(loss, params, *args)
     try:
         module = derivative(graph, params, args)
     except Untraceable:  # a derivative rule looks at values
         return _forward(graph)
-    if all(t.device.type == "cpu" for t in tensors((params, args))[0]):
+    if on_cpu((params, args)):
         module = by_tiles(module)
     memory.accumulate(module)
     return lambda params, args, v: tree.unflatten(module(*tensors((params, args, v))[0]), params)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hessfn.tree
@@ -25,6 +28,11 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
             if p.dim() == 1:  # biases and norm scales that are zero or one would hide errors
                 p.data.add_(0.3 * torch.randn_like(p))
     return model
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile and tiles.c need a compiler"
+)
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
@@ -104,6 +112,18 @@ def dense_hessian(loss: Any, params: Any, *args: Any) -> Tensor:
     flat, unravel = hessfn.tree.ravel(params)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return torch.autograd.functional.hessian(lambda p: loss(unravel(p), *args), flat)
+
+
+def two_convolutions(channels: int, n: int, size: int, dtype: torch.dtype = torch.float64) -> tuple[Any, Any, Tensor]:
+    """A loss, its parameters and its images."""
+    params = {name: normal(channels, channels, 3, 3).to(dtype) / (9 * channels) ** 0.5 for name in ("first", "second")}
+    params["bias"] = normal(channels).to(dtype)
+
+    def loss(p: Any, x: Tensor) -> Tensor:
+        hidden = F.conv2d(x, p["first"], p["bias"], padding=1).tanh()
+        return F.conv2d(hidden, p["second"], padding=1).square().mean()
+
+    return loss, params, normal(n, channels, size, size).to(dtype)
 
 
 def product_module(linearized: Any) -> torch.fx.GraphModule:

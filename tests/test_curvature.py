@@ -1,9 +1,8 @@
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from nets import CRITERIA, NETS, classes, dense_hessian, normal, problem, seeded
+from nets import CRITERIA, NETS, classes, dense_hessian, needs_compiler, normal, problem, seeded
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
@@ -44,7 +43,7 @@ def test_linearized_product_is_the_same(net, criterion):
     close(tree.map(lambda x: x[2], torch.func.vmap(matvec)(stack)), matvec(v[2]), 1e-12)
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_linearized_product_compiled_by_the_library_is_the_same():
     loss, params, batch, _ = problem("layer_norm")
     v = gaussian(params, 1)[0]

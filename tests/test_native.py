@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import normal
+from nets import needs_compiler, normal, two_convolutions
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -17,9 +17,7 @@ from hessfn import native, tree, winograd
 from hessfn.graph import clean, tensors
 from hessfn.linear import _folded, derivative
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="convolutions in machine code need a compiler"
-)
+pytestmark = needs_compiler
 
 ops = torch.ops.hessfn
 channels = st.sampled_from([8, 16, 24, 40])
@@ -158,9 +156,7 @@ def test_few_tiles_and_small_images_stay_what_they_are():
 def test_without_a_compiler_nothing_changes(monkeypatch):
     monkeypatch.setattr(native, "_library", lambda: None)
     loss, params, x = net(channels=32)
-    assert winograd.convolution in {
-        node.target for node in clean(loss, params, x, leave=native.suits).module.graph.nodes
-    }
+    assert winograd.convolution in {node.target for node in clean(loss, params, x).module.graph.nodes}
     module, _ = linear_graph(loss, params, x)
     assert native.by_tiles(module).code == module.code
 
@@ -189,18 +185,11 @@ def assert_same(found, exact):
 
 
 def net(dtype=torch.float32, channels=16, n=8, size=14):
-    params = {name: (normal(channels, channels, 3, 3) / channels**0.5).to(dtype) for name in ("first", "second")}
-    params["bias"] = normal(channels).to(dtype)
-
-    def loss(p, x):
-        hidden = F.conv2d(x, p["first"], p["bias"], padding=1).tanh()
-        return F.conv2d(hidden, p["second"], padding=1).square().mean()
-
-    return loss, params, normal(n, channels, size, size).to(dtype)
+    return two_convolutions(channels, n, size, dtype)
 
 
 def linear_graph(loss, params, x):
-    graph = clean(loss, params, x, leave=native.suits)
+    graph = clean(loss, params, x)
     module = _folded(derivative(graph, params, (x,)), tensors((params, x))[0])
     return module, [p.cos() for p in tree.leaves(params)]
 

@@ -7,15 +7,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import normal
+from nets import normal, two_convolutions
 from torch import nn
 
 import hessfn as hf
-from hessfn import tree, winograd
+from hessfn import native, tree, winograd
 from hessfn.graph import clean
 from hessfn.linear import linearized
 
 CHANNELS = 32  # the fewest for which tiles are faster
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(native, "_library", lambda: None)
 
 
 @given(st.tuples(*[st.integers(1, 6)] * 3), st.integers(3, 11), st.integers(3, 11), st.integers(0, 2), st.booleans())
@@ -30,7 +35,7 @@ def test_tiles_give_the_convolution(sizes, high, wide, padding, with_bias):
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_products_by_tiles_are_those_of_the_convolution(dtype, close):
-    loss, params, x = two_convolutions(n=6, size=14, dtype=dtype)
+    loss, params, x = two_convolutions(CHANNELS, n=6, size=14, dtype=dtype)
     v = tree.map(torch.cos, params)
     assert uses_tiles(loss, params, x)
     exact = hf.hvp(loss, params, x, mode="double_backward")(v)
@@ -43,7 +48,7 @@ def test_products_by_tiles_are_those_of_the_convolution(dtype, close):
 
 @pytest.mark.parametrize("name", ["first", "second"])
 def test_products_may_be_batched_in_some_leaves_only(name):
-    loss, params, x = two_convolutions(n=6, size=14)
+    loss, params, x = two_convolutions(CHANNELS, n=6, size=14)
     v = tree.map(torch.cos, params)
     many = torch.stack([v[name], -2 * v[name]])
     for product in (hf.hvp(loss, params, x), hf.linearized_hvp(loss, params, x)):
@@ -53,7 +58,7 @@ def test_products_may_be_batched_in_some_leaves_only(name):
 
 
 def test_products_by_an_image_go_through_the_tiles_overlaps():
-    loss, params, x = two_convolutions(n=6, size=14)
+    loss, params, x = two_convolutions(CHANNELS, n=6, size=14)
     shifts = torch.zeros_like(x)
     shifted = lambda shift, p: loss(p, x + shift)  # noqa: E731
     assert uses_tiles(shifted, shifts, params)
@@ -64,7 +69,7 @@ def test_products_by_an_image_go_through_the_tiles_overlaps():
 def test_tiles_are_cut_in_groups_that_share_the_images_evenly():
     groups = winograd._groups(images=128, tiles=16, inputs=32, outputs=32, size=4)
     assert groups > 1 and 128 % groups == 0
-    loss, params, x = two_convolutions(n=24, size=16)
+    loss, params, x = two_convolutions(CHANNELS, n=24, size=16)
     assert winograd._groups(24, 16, CHANNELS, CHANNELS, 8) > 1
     exact = hf.hvp(loss, params, x, mode="double_backward")(params)
     assert tree.norm(tree.add(hf.linearized_hvp(loss, params, x)(params), exact, -1.0)) <= 1e-10 * tree.norm(exact)
@@ -98,17 +103,6 @@ def test_convolutions_right_behind_a_batch_norm_go_by_tiles_too():
     loss, params = hf.functionalize(module, nn.MSELoss())
     x = normal(4, CHANNELS, 16, 16)
     assert uses_tiles(loss, params, (x, x.tanh()))
-
-
-def two_convolutions(n, size, dtype=torch.float64):
-    params = {name: normal(CHANNELS, CHANNELS, 3, 3).to(dtype) / 17 for name in ("first", "second")}
-    params["bias"] = normal(CHANNELS).to(dtype)
-
-    def loss(p, x):
-        hidden = F.conv2d(x, p["first"], p["bias"], padding=1).tanh()
-        return F.conv2d(hidden, p["second"], padding=1).square().mean()
-
-    return loss, params, normal(n, CHANNELS, size, size).to(dtype)
 
 
 def uses_tiles(loss, params, x):
