@@ -8,43 +8,52 @@ Make a matvec from a loss, transform it, consume it:
 >>> estimate = hf.hutchinson(matvec, hf.rademacher(params, 10))
 """
 
-from hessfn import batches, plot, tree
-from hessfn.activation import activation_loss, activation_shapes
-from hessfn.curvature import fvp, ggnvp, hvp, linearized_hvp, mean_hvp
-from hessfn.distributed import all_reduce
-from hessfn.eigen import EigenPair, EigenPairs, Tridiagonal, eigsh, lanczos, power_iter
-from hessfn.graph import Untraceable
-from hessfn.journal import journal
-from hessfn.landscape import (
-    Curvature,
-    check_slice,
-    direction_to,
-    filter_normalized,
-    gradient_direction,
-    line,
-    plane,
-    random_direction,
-    slice_curvature,
-)
-from hessfn.matvec import as_linear_operator, block, check_matvec, deflate, dense, progress, restrict
-from hessfn.model import functionalize, stateless
-from hessfn.probes import gaussian, rademacher
-from hessfn.sensitivity import Sensitivities, activation_traces, sensitivities
-from hessfn.sketch import hutchpp, xdiag, xtrace
-from hessfn.spectrum import (
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# What everybody uses: trees, random trees, results, errors.
+from hessfn.core import tree
+from hessfn.core.config import show_config
+from hessfn.core.errors import HessfnError, JournalError, Untraceable
+from hessfn.core.probes import gaussian, rademacher
+from hessfn.core.results import (
     Band,
     Cumulative,
+    Curvature,
     Density,
-    Quadrature,
-    cumulative,
-    density,
-    density_band,
-    slq,
-    trace_of,
-    wasserstein,
-)
-from hessfn.trace import (
+    EigenPair,
+    EigenPairs,
     Estimate,
+    Mode,
+    Quadrature,
+    Sensitivities,
+    Trajectory,
+    Tridiagonal,
+)
+from hessfn.core.tree import MatVec, Tree
+
+# Losses: a model and its data as a function.
+from hessfn.losses import batches
+from hessfn.losses.activation import activation_loss, activation_shapes
+from hessfn.losses.functional import functionalize, stateless
+
+# Make a matvec from a loss.
+from hessfn.products.gauss_newton import fvp, ggnvp
+from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
+from hessfn.products.modes import find_mode
+
+# Transform one.
+from hessfn.parallel.all_reduce import ShardedBatches, all_reduce
+from hessfn.storage.product_journal import journal
+from hessfn.transforms.blocks import block, restrict
+from hessfn.transforms.conversion import as_linear_operator, dense
+from hessfn.transforms.deflation import deflate
+from hessfn.transforms.matvec_check import check_matvec
+from hessfn.transforms.progress_bar import progress
+
+# Consume one.
+from hessfn.estimators.eigen import eigsh, lanczos, power_iter
+from hessfn.estimators.hutchinson import (
     deflated_trace,
     hutchinson,
     hutchinson_diag,
@@ -54,9 +63,42 @@ from hessfn.trace import (
     squared_frobenius,
     squared_row_norms,
 )
-from hessfn.trajectory import Trajectory, principal_directions
-from hessfn.tree import MatVec, Tree
-from hessfn.ways import Way, choose_way
+from hessfn.estimators.leave_one_out import hutchpp, xdiag, xtrace
+from hessfn.estimators.spectrum import cumulative, density, density_band, slq, trace_of, wasserstein
+from hessfn.quantization.sensitivity import activation_traces, sensitivities
+
+# Landscapes and pictures.
+from hessfn.landscape.directions import direction_to, filter_normalized, gradient_direction, random_direction
+from hessfn.landscape.slice_check import check_slice, slice_curvature
+from hessfn.landscape.slices import line, plane
+from hessfn.landscape.trajectory import principal_directions
+from hessfn.plotting import plot
+
+if TYPE_CHECKING:
+    from hessfn.reporting.compare import compare
+    from hessfn.reporting.run import report
+
+# The main job is loaded when it is first asked for: it imports figures and templates.
+_LOADED_WHEN_USED = {
+    "compare": ("hessfn.reporting.compare", "compare"),
+    "report": ("hessfn.reporting.run", "report"),
+    "Way": ("hessfn.core.results", "Mode"),  # the names of before
+    "choose_way": ("hessfn.products.modes", "find_mode"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("hessfn")
+    if name in _LOADED_WHEN_USED:
+        module, attribute = _LOADED_WHEN_USED[name]
+        return getattr(importlib.import_module(module), attribute)
+    raise AttributeError(f"module 'hessfn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
 
 __all__ = [
     "Band",
@@ -66,14 +108,17 @@ __all__ = [
     "EigenPair",
     "EigenPairs",
     "Estimate",
+    "HessfnError",
+    "JournalError",
     "MatVec",
+    "Mode",
     "Quadrature",
     "Sensitivities",
+    "ShardedBatches",
     "Trajectory",
     "Tree",
     "Tridiagonal",
     "Untraceable",
-    "Way",
     "activation_loss",
     "activation_shapes",
     "activation_traces",
@@ -83,7 +128,7 @@ __all__ = [
     "block",
     "check_matvec",
     "check_slice",
-    "choose_way",
+    "compare",
     "cumulative",
     "deflate",
     "deflated_trace",
@@ -93,6 +138,7 @@ __all__ = [
     "direction_to",
     "eigsh",
     "filter_normalized",
+    "find_mode",
     "functionalize",
     "fvp",
     "gaussian",
@@ -117,8 +163,10 @@ __all__ = [
     "progress",
     "rademacher",
     "random_direction",
+    "report",
     "restrict",
     "sensitivities",
+    "show_config",
     "slice_curvature",
     "slq",
     "squared_frobenius",

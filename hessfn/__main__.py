@@ -2,7 +2,7 @@
 
 import sys
 
-from hessfn.cli import main
+from hessfn.reporting.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hessfn.core.errors import InvalidInput, MissingExtra, NotThere
+
 Problem = tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]
 
 
@@ -37,7 +39,7 @@ def digits(*, seed: int = 0, epochs: int = 12, num_images: int = 500, batch_size
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ModuleNotFoundError('the digits come with scikit-learn: pip install "hessfn[demo]"') from error
+        raise MissingExtra('the digits come with scikit-learn: pip install "hessfn[demo]"') from error
     data = load_digits()
     images = torch.from_numpy(data.images).float().sub(8).div(8).unsqueeze(1)
     labels = torch.from_numpy(data.target).long()
@@ -118,7 +120,7 @@ def cifar10_resnet20(
     try:
         from pytorchcv.model_provider import get_model
     except ImportError as error:
-        raise ModuleNotFoundError('the net comes with pytorchcv: pip install "hessfn[vision]"') from error
+        raise MissingExtra('the net comes with pytorchcv: pip install "hessfn[vision]"') from error
     images, labels = _cifar10(data)
     batches = _batches(images, labels, num_images, batch_size)
     # pytorchcv says what it downloads on stdout, which belongs to the caller's results.
@@ -126,7 +128,7 @@ def cifar10_resnet20(
         try:
             model = get_model("resnet20_cifar10", pretrained=weights is None)
         except OSError as error:
-            raise FileNotFoundError(
+            raise NotThere(
                 f"the weights of resnet20_cifar10 cannot be downloaded ({type(error).__name__}). Where there is "
                 "network, fetch resnet20_cifar10-0597-9b0024ac.pth.zip from github.com/osmr/imgclsmob, release "
                 "v0.0.163, and unzip it; then pass weights=PATH of the .pth file (hessfn report: --set weights=PATH)"
@@ -138,12 +140,12 @@ def cifar10_resnet20(
 
 def _load(model: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"weights={str(path)!r} is no file")
+        raise NotThere(f"weights={str(path)!r} is no file")
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"weights={str(path)!r} holds no state_dict of resnet20_cifar10: {reason}") from error
+        raise InvalidInput(f"weights={str(path)!r} holds no state_dict of resnet20_cifar10: {reason}") from error
 
 
 def _cifar10(data: str | Path | None) -> tuple[Tensor, Tensor]:
@@ -153,20 +155,20 @@ def _cifar10(data: str | Path | None) -> tuple[Tensor, Tensor]:
             with np.load(path, allow_pickle=False) as arrays:
                 pixels, labels = arrays["images"], arrays["labels"]
         except (KeyError, ValueError) as error:
-            raise ValueError(f"data={str(path)!r} must hold the arrays 'images' and 'labels': {error}") from error
+            raise InvalidInput(f"data={str(path)!r} must hold the arrays 'images' and 'labels': {error}") from error
         if pixels.shape[1:] != (32, 32, 3) or pixels.dtype != np.uint8 or labels.shape != pixels.shape[:1]:
             found = f"{pixels.dtype} {pixels.shape} and {labels.shape}"
-            raise ValueError(f"data={str(path)!r} must hold images uint8 (N, 32, 32, 3) and labels (N,), not {found}")
+            raise InvalidInput(f"data={str(path)!r} must hold images uint8 (N, 32, 32, 3) and labels (N,), not {found}")
     else:
         try:
             from torchvision.datasets import CIFAR10
         except ImportError as error:
-            raise ModuleNotFoundError('the images come with torchvision: pip install "hessfn[vision]"') from error
+            raise MissingExtra('the images come with torchvision: pip install "hessfn[vision]"') from error
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 dataset = CIFAR10(str(path), train=True, download=data is None)
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
+            raise NotThere(
                 f"there is no CIFAR-10 in {str(path)!r}"
                 + (f", and it cannot be downloaded ({type(error).__name__})" if data is None else "")
                 + ". Fetch cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, unpack it so that "
@@ -180,9 +182,11 @@ def _cifar10(data: str | Path | None) -> tuple[Tensor, Tensor]:
 
 def _batches(images: Tensor, labels: Tensor, num_images: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
     if not 1 <= num_images <= len(images):
-        raise ValueError(f"num_images={num_images} must be between 1 and {len(images)}, the number of images there are")
+        raise InvalidInput(
+            f"num_images={num_images} must be between 1 and {len(images)}, the number of images there are"
+        )
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+        raise InvalidInput(f"batch_size={batch_size} must be at least 1")
     pairs = zip(images[:num_images].split(batch_size), labels[:num_images].split(batch_size), strict=True)
     return list(pairs)
 

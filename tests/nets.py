@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import hessfn.tree
-from hessfn.model import functionalize
+import hessfn
+from hessfn.losses.functional import functionalize
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
@@ -124,9 +124,3 @@ def two_convolutions(channels: int, n: int, size: int, dtype: torch.dtype = torc
         return F.conv2d(hidden, p["second"], padding=1).square().mean()
 
     return loss, params, normal(n, channels, size, size).to(dtype)
-
-
-def product_module(linearized: Any) -> torch.fx.GraphModule:
-    """What :func:`hessfn.linear.linearized` runs."""
-    cells = (cell.cell_contents for cell in linearized.__closure__)
-    return next(x for x in cells if isinstance(x, torch.fx.GraphModule))

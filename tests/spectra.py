@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hessfn import tree
+from hessfn.core import tree
 
 N = 60
 _i = torch.arange(N, dtype=torch.float64)

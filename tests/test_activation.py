@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 import hessfn as hf
-from hessfn import tree
+from hessfn.core import tree
 
 CE = nn.CrossEntropyLoss()
 

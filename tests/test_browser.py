@@ -12,8 +12,8 @@ import pytest
 from nets import classes, normal, seeded
 from torch import nn
 
-from hessfn.compare import compare
-from hessfn.report import report
+from hessfn.reporting.compare import compare
+from hessfn.reporting.run import report
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hessfn.cli import load_problem, main
+from hessfn.reporting.cli import load_problem, main
 
 PROBLEM = """
 import torch

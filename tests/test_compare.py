@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pages import Parsed
 
-from hessfn.cli import main
-from hessfn.compare import Measured, compare, difference, read, summary
+from hessfn.reporting.cli import main
+from hessfn.reporting.compare import Measured, compare, difference, read, summary
 
 LAYERS = {"conv.weight": (72, 6.0, 0.3), "conv.bias": (8, 2.0, 0.4), "head.weight": (40, 1.0, 0.2)}
 REPORT: dict[str, Any] = {

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import hessfn as hf
-from hessfn import tree
+from hessfn.core import tree
 
 
 def spectrum_of(matvec, params):

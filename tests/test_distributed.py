@@ -26,9 +26,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 import hessfn as hf
-from hessfn import tree
-from hessfn.cli import main
-from hessfn.distributed import Dealt, require_same
+from hessfn.core import tree
+from hessfn.parallel.all_reduce import ShardedBatches, require_same
+from hessfn.reporting.cli import main
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or "forkserver" not in multiprocessing.get_all_start_methods(),
@@ -42,7 +42,7 @@ def start(
 ) -> list[Any]:
     """``program(rank, size, folder)`` in processes of a group; a server imports torch once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "hessfn.cli", "torch._dynamo", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(["pytest", "hessfn.reporting.cli", "torch._dynamo", "torch.distributed.fsdp"])
     processes = [context.Process(target=_rank, args=(program, rank, size, folder, timeout)) for rank in range(size)]
     for process in processes:
         process.start()
@@ -113,7 +113,9 @@ def means(rank: int, size: int, folder: Path) -> None:
         trace = hf.hutchinson(matvec, hf.rademacher(params, 4), batch_size=batch_size)
         torch.testing.assert_close(trace.mean, hf.hutchinson(whole, hf.rademacher(params, 4)).mean, rtol=1e-12, atol=0)
 
-    dealt = Dealt(list(zip(inputs.split(2), targets.split(2), strict=True)))  # of 2, 2, 2: with 4 ranks one has none
+    dealt = ShardedBatches(
+        list(zip(inputs.split(2), targets.split(2), strict=True))
+    )  # of 2, 2, 2: with 4 ranks one has none
     assert len(list(dealt)) == len(range(rank, 3, size))
     dealt_product = hf.mean_hvp(loss, params, dealt)(start)
     assert same_bits(dealt_product)
@@ -337,7 +339,7 @@ def fully_sharded(rank: int, size: int, folder: Path) -> None:
     of_parts, parts = hf.functionalize(model, nn.CrossEntropyLoss())
     torch.testing.assert_close(of_parts(parts, mine), loss(params, (x, y)), rtol=1e-14, atol=0)
 
-    way = hf.choose_way(of_parts, parts, mine)
+    way = hf.find_mode(of_parts, parts, mine)
     assert way.mode == "difference", way
     matvec = hf.hvp(of_parts, parts, mine, mode="difference")
     v = hf.gaussian(parts, 1)[0]

@@ -20,7 +20,7 @@ from nets import classes, normal, seeded
 from torch import nn
 
 import hessfn as hf
-from hessfn import cli
+from hessfn.reporting import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -117,7 +117,11 @@ def test_commands_are_ones_that_there_are() -> None:
 
 def test_every_public_name_is_in_the_reference() -> None:
     described = re.findall(r"^\.\. (?:auto\w+|py:data):: (?:hessfn\.)?([\w.]+)$", PAGES["docs/api.md"], re.MULTILINE)
-    assert set(hf.__all__) - set(described) == set()
+    assert (
+        set(hf.__all__)
+        - {name.removeprefix("losses.").removeprefix("plotting.").removeprefix("core.") for name in described}
+        == set()
+    )
 
 
 @pytest.mark.parametrize("peer", ["pyhessian", "curvlinops", "hessian_eigenthings"])

@@ -6,10 +6,10 @@ import torch
 from spectra import LIKES, SPECTRA, N, on, symmetric
 from torch.func import grad, vmap
 
-from hessfn import tree
-from hessfn.eigen import eigsh, lanczos, power_iter
-from hessfn.probes import gaussian
-from hessfn.trace import hutchinson
+from hessfn.core import tree
+from hessfn.core.probes import gaussian
+from hessfn.estimators.eigen import eigsh, lanczos, power_iter
+from hessfn.estimators.hutchinson import hutchinson
 
 FLAT = LIKES["tensor"]
 V0 = gaussian(FLAT, 1, seed=1)[0]

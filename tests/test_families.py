@@ -15,7 +15,7 @@ from nets import classes, normal
 from torch import nn
 
 import hessfn as hf
-from hessfn import tree
+from hessfn.core import tree
 
 # The smallest of each family that is made for CIFAR-10.
 PYTORCHCV = [

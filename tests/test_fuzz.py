@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from nets import CRITERIA, NETS, dense_hessian, problem
 
 import hessfn as hf
-from hessfn import tree
+from hessfn.core import tree
 
 CALLS: Counter[str] = Counter()
 REFUSED: Counter[str] = Counter()

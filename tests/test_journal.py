@@ -14,8 +14,8 @@ import torch
 from nets import normal
 
 import hessfn as hf
-from hessfn import tree
-from hessfn.tree import MatVec, Tree
+from hessfn.core import tree
+from hessfn.core.tree import MatVec, Tree
 
 LIKE = {"a": torch.zeros(5, 4), "b": [torch.zeros(()), torch.zeros(3)], "none": torch.zeros(0, 2)}
 KEY = {"params": LIKE, "data": [normal(3), "train"], "rate": 0.5}

@@ -2,20 +2,14 @@ import pytest
 import torch
 from nets import dense_hessian, normal, problem
 
-from hessfn import batches, tree
-from hessfn.curvature import hvp, mean_hvp
-from hessfn.eigen import eigsh
-from hessfn.landscape import (
-    check_slice,
-    direction_to,
-    filter_normalized,
-    gradient_direction,
-    line,
-    plane,
-    random_direction,
-    slice_curvature,
-)
-from hessfn.matvec import progress
+from hessfn.core import tree
+from hessfn.estimators.eigen import eigsh
+from hessfn.landscape.directions import direction_to, filter_normalized, gradient_direction, random_direction
+from hessfn.landscape.slice_check import check_slice, slice_curvature
+from hessfn.landscape.slices import line, plane
+from hessfn.losses import batches
+from hessfn.products.hessian import hvp, mean_hvp
+from hessfn.transforms.progress_bar import progress
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv", "batch_norm", "layer_norm", "attention", "lstm"])

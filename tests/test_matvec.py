@@ -7,11 +7,15 @@ import torch
 from nets import dense_hessian, normal, problem
 from torch import nn
 
-from hessfn import tree
-from hessfn.curvature import hvp, mean_hvp
-from hessfn.matvec import as_linear_operator, check_matvec, deflate, dense, progress, restrict
-from hessfn.model import functionalize
-from hessfn.probes import gaussian
+from hessfn.core import tree
+from hessfn.core.probes import gaussian
+from hessfn.losses.functional import functionalize
+from hessfn.products.hessian import hvp, mean_hvp
+from hessfn.transforms.blocks import restrict
+from hessfn.transforms.conversion import as_linear_operator, dense
+from hessfn.transforms.deflation import deflate
+from hessfn.transforms.matvec_check import check_matvec
+from hessfn.transforms.progress_bar import progress
 
 
 def symmetric(n, seed=0):

@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import derivative_graph
 from nets import classes, normal, seeded
 from torch import fx, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from hessfn import tree
-from hessfn.curvature import hvp, linearized_hvp
-from hessfn.definitions import by_definition
-from hessfn.graph import clean, tensors
-from hessfn.linear import derivative
-from hessfn.memory import shares_memory
-from hessfn.model import functionalize
-from hessfn.probes import gaussian
-from hessfn.ways import choose_way
+from hessfn.core import tree
+from hessfn.core.probes import gaussian
+from hessfn.engine.memory_plan import shares_memory
+from hessfn.engine.op_definitions import by_definition
+from hessfn.engine.trace import tensors
+from hessfn.losses.functional import functionalize
+from hessfn.products.hessian import hvp, linearized_hvp
+from hessfn.products.modes import find_mode
 
 
 class Row(NamedTuple):
@@ -260,7 +260,7 @@ def test_row(row):
     assert size > 0
     assert torch.linalg.vector_norm(tree.ravel(hv)[0] - difference(model, row.criterion, batch, v)) <= 1e-8 * size
     assert abs(tree.dot(w, hv) - tree.dot(v, hw)) <= 1e-10 * size
-    way = choose_way(loss, params, batch)
+    way = find_mode(loss, params, batch)
     assert way.mode == row.way, way
     if row.way == "traced":
         linearized = linearized_hvp(loss, params, batch)(v)
@@ -287,7 +287,7 @@ class Aliases(fx.Interpreter):
 def test_only_views_share_memory(row):
     """What is not known for a view would be written over while it is in use."""
     _, loss, params, batch = problem(row)
-    graph = derivative(clean(by_definition(loss), params, batch), params, (batch,))
+    graph = derivative_graph(by_definition(loss), params, batch)
     run = Aliases(graph)
     with torch.no_grad():
         run.run(*tensors((params, batch, gaussian(params, 1)[0]))[0])
@@ -304,7 +304,7 @@ def test_autocast_inside_the_loss(dtype):
         with torch.autocast("cpu", dtype=dtype):
             return plain(p, b)
 
-    assert choose_way(loss, params, batch).mode == "traced"
+    assert find_mode(loss, params, batch).mode == "traced"
     v, w = (tree.scale(1 / tree.norm(u), u) for u in gaussian(params, 2, seed=3))
     exact, matvec = hvp(plain, params, batch)(v), hvp(loss, params, batch)
     size = tree.norm(exact)

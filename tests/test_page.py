@@ -16,10 +16,10 @@ from pages import Parsed, contrast, palettes
 from torch import nn
 
 import hessfn as hf
-from hessfn import page
-from hessfn.analysis import _negative
-from hessfn.report import report
-from hessfn.words import number, share
+from hessfn.estimators.spectrum import negative_share
+from hessfn.reporting import html
+from hessfn.reporting.run import report
+from hessfn.reporting.text import number, share
 
 NASTY = "</script><img src=x>$\\frac$"
 
@@ -98,7 +98,7 @@ def test_plane_is_over_the_top_two_eigenvectors(made: Any) -> None:
 
 def test_negative_curvature_is_the_share_of_all_curvature(made: Any) -> None:
     nodes = torch.tensor([[-1.0, 3.0], [-2.0, 2.0]])
-    found = _negative(hf.Quadrature(nodes, torch.full((2, 2), 0.5)))
+    found = negative_share(hf.Quadrature(nodes, torch.full((2, 2), 0.5)))
     assert found.mean == pytest.approx(3 / 8)
     assert found.stderr == pytest.approx(1 / 8)  # the shares are a quarter and a half, of the same whole
     assert 0 < made[0]["negative_curvature"]["mean"] < 1
@@ -115,15 +115,15 @@ def test_one_eigenvalue_has_no_plane_and_one_run_no_band(tmp_path: Path) -> None
 
 
 def test_colours_meet_the_contrast_that_accessibility_asks_for() -> None:
-    css = resources.files("hessfn").joinpath("templates/page.css").read_text("utf-8")
+    css = resources.files("hessfn").joinpath("reporting/templates/page.css").read_text("utf-8")
     light, dark = palettes(css)
     assert light["page"] != dark["page"]
     for colors in (light, dark):
         for background in (colors["page"], colors["card"]):
             assert all(contrast(colors[name], background) >= 4.5 for name in ("text", "soft", "link"))
             assert all(contrast(colors[name], background) >= 3 for name in ("first", "second", "third"))
-    assert page._DARK["figure.facecolor"] == dark["page"]
-    assert page._DARK["text.color"] == dark["text"]
+    assert html._DARK["figure.facecolor"] == dark["page"]
+    assert html._DARK["text.color"] == dark["text"]
 
 
 @pytest.mark.parametrize("plane", [1, 2, -3])
@@ -133,7 +133,7 @@ def test_a_plane_of_too_few_points_is_refused(plane: int, tmp_path: Path) -> Non
 
 
 def test_numbers_of_charts_keep_six_digits() -> None:
-    assert page.short({"a": [1 / 3, None, 2, "x"]}) == {"a": [0.333333, None, 2, "x"]}
+    assert html.short({"a": [1 / 3, None, 2, "x"]}) == {"a": [0.333333, None, 2, "x"]}
 
 
 def test_shares_are_in_percent() -> None:
@@ -145,8 +145,8 @@ def test_values_that_are_not_finite_are_said_on_the_page(made: Any) -> None:
     result = copy.deepcopy(made[0])
     result["layers"] = {"a": {"numel": 3, "trace": None, "stderr": None}}
     result["trace"]["stderr"] = None
-    images = defaultdict(lambda: page.Picture("", ""))
-    text = page.template().render(**result, images=images, top_index=0, data={}, call="")
+    images = defaultdict(lambda: html.Picture("", ""))
+    text = html.template().render(**result, images=images, top_index=0, data={}, call="")
     shown = " ".join(Parsed(text).shown.split())
     assert "not finite" in shown
     assert "unknown size" in shown

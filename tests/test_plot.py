@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pages import contrast
 
 import hessfn as hf
-from hessfn import plot
+from hessfn.plotting import plot
 
 GRID = torch.linspace(-1, 2, 301)
 DENSITY = hf.Density(GRID, torch.exp(-50 * GRID**2))

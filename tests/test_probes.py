@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hessfn import tree
-from hessfn.probes import gaussian, rademacher
+from hessfn.core import tree
+from hessfn.core.probes import gaussian, rademacher
 
 LIKE = {"w": torch.zeros(3, 5), "b": [torch.zeros(7), torch.zeros(())]}
 both = pytest.mark.parametrize("draw", [rademacher, gaussian])

@@ -11,7 +11,8 @@ from test_distributed import pytestmark as no_processes
 from test_distributed import run, same_bits
 
 import hessfn as hf
-from hessfn import problems, tree
+from hessfn import problems
+from hessfn.core import tree
 
 DATA = Path(os.environ.get("HESSFN_DATA", Path(__file__).parents[2] / "shared" / "data"))
 FILES = {"weights": DATA / "resnet20_cifar10_trained.pth", "data": DATA / "cifar10_train_first4000.npz"}

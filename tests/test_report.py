@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessfn as hf
-from hessfn import page, words
-from hessfn.report import report
+from hessfn.reporting import html, text
+from hessfn.reporting.run import report
 
 FILES = [
     "activations.png",
@@ -232,7 +232,7 @@ def test_an_interrupt_leaves_no_report_or_the_old_one(moment: str, tmp_path: Pat
         raise KeyboardInterrupt
 
     if moment == "writing":
-        monkeypatch.setattr(page.json, "dumps", interrupt)
+        monkeypatch.setattr(html.json, "dumps", interrupt)
     for out in (tmp_path / "old", tmp_path / "new"):
         left = calls
         with pytest.raises(KeyboardInterrupt):
@@ -247,15 +247,15 @@ def test_summary_fits_a_terminal(made: Any) -> None:
     result["settings"] |= {"parameters": 10**9, "samples": 10**7}
     result["eigenvalues"], result["converged"] = [-1.23456789e-12, 1e30, 5.0], [False, True, True]
     result["layers"] = {f"{'very.' * 20}{i}": {"numel": 10**9, "trace": -1e7, "stderr": 123.4} for i in range(20)}
-    lines = words.summary(result).splitlines()
+    lines = text.summary(result).splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("not converged" in line for line in lines) == 1
     assert "and 12 more in report.json" in lines[-1]
 
 
 def test_estimates_show_the_digits_their_error_leaves() -> None:
-    assert words.estimate(142.2371, 3.14159) == "142.2 +- 3.1"
-    assert words.estimate(0.00123456, 0.0000123) == "0.001235 +- 0.000012"
-    assert words.estimate(1234.5, 250.0) == "1,234 +- 250"
-    assert words.estimate(5.0, 0.0) == "5 +- 0"
-    assert words.estimate(None, None) == "not finite +- not finite"
+    assert text.estimate(142.2371, 3.14159) == "142.2 +- 3.1"
+    assert text.estimate(0.00123456, 0.0000123) == "0.001235 +- 0.000012"
+    assert text.estimate(1234.5, 250.0) == "1,234 +- 250"
+    assert text.estimate(5.0, 0.0) == "5 +- 0"
+    assert text.estimate(None, None) == "not finite +- not finite"

@@ -15,11 +15,12 @@ from nets import classes, normal, seeded
 from torch import nn
 from tqdm.auto import tqdm
 
-import hessfn as hf
-from hessfn import analysis, disk, page, sensitivity, words
-from hessfn.cli import main
-from hessfn.report import report
-from hessfn.unfinished import num_products, unfinished
+from hessfn.quantization import sensitivity
+from hessfn.reporting import analysis, html, text
+from hessfn.reporting.cli import main
+from hessfn.reporting.run import report
+from hessfn.reporting.workspace import num_products, unfinished
+from hessfn.storage import records
 
 QUICK: dict[str, Any] = {"k": 2, "probes": 4, "runs": 2, "steps": 5, "plane": 0, "activations": 0}
 
@@ -39,7 +40,7 @@ def problem() -> tuple[Any, Any, Any]:
 @pytest.fixture
 def numbers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pictures: they take most of the time of a report of so small a net."""
-    monkeypatch.setattr(page, "write", lambda folder, _, __, x: (folder / "report.json").write_text(json.dumps(x)))
+    monkeypatch.setattr(html, "write", lambda folder, _, __, x: (folder / "report.json").write_text(json.dumps(x)))
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
         counted.clear()
         return counted
 
-    monkeypatch.setattr(hf, "mean_hvp", limited(hf.mean_hvp))
+    monkeypatch.setattr(analysis, "mean_hvp", limited(analysis.mean_hvp))
     monkeypatch.setattr(sensitivity, "linearized_hvp", limited(sensitivity.linearized_hvp))
     return at_most
 
@@ -253,7 +254,7 @@ def test_a_full_disk_says_how_to_go_on(
     file.write_text(PROBLEM)
     quick = ["--probes", "3", "--runs", "1", "--steps", "4", "--plane", "0"]
     arguments = ["report", f"{file}:small", "--out", str(tmp_path / "out"), *quick]
-    write, limits = disk.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write, limits = records.write, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(where: Path, *rest: Any) -> None:
         room = 100 if len(list(where.parent.iterdir())) > 7 else limits[0]
@@ -263,14 +264,14 @@ def test_a_full_disk_says_how_to_go_on(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(disk, "write", full)
+    monkeypatch.setattr(records, "write", full)
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert "hessfn: error: " in said
     assert "cannot be written (File too large)" in said
     assert "6 products are kept, --resume goes on from there" in said
     monkeypatch.undo()
-    monkeypatch.setattr(page, "write", lambda folder, *_: (folder / "report.json").write_text("{}"))
+    monkeypatch.setattr(html, "write", lambda folder, *_: (folder / "report.json").write_text("{}"))
     assert main([*arguments, "--resume"]) == 0
 
 
@@ -315,6 +316,6 @@ def test_names_cannot_steer_the_terminal() -> None:
         "converged": [],
         "layers": {"\x1b]0;title\x07\u202eevil": {"numel": 1, "trace": 1.0, "stderr": 0.1}},
     }
-    lines = words.summary(result).splitlines()
+    lines = text.summary(result).splitlines()
     assert all(line.isprintable() for line in lines)
     assert lines[0] == r"\x1b[2Jgone\r\n"

@@ -14,8 +14,8 @@ from torch.nn.attention import _cur_sdpa_kernel_backends
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessfn as hf
-from hessfn import tree
-from hessfn.report import report
+from hessfn.core import tree
+from hessfn.reporting.run import report
 
 N = 24
 MATRIX = symmetric(torch.linspace(-1, 1.3, N).double() ** 3)

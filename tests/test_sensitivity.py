@@ -7,7 +7,7 @@ from test_activation import CE, Residual
 from torch import nn
 
 import hessfn as hf
-from hessfn import tree
+from hessfn.core import tree
 
 SIZES = 3, 1, 4
 

@@ -8,20 +8,13 @@ from spectra import LIKES, SPECTRA, N, on, symmetric
 from torch import nn
 from torch.func import grad, vmap
 
-from hessfn import tree
-from hessfn.curvature import hvp
-from hessfn.model import functionalize
-from hessfn.probes import gaussian, rademacher
-from hessfn.spectrum import (
-    Quadrature,
-    cumulative,
-    density,
-    density_band,
-    slq,
-    trace_of,
-    wasserstein,
-)
-from hessfn.trace import hutchinson
+from hessfn.core import tree
+from hessfn.core.probes import gaussian, rademacher
+from hessfn.core.results import Quadrature
+from hessfn.estimators.hutchinson import hutchinson
+from hessfn.estimators.spectrum import cumulative, density, density_band, slq, trace_of, wasserstein
+from hessfn.losses.functional import functionalize
+from hessfn.products.hessian import hvp
 
 FLAT = LIKES["tensor"]
 spectra = pytest.mark.parametrize("spectrum", SPECTRA)

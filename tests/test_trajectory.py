@@ -2,9 +2,10 @@ import pytest
 import torch
 from nets import normal, problem
 
-from hessfn import tree
-from hessfn.landscape import gradient_direction, plane
-from hessfn.trajectory import principal_directions
+from hessfn.core import tree
+from hessfn.landscape.directions import gradient_direction
+from hessfn.landscape.slices import plane
+from hessfn.landscape.trajectory import principal_directions
 
 LIKE = {"a": normal(3, 4), "b": [normal(2, seed=2), normal(1, seed=3)[0]]}
 
@@ -52,7 +53,7 @@ def test_another_origin_moves_the_plane():
 def test_neither_the_tree_nor_the_length_of_a_leaf_matters(monkeypatch):
     checkpoints = path(5)
     whole = principal_directions(checkpoints)
-    monkeypatch.setattr("hessfn.trajectory._CHUNK", 5)
+    monkeypatch.setattr("hessfn.landscape.trajectory._CHUNK", 5)
     for others in (checkpoints, [flat(p) for p in checkpoints]):
         found = principal_directions(others)
         assert torch.allclose(found.coordinates, whole.coordinates)

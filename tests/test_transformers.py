@@ -5,7 +5,7 @@ import torch
 from nets import dense_hessian
 
 import hessfn as hf
-from hessfn import tree
+from hessfn.core import tree
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,7 +48,7 @@ def check(loss, params, batch, rtol=1e-10):
     for i, v in enumerate(hf.gaussian(params, 2, seed=1)):
         wanted = hessian @ tree.ravel(v)[0]
         assert torch.allclose(tree.ravel(matvec(v))[0], wanted, atol=rtol * float(wanted.abs().max())), i
-    assert hf.choose_way(loss, params, batch).mode in ("traced", "forward")
+    assert hf.find_mode(loss, params, batch).mode in ("traced", "forward")
 
 
 @pytest.mark.parametrize("kind", [gpt2, bert])

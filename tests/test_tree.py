@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hessfn import tree
+from hessfn.core import tree
 
 shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 dtypes = st.sampled_from([torch.float64, torch.float32])

@@ -5,22 +5,22 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import linearized, loss_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import normal, two_convolutions
 from torch import nn
 
 import hessfn as hf
-from hessfn import native, tree, winograd
-from hessfn.graph import clean
-from hessfn.linear import linearized
+from hessfn.core import tree
+from hessfn.engine.conv3x3 import kernel, winograd
 
 CHANNELS = 32  # the fewest for which tiles are faster
 
 
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(kernel, "library", lambda: None)
 
 
 @given(st.tuples(*[st.integers(1, 6)] * 3), st.integers(3, 11), st.integers(3, 11), st.integers(0, 2), st.booleans())
@@ -106,5 +106,5 @@ def test_convolutions_right_behind_a_batch_norm_go_by_tiles_too():
 
 
 def uses_tiles(loss, params, x):
-    nodes = clean(loss, params, x).module.graph.find_nodes(op="call_function", target=winograd.convolution)
+    nodes = loss_graph(loss, params, x).graph.find_nodes(op="call_function", target=winograd.convolution)
     return operator.truth(nodes)

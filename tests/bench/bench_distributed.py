@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 from models import resnet20
 
 import hessfn as hf
-from hessfn import tree
-from hessfn.distributed import Dealt
+from hessfn.core import tree
+from hessfn.parallel.all_reduce import ShardedBatches
 
 
 def measure(rank: int, size: int, folder: str, rounds: int, num_batches: int, batch: int) -> None:
@@ -36,7 +36,7 @@ def measure(rank: int, size: int, folder: str, rounds: int, num_batches: int, ba
     ways: list[tuple[str, Any, Callable[[], Any]]] = []
     for n, group in enumerate(groups, 1):
         if rank < n:
-            matvec = hf.mean_hvp(loss, params, Dealt(batches, group))
+            matvec = hf.mean_hvp(loss, params, ShardedBatches(batches, group))
             ways.append((f"product, {n} processes", group, lambda matvec=matvec: matvec(v)))
             reduction = hf.all_reduce(lambda v: v, 1.0, group=group)
             ways.append((f"reduction alone, {n} processes", group, lambda reduction=reduction: reduction(v)))

@@ -24,9 +24,11 @@ from models import DATA, FILES
 from torch import Tensor
 
 import hessfn as hf
-from hessfn import problems, tree
-from hessfn.spectrum import Quadrature, slq, wasserstein
-from hessfn.trace import deflated_trace, hutchinson
+from hessfn import problems
+from hessfn.core import tree
+from hessfn.core.results import Quadrature
+from hessfn.estimators.hutchinson import deflated_trace, hutchinson
+from hessfn.estimators.spectrum import slq, wasserstein
 
 Peer = dict[str, Callable[[], tuple[int, Any]]]  # task -> (products, result)
 STEPS = 90

@@ -21,7 +21,7 @@ from models import GPT
 from torch import nn
 
 import hessfn as hf
-from hessfn import tree
+from hessfn.core import tree
 
 VOCABULARY, WIDTH, LAYERS = 16384, 768, 12
 Task = Callable[[hf.MatVec, hf.Tree], tuple[int, str]]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hessfn as hf
-from hessfn import tree
+from hessfn.core import tree
 
 Vector = dict[str, Tensor]
 Make = Callable[[nn.Module, nn.Module, tuple[Tensor, Tensor]], Callable[[Vector], Vector]]

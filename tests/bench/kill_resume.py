@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 
 import hessfn
-from hessfn import page, sensitivity
-from hessfn.cli import main
-from hessfn.disk import fingerprint
-from hessfn.unfinished import num_products
+from hessfn.core.fingerprints import fingerprint
+from hessfn.quantization import sensitivity
+from hessfn.reporting import html
+from hessfn.reporting.cli import main
+from hessfn.reporting.workspace import num_products
 
 
 def live(log: str, arguments: list[str]) -> int:
@@ -66,7 +67,7 @@ def begin(log: Path, arguments: list[str], forked: bool) -> int:
     if not forked:
         os.dup2(quiet, 2)
         os.execv(sys.executable, [sys.executable, __file__, "--live", str(log), *arguments])
-    page.write = lambda folder, _, __, result: (folder / "report.json").write_text(json.dumps(result))
+    html.write = lambda folder, _, __, result: (folder / "report.json").write_text(json.dumps(result))
     os._exit(live(str(log), arguments))
 
 

@@ -1,0 +1,121 @@
+"""Random trees: the one file that draws random numbers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.dtensor import layout, place
+from hessfn.core.errors import InvalidInput
+from hessfn.core.tree import Tree
+
+Draw = Callable[[np.random.Generator, list[int]], Iterator[Tensor]]
+
+
+def rademacher(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
+    """``num`` random trees with entries +1 or -1, equally likely: the probes with the least variance for a trace.
+
+    Args:
+        like: a tree of floating-point tensors; only its shapes, dtypes and devices are used.
+        num: how many.
+        seed: entry ``i`` is a function of ``(seed, i)`` alone, the same on every device and every rank, and of the
+            entries in order, not of how the tree groups them.
+
+    Returns:
+        A lazy sequence: a tree exists only while you hold it; asking twice gives the same tree; slices are lazy too.
+
+    Raises:
+        ValueError: ``num`` or ``seed`` is negative, a leaf is not a floating-point tensor, or there are no entries.
+
+    >>> probes = rademacher(torch.zeros(4), 100)
+    >>> len(probes), probes[3].abs()
+    (100, tensor([1., 1., 1., 1.]))
+    """
+    return _Probes(_signs, like, num, seed)
+
+
+def gaussian(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
+    """``num`` random trees with independent N(0, 1) entries; arguments and result as :func:`rademacher`.
+
+    Use these where the direction must be uniform: starting vectors, Lanczos quadrature.
+
+    >>> gaussian({"w": torch.zeros(2, 3)}, 5, seed=1)[0]["w"].shape
+    torch.Size([2, 3])
+    """
+    return _Probes(_normals, like, num, seed)
+
+
+def each(function: Callable[[Tree], Any], probes: Iterable[Tree], batch_size: int = 1) -> Iterator[Any]:
+    """``function(probe)`` for every probe, so many at a time under ``vmap``.
+
+    >>> [float(x) for x in each(torch.sum, [torch.ones(2), torch.zeros(2), torch.ones(2)], batch_size=2)]
+    [2.0, 0.0, 2.0]
+    """
+    if batch_size < 1:
+        raise InvalidInput(f"batch_size={batch_size} must be at least 1")
+    probes = iter(probes)
+    while group := list(itertools.islice(probes, batch_size)):
+        if len(group) == 1:
+            yield function(group[0])
+            continue
+        if any(layout(leaf) for leaf in tree.leaves(group[0])):
+            raise InvalidInput(f"batch_size={batch_size} is not for DTensors, which vmap does not know: leave it at 1")
+        results = torch.func.vmap(function)(tree.map(lambda *leaves: torch.stack(leaves), *group))
+        for i in range(len(group)):
+            yield tree.map(lambda x: x[i], results)  # noqa: B023
+
+
+class _Probes(Sequence[Tree]):
+    def __init__(self, draw: Draw, like: Tree, num: int, seed: int) -> None:
+        if num < 0 or seed < 0:
+            raise InvalidInput(f"num={num} and seed={seed} must not be negative")
+        if tree.numel(like) == 0:
+            raise InvalidInput("the tree to draw for has no entries: there must be at least one parameter")
+        for name, leaf in zip(tree.names(like), tree.leaves(like), strict=True):
+            kind = leaf.dtype if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+            if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+                raise InvalidInput(f"leaf {name!r} is {kind}: probes are drawn like floating-point tensors only")
+        self._draw, self._seed, self._indices = draw, seed, range(num)
+        # Shapes only: a lazy sequence must not keep the parameters alive.
+        self._specs = [(leaf.shape, leaf.dtype, leaf.device, layout(leaf)) for leaf in tree.leaves(like)]
+        self._blank = tree.map(lambda leaf: 0, like)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tree]: ...
+    def __getitem__(self, index: int | slice) -> Tree | Sequence[Tree]:
+        if isinstance(index, slice):
+            part = copy.copy(self)
+            part._indices = self._indices[index]
+            return part
+        # The draw's name is part of the seed: signs and normals of one seed must not come from the same bits.
+        words = [self._seed, self._indices[index], *self._draw.__name__.encode()]
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+        drawn = self._draw(rng, [shape.numel() for shape, *_ in self._specs])
+        specs = zip(drawn, self._specs, strict=True)
+        return tree.unflatten(
+            [place(x.to(dtype).reshape(shape).to(device), where) for x, (shape, dtype, device, where) in specs],
+            self._blank,
+        )
+
+
+def _signs(rng: np.random.Generator, sizes: list[int]) -> Iterator[Tensor]:
+    bits = np.frombuffer(rng.bytes(-(-sum(sizes) // 8)), dtype=np.uint8)
+    bits = np.unpackbits(bits, count=sum(sizes)).astype(np.int8)
+    return iter(torch.from_numpy(2 * bits - 1).split(sizes))
+
+
+def _normals(rng: np.random.Generator, sizes: list[int]) -> Iterator[Tensor]:
+    # Leaf by leaf, which is the same stream: a net's worth of float64 never exists at once.
+    return (torch.from_numpy(rng.standard_normal(size)) for size in sizes)

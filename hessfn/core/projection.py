@@ -1,0 +1,28 @@
+"""The one projector: what is left of a vector outside the span of some others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hessfn.core import tree
+from hessfn.core.dtensor import whole
+from hessfn.core.tree import Tree
+
+
+def complement_of(vectors: Tree) -> Callable[[Tree], Tree]:
+    """``v -> (I - QQ') v``, with Q an orthonormal basis of the span of some vectors, by one QR factorisation.
+
+    Args:
+        vectors: a tree whose leaves carry a leading axis of k vectors, orthonormal or not. Half precision is widened.
+    """
+    rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(tree.map(whole, vectors))
+    basis = torch.linalg.qr(rows.T.to(torch.promote_types(rows.dtype, torch.float32))).Q
+
+    def outside(v: Tree) -> Tree:
+        flat, unravel = tree.ravel(v)
+        flat = flat.to(basis.dtype)
+        return unravel(flat - basis @ (basis.T @ flat))
+
+    return outside

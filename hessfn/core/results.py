@@ -1,0 +1,115 @@
+"""What public functions return: named tuples, which torch takes for trees, so that ``vmap`` and ``torch.save`` do.
+
+Scalars are float64 where the device has it, unless said otherwise. ``T`` is the type of the trees that a matvec works
+on; ``k`` is the number of eigenpairs, ``m`` of Lanczos steps, ``p`` of probes, ``n`` of entries of a vector, ``g`` of
+points. Eigenvalues are in the unit of the loss over that of the parameters squared.
+"""
+
+from __future__ import annotations
+
+from typing import Generic
+
+from torch import Tensor
+from typing_extensions import NamedTuple, TypeVar  # typing's own cannot be generic before Python 3.11
+
+from hessfn.core.tree import T
+
+S = TypeVar("S", default=Tensor)
+
+
+class EigenPair(NamedTuple, Generic[T]):
+    """One eigenvalue of a matvec, from :func:`hessfn.power_iter`."""
+
+    value: Tensor  #: (), the Rayleigh quotient ``v'Av``
+    vector: T  #: like ``v0``, of unit norm
+    residual: Tensor  #: (), ``||A vector - value vector||``: an eigenvalue of A is no further than this from ``value``
+    num_matvecs: Tensor  #: (), int64, the products that were made
+    converged: Tensor  #: (), bool, whether ``residual <= rtol |value|``
+
+
+class EigenPairs(NamedTuple, Generic[T]):
+    """Several eigenvalues of a matvec, from :func:`hessfn.eigsh`."""
+
+    values: Tensor  #: (k,), in the order that ``which`` asks for
+    vectors: T  #: like ``v0`` with a leading axis of k: orthonormal
+    residuals: Tensor  #: (k,), ``||A v - value v||`` of each
+    num_matvecs: Tensor  #: (), int64, the products that were made
+    converged: Tensor  #: (k,), bool, whether ``residual <= rtol |value|``, or is what rounding leaves of a value near 0
+
+
+class Tridiagonal(NamedTuple, Generic[T]):
+    """The Lanczos recurrence ``A Q = Q T + residual e_m'``, from :func:`hessfn.lanczos`."""
+
+    alpha: Tensor  #: (m,), the diagonal of T
+    beta: Tensor  #: (m - 1,), its off-diagonal
+    basis: T  #: like ``v0`` with a leading axis of m: the orthonormal columns of Q
+    residual: T  #: like ``v0``: what the last product leaves outside of the basis
+
+
+class Estimate(NamedTuple, Generic[S]):
+    """A mean over random probes with its error; ``S`` is a tensor, or a tree of them."""
+
+    mean: S  #: the estimate, in the unit of the quantity
+    stderr: S  #: shaped like it: one standard error of the mean over the probes, inf where one probe says nothing of it
+    num_matvecs: Tensor  #: (), int64, the products that were made
+
+
+class Quadrature(NamedTuple):
+    """A Gauss rule for the spectrum as each probe sees it, from :func:`hessfn.slq`."""
+
+    nodes: Tensor  #: (p, m), in the unit of the eigenvalues, ascending in each row
+    weights: Tensor  #: (p, m), at least 0; each row sums to 1
+
+
+class Density(NamedTuple):
+    """A smoothed spectral density, from :func:`hessfn.density`."""
+
+    grid: Tensor  #: (g,), in the unit of the eigenvalues
+    values: Tensor  #: (g,), fraction of the eigenvalues per unit: integrates to 1
+
+
+class Band(NamedTuple):
+    """Where a density lies with some confidence, point by point, from :func:`hessfn.density_band`."""
+
+    grid: Tensor  #: (g,), in the unit of the eigenvalues
+    lower: Tensor  #: (g,), per unit of eigenvalue, at least 0
+    upper: Tensor  #: (g,), per unit of eigenvalue
+
+
+class Cumulative(NamedTuple):
+    """The fraction of the eigenvalues up to a point, from :func:`hessfn.cumulative`."""
+
+    grid: Tensor  #: (g,), in the unit of the eigenvalues
+    values: Tensor  #: (g,), from 0 to 1
+
+
+class Curvature(NamedTuple):
+    """The bend of a loss along a direction, from its values alone: :func:`hessfn.slice_curvature`."""
+
+    value: Tensor  #: (), the second derivative along the direction
+    error: Tensor  #: (), how far it may be off: truncation and rounding together
+
+
+class Trajectory(NamedTuple, Generic[T]):
+    """A training run in the few directions it keeps closest to, from :func:`hessfn.principal_directions`."""
+
+    directions: tuple[T, ...]  #: k orthonormal trees like a checkpoint
+    coordinates: Tensor  #: (c, k), of the c checkpoints along them, in the unit of the parameters
+    fractions: Tensor  #: (k,), of the squared distances from the origin that each direction holds, from 0 to 1
+
+
+class Sensitivities(NamedTuple):
+    """Traces of each layer's weights and activations, from :func:`hessfn.sensitivities`; dicts by layer."""
+
+    weights: Estimate[dict[str, Tensor]]  #: scalars, the trace of the block of the layer's weight
+    activations: Estimate[dict[str, Tensor]]  #: scalars, the mean over samples of the trace of what enters or leaves it
+    weight_numel: dict[str, int]  #: entries of the weight
+    activation_numel: dict[str, int]  #: entries of one sample's activation
+
+
+class Mode(NamedTuple):
+    """How Hessian-vector products of a loss are made, from :func:`hessfn.find_mode`."""
+
+    mode: str  #: one of the modes of :func:`hessfn.hvp`
+    reason: str  #: why no earlier mode would do; empty where the first one did
+    error: float  #: relative error of the product where it is a difference, 0.0 where it is exact

@@ -1,0 +1,117 @@
+"""The one file that imports what torch keeps private: each name, what it is for, and what there is without it.
+
+Seen on torch 2.14.1. Where torch has a public way, it is taken elsewhere, under its own name. A version that lacks one
+of these names fails here, at ``import hessfn``, and not in the middle of a product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+# Trees. Without: optree, which torch itself is moving to, with the same functions.
+from torch.utils import _pytree as pytree
+
+# What sees every operation below autograd, as the recorder must. Without: nothing public goes below autograd.
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+with warnings.catch_warnings():
+    # torch imports this at the first forward-mode derivative, and then warns of its own use of torch.jit. Without:
+    # that warning, in the user's first product.
+    warnings.simplefilter("ignore", FutureWarning)
+    import torch._decomp.decompositions_for_jvp
+
+# The transforms of torch.func that are under way. Without: a graph made under vmap would hold one batch's values.
+from torch._C._functorch import TransformType as _TransformType
+from torch._C._functorch import get_interpreter_stack as _get_interpreter_stack
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
+
+# Operations that lack a derivative rule, in terms of those that have one. Without: our own definition of each.
+from torch._decomp import get_decompositions
+
+OpOverload = type(torch.ops.aten.add.Tensor)  # one operation on tensors of one kind of arguments; no private name
+
+# What weight normalisation calls, so that its definition can stand in for it. Without: its wrong second derivative.
+weight_norm: Callable[..., torch.Tensor] = torch._weight_norm
+
+# What all norms that keep statistics of the batch, and all kinds of dropout, are. Without: a list of them by name.
+BatchStatistics: type[Any] = torch.nn.modules.batchnorm._NormBase
+Dropout: type[Any] = torch.nn.modules.dropout._DropoutNd
+
+
+def under_functorch() -> bool:
+    """Whether a transform of ``torch.func`` (vmap, grad, jvp, functionalize) is under way."""
+    return _peek_interpreter_stack() is not None
+
+
+def under_derivative() -> bool:
+    """Whether one of those transforms takes a derivative."""
+    stack = _get_interpreter_stack() or ()
+    return any(level.key() in (_TransformType.Grad, _TransformType.Jvp) for level in stack)
+
+
+def current_dispatch_mode() -> Any:
+    """What sees operations now, as a trace does, or None. Without: traces would miss our compiled operations."""
+    return _get_current_dispatch_mode()
+
+
+def is_composite(func: Any) -> bool:
+    """Whether an operation is made of others, which are what is to be recorded. Without: fewer rules would match."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def python_meta_kernel(func: Any) -> Callable[..., Any] | None:
+    """What torch computes shapes with, where it is Python. Without: the operation on meta, which is slow to import."""
+    return func.py_kernels.get(torch._C.DispatchKey.Meta)
+
+
+def is_mutable(func: Any) -> bool:
+    """Whether an operation writes into an argument."""
+    return func._schema.is_mutable
+
+
+def is_view(func: Any) -> bool:
+    """Whether the result of an operation may be another name for its input's memory."""
+    returns = func._schema.returns if isinstance(func, OpOverload) else ()
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """oneDNN's kernels off. ``torch.backends.mkldnn.flags`` also sets what warns where there is no Intel GPU."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+def decompositions(operations: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
+    """Those of the operations that torch can decompose, by what they decompose to."""
+    return dict(get_decompositions(list(operations)))
+
+
+__all__ = [
+    "BatchStatistics",
+    "Dropout",
+    "OpOverload",
+    "TorchDispatchMode",
+    "current_dispatch_mode",
+    "decompositions",
+    "is_composite",
+    "is_functorch_wrapped_tensor",
+    "is_mutable",
+    "is_view",
+    "python_meta_kernel",
+    "pytree",
+    "under_derivative",
+    "under_functorch",
+    "weight_norm",
+    "without_onednn",
+]

@@ -1,0 +1,204 @@
+"""Trees as vectors: any pytree of tensors is a point of one flat space, with dot products, norms and flat copies."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import TypeVar  # typing's own has no default before Python 3.13
+
+from hessfn.core.dtensor import layout, over_ranks, place, whole
+from hessfn.core.errors import InvalidInput
+from hessfn.core.torch_private import pytree
+from hessfn.core.torch_state import known
+
+Tree = Any
+T = TypeVar("T", default=Tree)
+MatVec = Callable[[T], T]  # MatVec[dict[str, Tensor]] is one on dicts
+
+leaves = pytree.tree_leaves
+map = pytree.tree_map
+
+
+def names(tree: Tree) -> list[str]:
+    """Dotted path of every leaf, in leaf order.
+
+    >>> names({"conv.weight": torch.ones(2), "head": [torch.ones(1), torch.ones(1)]})
+    ['conv.weight', 'head.0', 'head.1']
+    """
+    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    return [
+        ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in p) for p in paths
+    ]
+
+
+def unflatten(new_leaves: Iterable[Any], like: Tree) -> Tree:
+    """The tree of ``like``'s structure with other leaves."""
+    return pytree.tree_unflatten(list(new_leaves), pytree.tree_structure(like))
+
+
+def numel(tree: Tree) -> int:
+    """Number of entries: the dimension n of the space the tree is a vector of."""
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def eps(tree: Tree) -> float:
+    """The resolution of the coarsest dtype in a tree.
+
+    >>> eps({"a": torch.ones(2, dtype=torch.float64), "b": torch.ones(2)}) == torch.finfo(torch.float32).eps
+    True
+    """
+    return max(torch.finfo(leaf.dtype).eps for leaf in leaves(tree))
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float64, where its device has float64: the small numbers (dot products, tridiagonals) deserve it."""
+    return x.to(_wide_dtype(x))
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def dot(x: Tree, y: Tree) -> Tensor:
+    """Inner product of two trees of one structure: a scalar, multiplied and summed in float64, a block at a time.
+
+    So no float32 can make it overflow or underflow.
+
+    >>> dot({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(2), "b": 2 * torch.ones(1)})
+    tensor(4., dtype=torch.float64)
+    """
+    if any(layout(a) for a in leaves(x)):
+        return over_ranks(dot, torch.sum, leaves(x), leaves(y))
+    pairs = zip(leaves(x), leaves(y), strict=True)
+    blocks = (block for a, b in pairs for block in zip(_blocks(a), _blocks(b), strict=True))
+    parts = [(wide(a) * wide(b)).sum() for a, b in blocks]
+    return torch.stack(parts).sum()
+
+
+def _blocks(leaf: Tensor) -> Sequence[Tensor]:
+    return (leaf,) if leaf.numel() <= _BLOCK else leaf.reshape(-1).split(_BLOCK)
+
+
+_BLOCK = 1 << 20  # so much is widened at a time
+
+
+def norm(x: Tree) -> Tensor:
+    """Euclidean norm of a tree: a float64 scalar, which no float32 can make overflow or underflow."""
+    if any(layout(leaf) for leaf in leaves(x)):
+        return over_ranks(norm, torch.linalg.vector_norm, leaves(x))
+    parts = [torch.linalg.vector_norm(leaf, dtype=_wide_dtype(leaf)) for leaf in leaves(x)]
+    return torch.linalg.vector_norm(torch.stack(parts))
+
+
+def add(x: Tree, y: Tree, alpha: float | Tensor = 1.0) -> Tree:
+    """``x + alpha y``, each leaf in its own dtype."""
+    return map(lambda a, b: a + (alpha * b).to(a.dtype), x, y)
+
+
+def scale(c: float | Tensor, x: Tree) -> Tree:
+    """``c x``, each leaf in its own dtype."""
+    return map(lambda leaf: (c * leaf).to(leaf.dtype), x)
+
+
+def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """The entries of a tree as one flat vector ``(n,)``, and the function that goes back.
+
+    The way back also takes stacks of vectors ``(..., n)``: each leaf then carries the leading axes. Leaves of unlike
+    dtypes meet in the wider one and get their own back. Of sharded leaves the flat vector holds all, on every process.
+
+    >>> flat, unravel = ravel({"a": torch.zeros(2), "b": torch.ones(1, 2)})
+    >>> flat
+    tensor([0., 0., 1., 1.])
+    >>> unravel(torch.ones(3, 4))["b"].shape
+    torch.Size([3, 1, 2])
+    """
+    parts = leaves(tree)
+    layouts = [layout(part) for part in parts]
+    shapes = [part.shape for part in parts]
+    dtypes = [part.dtype for part in parts]
+    sizes = [part.numel() for part in parts]
+    structure = pytree.tree_structure(tree)
+
+    def unravel(flat: Tensor) -> Tree:
+        lead = flat.shape[:-1]
+        pieces = flat.split(sizes, dim=-1)
+        restored = [p.reshape((*lead, *s)).to(d) for p, s, d in zip(pieces, shapes, dtypes, strict=True)]
+        placed = [place(x, where, len(lead)) for x, where in zip(restored, layouts, strict=True)]
+        return pytree.tree_unflatten(placed, structure)
+
+    return torch.cat([whole(part).reshape(-1) for part in parts]), unravel
+
+
+def select(tree: Tree, patterns: str | Iterable[str]) -> dict[str, Tensor]:
+    """The leaves whose dotted names match any of the glob patterns, by name.
+
+    >>> list(select({"conv.weight": torch.ones(2), "conv.bias": torch.ones(1)}, "*.bias"))
+    ['conv.bias']
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    there = names(tree)
+    for pattern in patterns:
+        if not fnmatch.filter(there, pattern):
+            raise InvalidInput(
+                f"no leaf matches {pattern!r}; there are: {', '.join(there[:12])}{', ...' * (len(there) > 12)}"
+            )
+    chosen = zip(there, leaves(tree), strict=True)
+    return {name: leaf for name, leaf in chosen if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+
+
+def aligned(vector: Tree, like: Tree, what: str = "the vector") -> Tree:
+    """``vector`` in the leaf order of ``like``, once its names, shapes and dtypes are found to be the same.
+
+    Dicts may come in any order of keys. Raises ``ValueError`` that names the first leaf that differs.
+    """
+    given, wanted = leaves(vector), leaves(like)
+    if pytree.tree_structure(vector) != pytree.tree_structure(like):
+        by_name = dict(zip(names(vector), given, strict=True))
+        expected = names(like)
+        missing = [name for name in expected if name not in by_name]
+        extra = [name for name in by_name if name not in set(expected)]
+        if missing or extra:
+            raise InvalidInput(
+                f"{what} is a tree of other leaves than the parameters: missing {missing[:4]}, unexpected {extra[:4]}"
+            )
+        given = [by_name[name] for name in expected]
+    for name, a, b in zip(names(like), given, wanted, strict=True) if _differ(given, wanted) else ():
+        if not isinstance(a, Tensor):
+            raise InvalidInput(f"leaf {name!r} of {what} is a {type(a).__name__}, not a tensor")
+        if a.shape != b.shape:
+            raise InvalidInput(
+                f"leaf {name!r} of {what} has shape {tuple(a.shape)}, the parameters have {tuple(b.shape)}"
+            )
+        if a.dtype != b.dtype:
+            raise InvalidInput(f"leaf {name!r} of {what} is {a.dtype}, the parameters are {b.dtype}: cast it first")
+        if a.device != b.device:
+            raise InvalidInput(f"leaf {name!r} of {what} is on {a.device}, the parameters on {b.device}: move it first")
+    return pytree.tree_unflatten(given, pytree.tree_structure(like))
+
+
+def _differ(given: Sequence[Any], wanted: Sequence[Tensor]) -> bool:
+    return any(
+        not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device
+        for a, b in zip(given, wanted, strict=True)
+    )
+
+
+def require_finite(x: Tree, what: str) -> Tree:
+    """``x``, or ``ValueError`` that names the first leaf known to hold a NaN or an infinity."""
+    if any(layout(leaf) for leaf in leaves(x)):
+        sums = [norm(x).isfinite()]
+    else:
+        sums = [leaf.sum(dtype=torch.promote_types(leaf.dtype, torch.float32)).isfinite() for leaf in leaves(x)]
+    if sums and known(torch.stack(sums).all()) is False:
+        bad = [name for name, leaf in zip(names(x), leaves(x), strict=True) if not whole(leaf).isfinite().all()]
+        if bad:  # else only the sum overflows
+            others = f" and {len(bad) - 1} more of {len(sums)} leaves" if len(bad) > 1 else ""
+            where = f" in leaf {bad[0]!r}{others}" if bad[0] else ""
+            half = any(leaf.dtype == torch.float16 for leaf in leaves(x))
+            cause = "float16 ends at 65504, take float32" if half else "are the loss and its curvature finite there?"
+            raise InvalidInput(f"{what} is not finite{where}: {cause}")
+    return x

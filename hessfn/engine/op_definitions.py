@@ -1,0 +1,165 @@
+"""Operations by their definitions, where torch's derivatives are silently not those of one function, or cost more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hessfn.core.torch_private import weight_norm
+
+
+def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same loss, made of operations whose derivatives are right and cheap, the third ones too.
+
+    - The padding row of an embedding is a constant, as torch's gradient has it: the forward rule knows nothing of
+      ``padding_idx``, so the Hessian would not be symmetric. Bags are sums: they have no second derivative.
+    - Weight normalisation is a quotient: the second derivative of the fused operation is wrong in reverse mode.
+    - LayerNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary operations: the third
+      derivatives of the fused ones are wrong in every mode, and the second ones compute much of the first ones again.
+    - Attention divides by the sum of its weights last, so that only one matrix of its size comes into the derivatives
+      for two.
+
+    >>> loss = by_definition(lambda w, x: torch.nn.functional.layer_norm(w * x, (3,)).square().sum())
+    >>> loss(torch.tensor(2.0), torch.arange(3.0))
+    tensor(3.0000)
+    """
+
+    def defined(*args: Any) -> Tensor:
+        with _Replacing():
+            return loss(*args)
+
+    return defined
+
+
+class _Replacing(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _DEFINITIONS.get(func, func)(*args, **(kwargs or {}))
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **options: Any) -> Tensor:
+    if padding_idx is not None:
+        padding = torch.arange(len(weight), device=weight.device) == padding_idx % len(weight)
+        weight = torch.where(padding[:, None], weight.detach(), weight)
+    return F.embedding(input, weight, None, *args, **options)
+
+
+def _embedding_bag(input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+    mode, weights, padding_idx = (options.get(name) for name in ("mode", "per_sample_weights", "padding_idx"))
+    if input.dim() != 2 or mode == "max" or len(args) > 1 or options.get("max_norm") is not None:
+        return F.embedding_bag(input, weight, *args, **options)
+    counted = torch.ones_like(input, dtype=weight.dtype)
+    if padding_idx is not None:
+        counted = (input != padding_idx % len(weight)).to(weight.dtype)
+    rows = F.embedding(input, weight) * (counted if weights is None else counted * weights)[..., None]
+    return rows.sum(1) if mode == "sum" else rows.sum(1) / counted.sum(1, keepdim=True).clamp(min=1)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    squares = v.square()
+    if dim == -1:  # one norm for all
+        return v * (g * squares.sum().rsqrt())
+    return v * (g * squares.sum([i for i in range(v.dim()) if i != dim], keepdim=True).rsqrt())
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    if torch.is_autocast_enabled(input.device.type):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # each device has its own dtype for this
+    return _affine(_standardized(input, list(range(-len(normalized_shape), 0)), eps), weight, bias).to(input.dtype)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training or torch.is_autocast_enabled(input.device.type):
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _per_channel(_standardized(input, [0, *range(2, input.dim())], eps), weight, bias).to(input.dtype)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats or torch.is_autocast_enabled(input.device.type):
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _per_channel(_standardized(input, list(range(2, input.dim())), eps), weight, bias).to(input.dtype)
+
+
+def _standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    n = math.prod(x.shape[i] for i in dims)
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # as the fused ones compute
+    centred = x - x.sum(dims, keepdim=True) / n
+    return centred * torch.rsqrt((centred * centred).sum(dims, keepdim=True) / n + eps)
+
+
+def _per_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    trailing = [1] * (x.dim() - 2)
+    return _affine(x, *(None if c is None else c.reshape(-1, *trailing) for c in (weight, bias)))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    wide = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
+    if dropout_p or enable_gqa or not wide or (is_causal and attn_mask is not None):
+        options: Any = {"scale": scale, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        # Added, a mask is nothing to differentiate; where the weights are zero, so is all that follows from them.
+        added = torch.where(attn_mask, 0.0, -math.inf) if attn_mask.dtype == torch.bool else attn_mask
+        scores = scores + added.to(scores.dtype)
+    highest = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - highest.masked_fill(highest == -math.inf, 0.0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ value) * total.masked_fill(total == 0, 1.0).reciprocal()  # who attends to nothing gets zeros
+
+
+_DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+    weight_norm: _weight_norm,
+    F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.scaled_dot_product_attention: _attention,
+}

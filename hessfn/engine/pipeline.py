@@ -1,0 +1,268 @@
+"""The pipeline: from a loss to the graph of its Hessian-vector product, by the one list of passes, in order.
+
+``hvp`` and ``linearized_hvp`` both run :data:`STAGES`. What differs between them is said at the stage (``when``).
+``python -m hessfn.engine.pipeline`` prints a small loss after every stage, as README.md shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from hessfn.core import tree
+from hessfn.core.tree import Tree
+from hessfn.engine import linearize, memory_plan, rewrites
+from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
+
+try:
+    from hessfn.engine.conv3x3.lowering import lower_to_kernel
+    from hessfn.engine.conv3x3.winograd import add_overlaps, use_winograd
+except ModuleNotFoundError:  # a guest: without its folder, convolutions stay torch's own
+    lower_to_kernel = add_overlaps = use_winograd = None  # type: ignore[assignment]
+
+
+class Job(NamedTuple):
+    """What a product is of. The tensors say what it looks like; only a linearized product is computed with them."""
+
+    loss: Callable[..., Tensor]
+    params: Tree
+    args: tuple[Any, ...]
+    linearized: bool = False  # fold all that does not depend on the vector
+    compile: bool = False  # by torch.compile
+    record: Record = graph_of  # what makes graphs: the recorder, or its reference
+
+    @property
+    def values(self) -> list[Tensor]:
+        return tensors((self.params, self.args))[0]
+
+    @property
+    def on_cpu(self) -> bool:
+        return all(t.device.type == "cpu" for t in self.values)
+
+
+class Stage(NamedTuple):
+    name: str
+    does: str
+    run: Callable[[fx.GraphModule, Job], fx.GraphModule | None] | None  # None for a result: it was done in place
+    when: Callable[[Job], bool] = lambda job: True
+
+
+def _rewrite(function: Callable[[fx.Graph], None] | None) -> Any:
+    return None if function is None else lambda module, job: function(module.graph)
+
+
+def _differentiate(module: fx.GraphModule, job: Job) -> fx.GraphModule:
+    module.recompile()
+    point = tree.leaves(job.params)
+    return linearize.differentiate(module, point, job.values[len(point) :], job.record)
+
+
+LOSS: tuple[Stage, ...] = (
+    Stage(
+        "trace",
+        "The loss is recorded as a graph of aten operations; attention is its math kernel, and operations without a "
+        "derivative rule are decomposed.",
+        lambda _, job: trace(job.loss, job.params, job.args, job.record),
+    ),
+    Stage(
+        "functional_copies",
+        "Assignments to slices, which have no derivative rule, become their sources, cast and expanded.",
+        _rewrite(rewrites.functional_copies),
+    ),
+    Stage(
+        "drop_same_views",
+        "Views that change nothing but the strides of dimensions of one entry go.",
+        _rewrite(rewrites.drop_same_views),
+    ),
+    Stage("drop_dead", "Dead code elimination: what the loss does not depend on goes.", _rewrite(rewrites.drop_dead)),
+    Stage(
+        "refuse_other_functions",
+        "A graph that would be another function than the loss, or have other derivatives, is refused.",
+        lambda module, _: refuse_other_functions(module),
+    ),
+    Stage(
+        "fold_batch_norm",
+        "BatchNorm in eval mode goes into the convolution before it; the parameters stay what they are.",
+        _rewrite(rewrites.fold_batch_norm),
+    ),
+    Stage(
+        "use_winograd",
+        "Wide convolutions by 3 x 3 take a quarter of the multiplications, where no compiled kernel will do better.",
+        _rewrite(use_winograd),
+        lambda job: job.on_cpu,
+    ),
+    Stage(
+        "channels_last",
+        "Convolutions of images have the channels innermost, and what follows keeps the layout.",
+        _rewrite(rewrites.channels_last),
+    ),
+    Stage("drop_dead", "Dead code elimination, again.", _rewrite(rewrites.drop_dead)),
+)
+
+PRODUCT: tuple[Stage, ...] = (
+    Stage(
+        "differentiate",
+        "Forward-over-reverse: the graph of the loss becomes that of the product, zero propagation and common "
+        "subexpressions done while it is recorded.",
+        _differentiate,
+    ),
+    Stage(
+        "own_results",
+        "A result shares its memory with no other and with no input: it is copied where it would.",
+        _rewrite(rewrites.own_results),
+    ),
+    Stage(
+        "only_used_gradients",
+        "Gradients of convolutions that nobody takes are not computed, and dead code goes.",
+        _rewrite(rewrites.only_used_gradients),
+    ),
+    Stage(
+        "copies_under_vmap",
+        "Copies for which vmap has no rule are written so that it has one.",
+        _rewrite(rewrites.copies_under_vmap),
+    ),
+    Stage(
+        "add_overlaps",
+        "The derivative of cutting an image into Winograd's tiles is one operation.",
+        _rewrite(add_overlaps),
+        lambda job: job.on_cpu,
+    ),
+    Stage("drop_dead", "Dead code elimination, again.", _rewrite(rewrites.drop_dead)),
+)
+
+LOWERING: tuple[Stage, ...] = (
+    Stage(
+        "reassociate_constants",
+        "What is multiplied by one constant after another is multiplied once, by their product.",
+        lambda module, job: rewrites.reassociate_constants(module.graph, len(job.values)),
+        lambda job: job.linearized,
+    ),
+    Stage(
+        "fold_constants",
+        "Constant folding: all that does not depend on the vector is computed now, once.",
+        lambda module, job: linearize.fold_constants(module, job.values),
+        lambda job: job.linearized,
+    ),
+    Stage(
+        "own_results",
+        "A result that has become a constant is copied.",
+        _rewrite(rewrites.own_results),
+        lambda job: job.linearized,
+    ),
+    Stage(
+        "lower_to_kernel",
+        "Convolutions by 3 x 3 and their derivatives are calls of compiled code, two of them in one pass.",
+        None if lower_to_kernel is None else lambda module, _: lower_to_kernel(module),
+        lambda job: job.on_cpu,
+    ),
+    Stage(
+        "use_out_variants",
+        "What is added to, multiplied or masked for the last time has the result in its place.",
+        lambda module, _: memory_plan.use_out_variants(module),
+    ),
+    Stage(
+        "keep_block",
+        "Large results lie in one block of memory, which the product keeps.",
+        lambda module, _: memory_plan.keep_block(module),
+        lambda job: job.linearized and job.on_cpu and not job.compile,
+    ),
+)
+
+STAGES = LOSS + PRODUCT + LOWERING
+
+
+def run(
+    stages: Iterable[Stage], module: Any, job: Job, after: Callable[[str, fx.GraphModule], None] | None = None
+) -> fx.GraphModule:
+    """The graph that the stages make of a graph, which they change; ``after`` sees it after each of them.
+
+    Raises:
+        Untraceable: at ``trace``, ``refuse_other_functions`` or ``differentiate``, with the reason.
+    """
+    for stage in stages:
+        if stage.run is not None and stage.when(job):
+            module = stage.run(module, job) or module
+            if after is not None:
+                after(stage.name, module)
+    module.recompile()
+    return module
+
+
+def linear_product(module: fx.GraphModule, job: Job) -> Callable[..., list[Tensor]]:
+    """The linearized product that the graph of a derivative is lowered to, from a vector's tensors in a row.
+
+    Not under ``torch_state_lock``: it may wait for a compiler.
+    """
+    module = run(LOWERING, module, job)
+    product = linearize.compiled(module, tree.leaves(job.params)) if job.compile else module
+    lock = Lock()  # the block of memory is one product's at a time
+
+    def linear(*v: Tensor) -> list[Tensor]:
+        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else lock:
+            return product(*v)
+
+    return linear
+
+
+def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[..., Tensor]:
+    """The loss as one pure aten graph: the same function of the same trees, twice differentiable in any mode.
+
+    Args:
+        loss: ``loss(params, *args)`` to a scalar tensor; it is called once.
+        params: a tree of tensors.
+        args: what else the loss takes. Tensors in it are inputs of the graph, all else is fixed.
+
+    Returns:
+        ``graph(params, *args)``, for arguments of these shapes and dtypes only.
+
+    Raises:
+        Untraceable: the loss branches on values, draws random numbers, has custom derivatives or switches them off.
+
+    >>> graph = clean(lambda w, x: (w * x).relu_().sum(), torch.ones(2), torch.ones(2))
+    >>> graph(torch.tensor([2.0, -1.0]), torch.ones(2))
+    tensor(2.)
+    """
+    return as_function(run(LOSS, None, Job(loss, params, args)))
+
+
+def as_function(module: fx.GraphModule) -> Callable[..., Tensor]:
+    """The graph of a loss as a function of its trees."""
+
+    def graph(params: Tree, *args: Any) -> Tensor:
+        return module(*tensors((params, args))[0])[0]
+
+    return graph
+
+
+def listing(module: fx.GraphModule) -> str:
+    """A graph as it is read: a line for each operation.
+
+    >>> def double(x): return x + x
+    >>> print(listing(fx.symbolic_trace(double)))
+    x = input
+    add = add(x, x)
+    return add
+    """
+    lines = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            lines.append(f"{node.name} = input")
+        elif node.op == "get_attr":
+            lines.append(f"{node.name} = constant {node.target}")
+        elif node.op == "output":
+            lines.append(f"return {_shown(node.args[0])}")
+        else:
+            given = [_shown(x) for x in node.args] + [f"{name}={_shown(x)}" for name, x in node.kwargs.items()]
+            lines.append(f"{node.name} = {_shown(node.target)}({', '.join(given)})")
+    return "\n".join(lines)
+
+
+def _shown(x: Any) -> str:
+    if isinstance(x, (list, tuple)):
+        return f"[{', '.join(map(_shown, x))}]"
+    return str(x) if isinstance(x, fx.Node) or not callable(x) else getattr(x, "__name__", str(x))

@@ -1,0 +1,1 @@
+"""Consume: from a matvec to eigenpairs, traces, diagonals and densities, each with its error."""

@@ -1,0 +1,208 @@
+"""Eigenpairs of a matvec, each with the norm of its residual: power iteration, Lanczos, thick-restart Lanczos.
+
+A matrix that is given becomes a matvec in one line: ``lambda v: A @ v`` for a tensor, and for a NumPy array, a SciPy
+sparse matrix or a SciPy operator S ``lambda v: torch.from_numpy(S @ v.numpy())``, with ``v0`` of the same dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hessfn.core import tree
+from hessfn.core.dtensor import whole
+from hessfn.core.errors import InvalidInput
+from hessfn.core.results import EigenPair, EigenPairs, Tridiagonal
+from hessfn.core.tree import MatVec, Tree
+from hessfn.estimators import krylov
+from hessfn.estimators.krylov import Space
+from hessfn.estimators.thick_restart import thick_restart
+
+_ORDERS = ("LM", "LA", "SA", "BE")
+_RTOL = 1e-3  # what `converged` means where no tolerance was asked for
+
+
+def power_iter(
+    matvec: MatVec, v0: Tree, *, max_matvecs: int = 100, rtol: float | None = 1e-3, shift: float = 0.0
+) -> EigenPair:
+    """The eigenvalue largest in magnitude, and its vector, by power iteration.
+
+    ``v <- (A + shift I) v / ||(A + shift I) v||`` until ``||A v - value v|| <= rtol |value|``, ``value = v'Av``.
+
+    Args:
+        v0: where to start, as ``gaussian(params, 1)[0]``.
+        rtol: None for exactly ``max_matvecs`` products, under ``vmap`` and autograd too; ``converged`` is then judged
+            by 1e-3.
+        shift: moves the spectrum where its ends are nearly opposite and the iteration would swing between them: of the
+            size of the largest eigenvalue it makes the largest algebraic one win, and negated the smallest.
+
+    Returns:
+        ``value``, ``vector`` of unit norm, ``residual = ||A vector - value vector||``, ``num_matvecs``, ``converged``.
+        The residual is of the vector returned, and bounds the distance from ``value`` to an eigenvalue of A.
+
+    Cost: ``num_matvecs`` products, three vectors.
+
+    Raises:
+        ValueError: ``v0`` is zero, or a product is not finite (with ``rtol``), or ``max_matvecs`` < 1.
+
+    Source: von Mises and Pollaczek-Geiringer (1929).
+
+    >>> A = torch.diag(torch.tensor([3.0, 1.0]))
+    >>> power_iter(lambda v: A @ v, torch.ones(2)).value.round(decimals=4)
+    tensor(3., dtype=torch.float64)
+    """
+    if max_matvecs < 1:
+        raise InvalidInput(f"max_matvecs={max_matvecs} must be at least 1")
+    space = krylov.flatten(matvec, v0)
+    following = krylov.unit(space.ravel(v0))
+    for count in range(1, max_matvecs + 1):
+        v = following
+        product = space.matvec(v)
+        value = tree.dot(v, product)
+        residual = tree.norm(product - value.to(v.dtype) * v)
+        converged = residual <= (_RTOL if rtol is None else rtol) * value.abs()
+        if rtol is not None:
+            krylov.number(residual, space.unravel(product), count)
+            if converged:
+                break
+        image = product + shift * v
+        # A vector that A takes to zero is an eigenvector; there is no way on from it.
+        image = torch.where(tree.norm(image.detach()) == 0, v, image)
+        following = image / tree.norm(image).to(v.dtype)
+    return EigenPair(value, space.unravel(v), residual, torch.tensor(count), converged)
+
+
+def lanczos(matvec: MatVec, v0: Tree, num_matvecs: int) -> Tridiagonal:
+    """The Lanczos recurrence with full orthogonalisation: ``A Q = Q T + residual e_m'``, ``Q'Q = I``.
+
+    T is tridiagonal with diagonal ``alpha`` and off-diagonal ``beta``. Where the Krylov space of ``v0`` ends early,
+    it goes on from a fresh direction, and that beta is 0.
+
+    Args:
+        v0: where to start, as ``gaussian(params, 1)[0]``.
+        num_matvecs: the number m of steps.
+
+    Returns:
+        ``alpha (m,)`` and ``beta (m - 1,)`` in float64, ``basis``, a tree whose leaves carry a leading axis of m, and
+        ``residual``, a tree like ``v0``. All runs under ``vmap`` and autograd.
+
+    Cost: m products, m vectors kept (twice that while they grow).
+
+    Raises:
+        ValueError: ``v0`` is zero, or m is not between 1 and n.
+
+    Source: Lanczos (1950); Parlett (1980) for the orthogonalisation.
+
+    >>> A = torch.diag(torch.tensor([3.0, 1.0]))
+    >>> lanczos(lambda v: A @ v, torch.ones(2), 2).alpha
+    tensor([2., 2.], dtype=torch.float64)
+    """
+    _require_between("num_matvecs", num_matvecs, tree.numel(v0))
+    space = krylov.flatten(matvec, v0)
+    alpha, beta, basis, residual = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
+    return Tridiagonal(alpha, beta[:-1], space.unravel(basis), space.unravel(residual))
+
+
+def eigsh(
+    matvec: MatVec,
+    v0: Tree,
+    k: int = 1,
+    *,
+    which: str = "LM",
+    rtol: float | None = 1e-3,
+    max_matvecs: int | None = None,
+    basis_size: int | None = None,
+    basis_device: torch.device | str | None = None,
+    warm_start: Tree | None = None,
+) -> EigenPairs:
+    """k eigenpairs at the ends of the spectrum, by thick-restart Lanczos with full orthogonalisation.
+
+    Args:
+        v0: where to start, as ``gaussian(params, 1)[0]``; or the sum of the ``vectors`` found for a matrix that has
+            changed since, by a tenth even, which saves about half of the products.
+        which: ``"LM"`` largest magnitude, ``"LA"`` / ``"SA"`` largest / smallest algebraic, ``"BE"`` both ends (one
+            more of the high end where k is odd).
+        rtol: the relative residual asked of every pair. None for exactly ``max_matvecs`` products with no restart,
+            under ``vmap`` and autograd too; ``converged`` is then judged by 1e-3.
+        max_matvecs: the most products spent; by default ten times ``basis_size``.
+        basis_size: the most vectors kept, by default 2k + 20. Fewer cost more products.
+        basis_device: where they are kept, such as ``"cpu"``; by default where the entries of ``v0`` are.
+        warm_start: several vectors to start from instead of ``v0``, which then only says what shapes they have: a tree
+            whose leaves carry a leading axis. The ``vectors`` of a matrix that differs by a thousandth or so leave
+            little to do; p random ones see an eigenvalue that is p times repeated as often (``v0`` alone is sure to
+            see it once).
+
+    Returns:
+        ``values (k,)`` float64, ``vectors``, orthonormal, a tree whose leaves carry a leading axis of k, ``residuals
+        (k,)`` with ``||A v - value v||``, ``num_matvecs``, ``converged (k,)``: the residual is at most ``rtol |value|``
+        (or what rounding leaves of a value near 0). What has not converged is returned all the same, with its
+        residual. LM comes by decreasing magnitude, LA decreasing, SA and BE increasing. A is what the products are: in
+        float32 those of a deep net are off by some 1e-5 of its Hessian's norm, of which residuals know nothing.
+
+    Cost: ``num_matvecs`` products, one of which checks the residuals; ``basis_size`` vectors and two more.
+
+    Raises:
+        ValueError: k, ``which``, ``basis_size`` or ``max_matvecs`` is out of range, ``v0`` is zero, ``warm_start``
+            without ``rtol``, or (with ``rtol``) a product is not finite.
+
+    Source: Wu and Simon (2000); the form with one dense projected matrix is Stewart's (2001).
+
+    >>> A = torch.diag(torch.arange(1.0, 10.0))
+    >>> eigsh(lambda v: A @ v, torch.ones(9), k=2).values.round(decimals=4)
+    tensor([9., 8.], dtype=torch.float64)
+    """
+    n = tree.numel(v0)
+    _require_between("k", k, n)
+    if which not in _ORDERS:
+        raise InvalidInput(f"which={which!r} must be one of {', '.join(_ORDERS)}")
+    space = krylov.flatten(matvec, v0)
+    if rtol is None:
+        if warm_start is not None:
+            raise InvalidInput("rtol=None starts from one vector: give the sum of those of warm_start as v0")
+        if max_matvecs is None:
+            raise InvalidInput("rtol=None asks for a fixed number of products: give it as max_matvecs")
+        return _unrestarted(space, v0, k, which, min(max_matvecs, n))
+    starts = space.ravel(v0)[None] if warm_start is None else torch.func.vmap(space.ravel)(tree.map(whole, warm_start))
+    if starts.shape[1] != n:
+        raise InvalidInput(f"the vectors of warm_start have {starts.shape[1]} entries, v0 has {n}")
+    least = max(k, len(starts)) + 2
+    size = min(n, max(2 * k + 20, least) if basis_size is None else basis_size)
+    if size < min(n, least):
+        raise InvalidInput(f"basis_size={basis_size} must be at least {least}, 2 more than k and the starting vectors")
+    budget = 10 * size if max_matvecs is None else max_matvecs
+    if budget <= max(k, len(starts)):
+        raise InvalidInput(
+            f"max_matvecs={budget} must be at least {max(k, len(starts)) + 1}, one more than k and the starting vectors"
+        )
+    found = thick_restart(space, starts, k, which, rtol, budget, size, basis_device)
+    allowed = (rtol * found.values.abs()).clamp(min=found.floor)
+    return EigenPairs(
+        found.values,
+        space.unravel(found.vectors.to(starts.device)),
+        found.residuals,
+        torch.tensor(found.num_matvecs),
+        found.residuals <= allowed,
+    )
+
+
+def _unrestarted(space: Space, v0: Tree, k: int, which: str, num_matvecs: int) -> EigenPairs:
+    if num_matvecs < k:
+        raise InvalidInput(f"max_matvecs={num_matvecs} must be at least k={k}")
+    alpha, beta, basis, _ = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
+    values, vectors = krylov.decompose(alpha, beta[:-1])
+    # The recurrence knows of no rounding: its residuals fall below what the products can tell.
+    floor = (10 * space.eps + num_matvecs * torch.finfo(values.dtype).eps) * values.detach().abs().max()
+    wanted = krylov.select(values, k, which)
+    values, vectors = values[wanted], vectors[:, wanted]
+    residuals = (beta[-1] * vectors[-1]).abs().clamp(min=floor)
+    return EigenPairs(
+        values,
+        space.unravel(vectors.T.to(basis.dtype) @ basis),
+        residuals,
+        torch.tensor(num_matvecs),
+        residuals <= (_RTOL * values.abs()).clamp(min=floor),
+    )
+
+
+def _require_between(name: str, value: int, n: int) -> None:
+    if not 1 <= value <= n:
+        raise InvalidInput(f"{name}={value} must be between 1 and {n}, the number of entries in v0")

@@ -1,0 +1,182 @@
+"""Krylov spaces on flat vectors: what eigenpairs and spectral densities are both built from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.errors import InvalidInput
+from hessfn.core.probes import gaussian
+from hessfn.core.torch_state import known
+from hessfn.core.tree import MatVec, Tree
+
+FlatMatVec = Callable[[Tensor], Tensor]
+
+
+class Space(NamedTuple):
+    """A matvec on flat vectors ``(n,)``, and the ways there and back."""
+
+    matvec: FlatMatVec
+    ravel: Callable[[Tree], Tensor]
+    unravel: Callable[[Tensor], Tree]
+    eps: float
+
+
+def flatten(matvec: MatVec, like: Tree) -> Space:
+    """The matvec on flat vectors; half precision is widened to float32, where bases can be orthogonal."""
+    if tree.numel(like) == 0:
+        raise InvalidInput("the vectors have no entries: there must be at least one parameter")
+    _, unravel = tree.ravel(like)
+
+    def ravel(v: Tree) -> Tensor:
+        flat, _ = tree.ravel(v)
+        return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+    def product(flat: Tensor) -> Tensor:
+        return ravel(tree.aligned(matvec(unravel(flat)), like, "the product"))
+
+    return Space(product, ravel, unravel, tree.eps(like))
+
+
+def unit(v: Tensor, name: str = "v0") -> Tensor:
+    size = tree.norm(v)
+    if known(size > 0) is False or known(size.isfinite()) is False:
+        raise InvalidInput(f"{name} has norm {float(size)}: start from gaussian(params, 1)[0]")
+    return v / size.to(v.dtype)
+
+
+def number(x: Tensor, product: Tree, count: int) -> float:
+    """A scalar that depends on the latest product, to decide on."""
+    if known(x == x) is None:
+        raise InvalidInput(
+            "a tolerance stops on numbers that vmap hides: pass rtol=None for a fixed number of products"
+        )
+    if not math.isfinite(x):
+        what = f"product {count} of the matvec"
+        tree.require_finite(product, what)
+        raise InvalidInput(f"{what} is too large: a norm that depends on it is {float(x)}")
+    return float(x)
+
+
+def orthogonalize(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """``v`` without its components along orthonormal rows, and those components: twice is enough (Parlett 1980)."""
+    components = torch.zeros_like(basis[:, 0])
+    for _ in range(2):
+        c = basis @ v
+        v = v - c @ basis
+        components = components + c
+    return v, components
+
+
+def fresh(like: Tensor, basis: Tensor, index: int) -> Tensor:
+    """A random direction orthogonal to the basis: the way on when a Krylov space is exhausted."""
+    v = gaussian(like.detach(), index + 1, seed=_FRESH)[index].to(basis.device)
+    return unit(orthogonalize(unit(v), basis)[0])
+
+
+_FRESH = 0x5EED  # a stream of its own, so that a fresh direction is none that a user started from
+
+
+class Krylov(NamedTuple):
+    alpha: Tensor  # (m,) float64
+    beta: Tensor  # (m,) float64; the last belongs to the residual
+    basis: Tensor  # (m, n)
+    residual: Tensor  # (n,)
+
+
+def expand(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> Krylov:
+    """Lanczos with full two-pass orthogonalisation, functional throughout: for ``vmap`` and autograd."""
+    basis = unit(start)[None]
+    alpha: list[Tensor] = []
+    beta: list[Tensor] = []
+    scale = torch.zeros_like(tree.wide(start[0]))
+    for step in range(num_matvecs):
+        product = matvec(basis[-1])
+        scale = torch.maximum(scale, tree.norm(product).detach())
+        residual, components = orthogonalize(product, basis)
+        alpha.append(tree.wide(components[-1]))
+        size, following, broken = _next(residual, 10 * eps * scale)
+        beta.append(size)
+        if step + 1 < num_matvecs:
+            if known(broken) is not False:
+                following = torch.where(broken, fresh(start, basis, step), following)
+            basis = torch.cat([basis, following[None]])
+    return Krylov(torch.stack(alpha), torch.stack(beta), basis, residual)
+
+
+def recur(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Lanczos by the three-term recurrence alone, two vectors kept; ``alpha, beta`` as of :func:`expand`.
+
+    Once the space is exhausted, the rest is decoupled: beta 0 and alpha repeated.
+    """
+    previous, current = torch.zeros_like(start), unit(start)
+    alpha: list[Tensor] = []
+    beta = [torch.zeros_like(tree.wide(start[0]))]
+    scale, ended = beta[0], beta[0] > 0
+    for _ in range(num_matvecs):
+        product = matvec(current)
+        scale = torch.maximum(scale, tree.norm(product).detach())
+        product = product - beta[-1].to(product.dtype) * previous
+        diagonal = tree.dot(current, product)
+        alpha.append(torch.where(ended, alpha[0], diagonal) if alpha else diagonal)
+        size, following, broken = _next(product - diagonal.to(product.dtype) * current, eps * scale)
+        ended = ended | broken
+        beta.append(size)
+        previous, current = current, following
+    return torch.stack(alpha), torch.stack(beta[1:])
+
+
+def _next(residual: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, direction and whether the space ends here: then the first two are 0, and so are their gradients."""
+    broken = tree.norm(residual.detach()) <= threshold
+    safe = torch.where(broken, torch.ones_like(residual), residual)
+    size = tree.norm(safe)
+    zero = torch.zeros_like(size)
+    return torch.where(broken, zero, size), torch.where(broken, zero.to(safe.dtype), safe / size.to(safe.dtype)), broken
+
+
+def decompose(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors (columns) of the tridiagonal matrix of a recurrence."""
+    bad = ~(alpha + torch.nn.functional.pad(beta, (0, 1))).isfinite()
+    if known(bad.any()):
+        count = int(bad.nonzero()[0]) + 1
+        raise InvalidInput(f"product {count} of the matvec is not finite: are the loss and its curvature finite there?")
+    offset = _apart(alpha.detach())
+    values, vectors = torch.linalg.eigh(tridiagonal(alpha + offset, beta))
+    values = values - (vectors.detach().square() * offset[:, None]).sum(0)
+    order = values.detach().argsort(stable=True)
+    return values[order], vectors[:, order]
+
+
+def _apart(alpha: Tensor) -> Tensor:
+    """Diagonals, of the size of rounding, that tell copies of an eigenvalue apart by where in the recurrence they live.
+
+    Eigenvalues of two blocks (where a beta is 0) may agree, and so may those of a recurrence that lost its
+    orthogonality: there the derivative of eigenvectors is 0/0.
+    """
+    size = alpha.abs().max()
+    size = torch.where(size > 0, size, 1.0)
+    return torch.finfo(alpha.dtype).eps * size * torch.arange(len(alpha)).to(alpha)
+
+
+def tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:
+    """The symmetric matrix ``(m, m)`` with diagonal ``alpha (m,)`` and off-diagonal ``beta (m - 1,)``."""
+    off = torch.diag_embed(beta, 1)
+    return torch.diag_embed(alpha) + off + off.mT
+
+
+def select(values: Tensor, k: int, which: str) -> Tensor:
+    """Positions of the wanted among ascending values ``(m,)``, in the order they are reported in."""
+    positions = torch.arange(values.shape[-1], device=values.device)
+    if which == "LM":
+        return torch.argsort(values.abs(), descending=True, stable=True)[:k]
+    if which == "LA":
+        return positions.flip(0)[:k]
+    if which == "SA":
+        return positions[:k]
+    return torch.cat([positions[: k // 2], positions[len(positions) - (k - k // 2) :]])

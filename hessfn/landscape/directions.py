@@ -1,0 +1,92 @@
+"""Directions worth looking along: random, along the gradient, to another checkpoint, scaled filter by filter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.errors import InvalidInput
+from hessfn.core.probes import gaussian
+from hessfn.core.torch_state import known
+from hessfn.core.tree import Tree
+from hessfn.landscape.slices import Loss
+
+
+def random_direction(params: Tree, *, seed: int = 0) -> Tree:
+    """A direction of unit norm, uniform on the sphere, in the shape of ``params``; the same for the same seed.
+
+    >>> round(float(tree.norm(random_direction(torch.zeros(5)))), 6)
+    1.0
+    """
+    return _unit(gaussian(params, 1, seed=seed)[0])
+
+
+def gradient_direction(loss: Loss, params: Tree, *args: Any) -> Tree:
+    """The gradient of the loss, at unit norm: the direction of steepest ascent.
+
+    Raises:
+        ValueError: the gradient is zero or not finite, so there is no such direction.
+
+    >>> gradient_direction(lambda w: w.square().sum(), torch.tensor([3.0, 4.0]))
+    tensor([0.6000, 0.8000])
+    """
+    return _unit(torch.func.grad(loss)(params, *args))
+
+
+def direction_to(params: Tree, other: Tree) -> Tree:
+    """What leads from the parameters (step 0) to another checkpoint's (step 1), at its full length.
+
+    Only parameters are interpolated. Buffers, such as the running statistics of BatchNorm, stay those of the model the
+    loss was made from, and need not suit the parameters in between.
+
+    Raises:
+        ValueError: ``other`` is not a tree like ``params``.
+
+    Source: Goodfellow, Vinyals and Saxe (2015).
+
+    >>> start, end = torch.tensor([1.0]), torch.tensor([3.0])
+    >>> line(lambda w: w.square().sum(), start, direction_to(start, end), [0.0, 0.5, 1.0])
+    tensor([1., 4., 9.])
+    """
+    return tree.add(tree.aligned(other, params, "the other checkpoint"), params, -1.0)
+
+
+def filter_normalized(direction: Tree, params: Tree, *, keep_vectors: bool = False) -> Tree:
+    """The direction with every filter as long as the same filter of ``params``, so that nets of unlike scale compare.
+
+    A filter is a slice along the first axis: of a convolution what makes one channel, of a matrix one row.
+
+    Args:
+        keep_vectors: scale leaves of fewer than two axes (biases, norm parameters) too, each as one filter: entry by
+            entry nothing of the direction would remain but its signs. By default they become zero.
+
+    Raises:
+        ValueError: the direction is not a tree like ``params``.
+
+    Source: Li, Xu, Taylor, Studer and Goldstein (2018).
+
+    >>> filter_normalized(torch.ones(2, 4), 3 * torch.eye(2, 4))
+    tensor([[1.5000, 1.5000, 1.5000, 1.5000],
+            [1.5000, 1.5000, 1.5000, 1.5000]])
+    """
+
+    def rescale(d: Tensor, p: Tensor) -> Tensor:
+        if p.dim() < 2 and not keep_vectors:
+            return torch.zeros_like(d)
+        rows = p.shape[0] if p.dim() > 1 else 1
+        width = p.numel() // max(rows, 1)
+        ours, theirs = (torch.linalg.vector_norm(tree.wide(x.reshape(rows, width)), dim=1) for x in (d, p))
+        ratio = torch.where(ours > 0, theirs / ours, 0.0).to(d.dtype)
+        return d * ratio.reshape(-1, *[1] * (d.dim() - 1)) if p.dim() else d * ratio[0]
+
+    return tree.map(rescale, tree.aligned(direction, params, "the direction"), params)
+
+
+def _unit(direction: Tree) -> Tree:
+    length = tree.norm(tree.require_finite(direction, "the direction"))
+    if known((length > 0) & length.isfinite()) is False:
+        raise InvalidInput(f"a direction of norm {float(length)} cannot be scaled to norm 1")
+    return tree.scale(1 / length, direction)

@@ -1,0 +1,75 @@
+"""The path of a training run, seen in the few directions it keeps closest to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.errors import InvalidInput
+from hessfn.core.results import Trajectory
+from hessfn.core.torch_state import known
+from hessfn.core.tree import Tree
+
+_CHUNK = 2**16  # entries of each checkpoint worked on at a time
+
+
+def principal_directions(checkpoints: Sequence[Tree], k: int = 2, *, origin: Tree | None = None) -> Trajectory:
+    """The plane through one point that a training trajectory keeps closest to: principal directions and coordinates.
+
+    The first k singular vectors of the rows ``checkpoint - origin``, from their Gram matrix ``(T, T)``: for
+    ``plane(loss, origin, directions, ...)``.
+
+    Args:
+        checkpoints: T trees of one shape, in the order of training. ``torch.load(path, mmap=True, weights_only=True)``
+            leaves them on disk until they are needed, a part at a time.
+        k: how many directions.
+        origin: where the plane passes through, and step 0 of every direction; by default the last checkpoint.
+
+    Returns:
+        ``directions``, k orthonormal trees; ``coordinates (T, k)`` of the checkpoints along them, in the order given;
+        ``fractions (k,)`` of the trajectory's squared distances from the origin that each direction holds. A random
+        walk too has most of it in a few directions: a high fraction is no sign of a low-dimensional optimisation
+        (Antognini and Sohl-Dickstein, 2018).
+
+    Cost: T^2 n operations, no loss; k vectors kept.
+
+    Raises:
+        ValueError: the checkpoints differ in their leaves, or span fewer than k directions from the origin.
+
+    Source: Li, Xu, Taylor, Studer and Goldstein (2018).
+
+    >>> path = [torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.0, 0.0, 1.0])]
+    >>> principal_directions(path, k=1).coordinates.T
+    tensor([[2., 1., 0.]], dtype=torch.float64)
+    """
+    if len(checkpoints) == 0:
+        raise InvalidInput("there is no checkpoint: the sequence is empty")
+    origin = checkpoints[-1] if origin is None else origin
+    _, unravel = tree.ravel(origin)
+    gram = torch.zeros((), dtype=torch.float64)
+    for part in _displacements(checkpoints, origin):
+        gram = gram.to(part) + part @ part.T
+    values, vectors = (x.flip(-1) for x in torch.linalg.eigh(gram))
+    spanned = values > len(gram) * torch.finfo(gram.dtype).eps * values[0]
+    if not 1 <= k <= len(gram) or known(spanned[k - 1]) is False:
+        raise InvalidInput(
+            f"k={k} must be between 1 and {int(spanned.sum())}, the number of directions that these {len(gram)} "
+            "checkpoints span from the origin"
+        )
+    lengths, axes = values[:k].sqrt(), vectors[:, :k]
+    axes = axes * torch.where(axes.gather(0, axes.abs().argmax(0)[None]) < 0, -1.0, 1.0)  # eigh leaves the sign open
+    weights = (axes / lengths).T
+    rows = torch.cat([weights @ part for part in _displacements(checkpoints, origin)], dim=1)
+    return Trajectory(tuple(unravel(row) for row in rows), axes * lengths, values[:k] / values.clamp(min=0).sum())
+
+
+def _displacements(checkpoints: Sequence[Tree], origin: Tree) -> Iterator[Tensor]:
+    """The rows ``checkpoint - origin`` in float64, ``(T, some columns)`` at a time, all columns in order."""
+    rows = [tree.leaves(tree.aligned(point, origin, f"checkpoint {i}")) for i, point in enumerate(checkpoints)]
+    for base, *leaves in zip(tree.leaves(origin), *rows, strict=True):
+        for start in range(0, base.numel(), _CHUNK):
+            zero, *points = (tree.wide(x.reshape(-1)[start : start + _CHUNK]) for x in (base, *leaves))
+            yield torch.stack(points) - zero

@@ -1,0 +1,154 @@
+"""Means over batches of data: each weighed by its size, one in memory at a time, the same ones at every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import RandomSampler
+
+from hessfn.core import tree
+from hessfn.core.errors import InvalidInput
+from hessfn.core.fingerprints import checksum, fingerprint
+from hessfn.core.torch_state import known, torch_state_lock
+from hessfn.core.tree import Tree
+from hessfn.parallel.all_reduce import Group, ShardedBatches, across, require_same
+
+Weights = Sequence[float] | Callable[[Any], float | Tensor] | None
+
+_SAME_DATA = (
+    "every product needs the same data in the same order, or there is no matrix. Use DataLoader(..., shuffle=False) "
+    "without random augmentation, or batches = list(loader) once"
+)
+
+
+def mean(
+    function: Callable[..., Tree],
+    batches: Iterable[Any],
+    *,
+    weights: Weights = None,
+    microbatch: int | None = None,
+    device: torch.device | None = None,
+) -> Callable[..., Tree]:
+    """``function(*args, batch)`` averaged over batches, as a function of ``args``.
+
+    Args:
+        function: to a tensor or a tree of them.
+        batches: an iterable that gives the same batches each time; more than one pass must be possible. Of batches
+            dealt out to processes each takes its own, and all get the mean over all.
+        weights: one number a batch or a function of the batch; by default the length of its first tensor.
+        microbatch: at most so many samples at once: each batch is cut along the first axis of its tensors.
+        device: where to move the batches.
+
+    Raises:
+        ValueError: there is no batch, only one pass is possible, or two passes differ.
+
+    >>> mean(lambda c, x: c * x.mean(), [torch.ones(3), torch.tensor([5.0])])(2.0)
+    tensor(4.)
+    """
+    dealt = batches if isinstance(batches, ShardedBatches) else None
+    rank, size = share_of(batches)
+    batches = dealt.batches if dealt else batches
+    if isinstance(batches, Iterator):
+        raise InvalidInput("batches can be run through only once, and every product is a pass: give list(batches)")
+    if isinstance(batches, Sized) and len(batches) == 0:
+        raise InvalidInput("there is no batch: the iterable of batches is empty")
+    if isinstance(getattr(batches, "sampler", None), RandomSampler):
+        raise InvalidInput(f"this DataLoader shuffles: {_SAME_DATA}")
+    if microbatch is not None and microbatch < 1:
+        raise InvalidInput(f"microbatch={microbatch} must be at least 1")
+    first_pass: list[Tensor] = []
+
+    def averaged(*args: Any) -> tuple[Tree | None, float | Tensor]:
+        total: Tree = None
+        total_weight: float | Tensor = 0.0
+        this_pass: list[Tensor] = []
+        for index, batch in enumerate(_iterate(batches)):
+            if index % size != rank:
+                continue
+            batch = tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+            this_pass.append(checksum(batch))
+            for weight, part in _parts(batch, index, weights, microbatch):
+                try:
+                    value = function(*args, part)
+                except ValueError as error:
+                    raise InvalidInput(f"batch {index}: {error}") from error
+                total = tree.scale(weight, value) if total is None else tree.add(total, value, weight)
+                total_weight = total_weight + weight
+        if total is None:
+            if dealt:
+                return None, 0.0  # fewer batches than processes
+            raise InvalidInput("there is no batch: the iterable of batches is empty")
+        if not first_pass:
+            first_pass.extend(this_pass)
+        _check_same(first_pass, this_pass)
+        return tree.scale(1 / total_weight, total), total_weight
+
+    if dealt:
+        average = across(dealt.group)
+        return lambda *args: average(lambda: averaged(*args), args)
+    return lambda *args: averaged(*args)[0]
+
+
+def share_of(batches: Iterable[Any]) -> tuple[int, int]:
+    """Which process this is and of how many: of n processes the r-th one takes the batches r, r + n, ...."""
+    return (batches.rank, batches.size) if isinstance(batches, ShardedBatches) else (0, 1)
+
+
+def deal(batches: Iterable[Any], state: Tree, group: Group) -> ShardedBatches:
+    """Batches dealt out to the processes of a group, once all are found to have the same ones, and the same state.
+
+    Costs one pass over the batches.
+    """
+    require_same(fingerprint(state), "other parameters", group)
+    require_same([fingerprint(_tensors(batch)) for batch in _iterate(batches)], "other data", group)
+    return ShardedBatches(batches, group)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [x for x in tree.leaves(batch) if isinstance(x, Tensor)]
+
+
+def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
+    if isinstance(batches, Sequence):
+        return iter(batches)
+    # A DataLoader draws a seed for its workers from the global generator.
+    with torch_state_lock(), torch.random.fork_rng(devices=[]):
+        return iter(batches)
+
+
+def _parts(batch: Any, index: int, weights: Weights, microbatch: int | None) -> Iterator[tuple[float | Tensor, Any]]:
+    size = length(batch)
+    for start in range(0, size, microbatch or size):
+        part = batch if microbatch is None else _rows(batch, start, start + microbatch)
+        if callable(weights):
+            weight = weights(part)  # a count of tokens is an integer tensor, whose inverse would be float32
+            yield tree.wide(weight) if isinstance(weight, Tensor) else weight, part
+        elif weights is None:
+            yield length(part), part
+        elif index < len(weights):
+            yield weights[index] * length(part) / size, part
+        else:
+            raise InvalidInput(f"weights has {len(weights)} entries, but there is a batch {index}: give one for each")
+
+
+def length(batch: Any) -> int:
+    first = next(iter(_tensors(batch)), None)
+    if first is None or first.dim() == 0 or len(first) == 0:
+        found = "no tensor" if first is None else f"a first tensor of shape {tuple(first.shape)}"
+        raise InvalidInput(f"a batch must have samples along the first axis of its tensors, but this one has {found}")
+    return len(first)
+
+
+def _rows(batch: Any, start: int, stop: int) -> Any:
+    return tree.map(lambda x: x[start:stop] if isinstance(x, Tensor) and x.dim() else x, batch)
+
+
+def _check_same(first_pass: list[Tensor], this_pass: list[Tensor]) -> None:
+    same = len(first_pass) == len(this_pass)
+    for a, b in zip(first_pass, this_pass, strict=False):
+        same = same and a.shape == b.shape and known((a == b).all()) is not False
+    if not same:
+        raise InvalidInput(f"the batches of this pass are not those of the first one: {_SAME_DATA}")

@@ -1,0 +1,1 @@
+"""Transform: means over the processes of a group."""

@@ -1,0 +1,103 @@
+"""From a model and its criterion to a matvec: the Gauss-Newton matrix, the Fisher matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessfn.core import tree
+from hessfn.core.torch_state import torch_state_lock
+from hessfn.core.tree import MatVec, Tree
+from hessfn.engine.op_definitions import by_definition
+from hessfn.products.modes import vjp
+
+
+def ggnvp(
+    forward: Callable[[Tree, Any], Any], criterion: Callable[[Any, Any], Tensor], params: Tree, batch: Any
+) -> MatVec:
+    """Products with the generalized Gauss-Newton matrix ``J' H_out J``.
+
+    ``J`` is the Jacobian of the outputs by the parameters, ``H_out`` the Hessian of the criterion by the outputs. It is
+    positive semidefinite where the criterion is convex in the outputs, and the Hessian where the model is linear in its
+    parameters.
+
+    Args:
+        forward: ``forward(params, inputs)`` to a tensor or a tree of them, such as :func:`hessfn.stateless` returns.
+        criterion: ``criterion(outputs, targets)`` to a scalar.
+        params: a tree of tensors.
+        batch: ``(inputs, targets)``.
+
+    Source: Schraudolph (2002).
+
+    >>> x = torch.tensor([[1.0, 2.0]])
+    >>> matvec = ggnvp(lambda w, x: x @ w, lambda out, y: (out - y).square().sum(), torch.zeros(2), (x, torch.ones(1)))
+    >>> matvec(torch.tensor([1.0, 0.0]))
+    tensor([2., 4.])
+    """
+    inputs, targets = batch
+
+    def loss_of(out: Any) -> Tensor:
+        return criterion(out, targets)
+
+    def matvec(v: Tree) -> Tree:
+        v = tree.aligned(v, params)
+        defined = by_definition(forward)
+
+        def outputs(p: Tree) -> Any:
+            return defined(p, inputs)
+
+        with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
+            out, pullback = vjp(outputs, params)
+            # Reverse mode: the criterion is cheap, and the common ones lack a forward rule.
+            _, curvature = vjp(torch.func.grad(loss_of), out)
+            return pullback(curvature(_pushforward(outputs, params, v))[0])[0]
+
+    return matvec
+
+
+def fvp(
+    forward: Callable[[Tree, Any], Any], criterion: Callable[[Any, Any], Tensor], params: Tree, batch: Any
+) -> MatVec:
+    """Products with the empirical Fisher matrix ``1/B sum_i g_i g_i'``, ``g_i`` the gradient of sample ``i``'s loss.
+
+    Arguments as :func:`ggnvp`. Samples lie along the first axis of outputs and targets, and the output of a sample must
+    depend on that sample alone. With targets drawn from the model's own predictions it is a Monte-Carlo estimate of the
+    Fisher matrix itself.
+
+    >>> x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    >>> square = lambda out, y: (out - y).square().mean()
+    >>> matvec = fvp(lambda w, x: x @ w, square, torch.zeros(2), (x, torch.ones(2)))
+    >>> matvec(torch.tensor([1.0, 0.0]))
+    tensor([2., 4.])
+    """
+    inputs, targets = batch
+
+    def alone(output: Any, target: Any) -> Tensor:
+        one = tree.map(lambda leaf: leaf.unsqueeze(0), (output, target))
+        return criterion(*one)
+
+    def matvec(v: Tree) -> Tree:
+        v = tree.aligned(v, params)
+        defined = by_definition(forward)
+
+        def losses(p: Tree) -> Tensor:
+            return torch.func.vmap(alone)(defined(p, inputs), targets)
+
+        with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
+            each, pullback = vjp(losses, params)
+            return pullback(_pushforward(losses, params, v) / each.numel())[0]
+
+    return matvec
+
+
+def _pushforward(function: Callable[[Tree], Any], point: Tree, v: Tree) -> Any:
+    """``J v``; without forward rules as the derivative of ``u -> J' u``, which is linear, so any ``u`` will do."""
+    try:
+        return torch.func.jvp(function, (point,), (v,))[1]
+    except (RuntimeError, NotImplementedError):
+        out, pullback = vjp(function, point)
+        return vjp(lambda u: pullback(u)[0], tree.map(torch.zeros_like, out))[1](v)[0]

@@ -1,0 +1,165 @@
+"""The modes in which a loss is differentiated twice, and the ladder that finds the first one its operations allow."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessfn.core import tree
+from hessfn.core.errors import InvalidInput, NoDerivative, Untraceable
+from hessfn.core.probes import gaussian
+from hessfn.core.results import Mode
+from hessfn.core.torch_state import is_differentiated, torch_state_lock
+from hessfn.core.tree import Tree
+from hessfn.engine import pipeline
+from hessfn.engine.op_definitions import by_definition
+from hessfn.engine.trace import tensors
+from hessfn.products.loss_checks import Loss, check_loss, plain_gradient, require_derivative, two_differences
+
+vjp: Callable[..., Any] = torch.func.vjp  # as it is annotated, it always returns an auxiliary output too
+Product = Callable[[Tree, tuple[Any, ...], Tree], Tree]
+ModeName = Literal["auto", "traced", "forward", "reverse", "double_backward", "difference"]
+
+
+# One mode a function, from a loss to its product.
+
+
+def _traced(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Product:
+    job = pipeline.Job(loss, params, args)
+    with differentiating():
+        graph = pipeline.run(pipeline.LOSS, None, job)
+        try:
+            module = pipeline.run(pipeline.PRODUCT, graph, job)
+        except Untraceable:  # a derivative rule looks at values
+            return _forward(pipeline.as_function(graph))
+    module = pipeline.run(pipeline.LOWERING, module, job)  # it may wait for a compiler: not under the lock
+    return lambda params, args, v: tree.unflatten(module(*tensors((params, args, v))[0]), params)
+
+
+def _forward(loss: Loss, *_: Any) -> Product:
+    def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
+        return torch.func.jvp(lambda p: _gradient(loss, p, args), (params,), (v,))[1]
+
+    return product
+
+
+def _reverse(loss: Loss, *_: Any) -> Product:
+    def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
+        return vjp(lambda p: _gradient(loss, p, args), params)[1](v)[0]
+
+    return product
+
+
+def _double_backward(loss: Loss, *_: Any) -> Product:
+    def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
+        leaves, gradient = plain_gradient(loss, params, args, create_graph=True)
+        pairs = [(g, d) for g, d in zip(gradient, tree.leaves(v), strict=True) if g.requires_grad]
+        if not pairs:
+            return tree.map(torch.zeros_like, params)
+        outputs, directions = zip(*pairs, strict=True)
+        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+        return tree.unflatten(torch.autograd.grad(outputs, leaves, directions, **options), params)
+
+    return product
+
+
+def _difference(loss: Loss, *_: Any) -> Product:
+    return lambda params, args, v: two_differences(loss, params, args, v)[0]
+
+
+# In the order of preference.
+MODES: dict[str, Callable[..., Product]] = {
+    "traced": _traced,
+    "forward": _forward,
+    "reverse": _reverse,
+    "double_backward": _double_backward,
+    "difference": _difference,
+}
+
+
+def _gradient(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tree:
+    value, pullback = vjp(lambda p: loss(p, *args), params)
+    return pullback(torch.ones_like(value))[0]
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Holds what torch has only once, with attention's math kernel: the others have no second derivatives."""
+    with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def find_mode(loss: Loss, params: Tree, *args: Any) -> Mode:
+    """The mode that ``hvp(mode="auto")`` takes for this loss, and why; at the cost of one product.
+
+    >>> find_mode(lambda w: (w**4).sum(), torch.ones(3))
+    Mode(mode='traced', reason='', error=0.0)
+    """
+    v = gaussian(params, 1)[0]  # not of ones, which nets with norms are often blind to
+    return _first(loss, params, args, v, "auto")[1]
+
+
+def product_of(loss: Loss, mode: ModeName) -> Product:
+    """The product in a mode, which is found at the first call for arguments of their shapes."""
+    if mode not in get_args(ModeName):
+        raise InvalidInput(f"mode={mode!r} must be 'auto' or one of {', '.join(map(repr, MODES))}")
+    found: dict[Any, Product] = {}
+    said: set[str] = set()
+
+    def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
+        if torch.compiler.is_compiling():
+            with sdpa_kernel(SDPBackend.MATH):
+                return MODES["forward" if mode == "auto" else mode](loss)(params, args, v)
+        shapes = (is_differentiated(params, args), *_shapes((params, args)))
+        if shapes in found:
+            with differentiating():
+                return found[shapes](params, args, v)
+        found[shapes], chosen, result = _first(loss, params, args, v, mode)
+        if chosen.reason and chosen.mode not in {"traced", "forward", *said}:
+            said.add(chosen.mode)
+            warnings.warn(_announce(chosen), stacklevel=3)
+        return result
+
+    return product
+
+
+def _shapes(arguments: Any) -> Any:
+    """What a trace is good for: the structure, the shapes and dtypes of tensors, the values of all else."""
+    kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else repr(x) for x in tree.leaves(arguments)]
+    return (*tree.names(arguments), *kinds)
+
+
+def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) -> tuple[Product, Mode, Tree]:
+    """The ladder: the product of the first mode that works, what it is, and the product with v."""
+    with differentiating():
+        check_loss(loss, params, args)
+    reasons: list[str] = []
+    loss = by_definition(loss)
+    for name in (("forward", "reverse") if is_differentiated(params, args) else MODES) if mode == "auto" else (mode,):
+        try:
+            product = MODES[name](loss, params, args)
+            with differentiating():
+                result, apart = two_differences(loss, params, args, v) if name == "difference" else (None, 0.0)
+                result = product(params, args, v) if result is None else result
+                if name == "double_backward":
+                    require_derivative(loss, params, args, v, result)
+        except (RuntimeError, NotImplementedError) as error:
+            if mode != "auto":
+                raise
+            reasons.append(f"{name}: {str(error).splitlines()[0]}")
+            continue
+        return product, Mode(name, "; ".join(reasons), float(apart)), result
+    raise NoDerivative("this loss cannot be differentiated twice in any way:\n" + "\n".join(reasons))
+
+
+def _announce(chosen: Mode) -> str:
+    exact = "is exact but may cost more"
+    if chosen.error:
+        exact = f"is not exact: its relative error is about {chosen.error:.1g}"
+    return f"Hessian-vector products in mode {chosen.mode!r}, which {exact}. Not possible were: {chosen.reason}"

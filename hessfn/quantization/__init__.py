@@ -1,0 +1,1 @@
+"""What layers are given bits by: how much the loss minds errors in each."""

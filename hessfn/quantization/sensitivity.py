@@ -1,0 +1,214 @@
+"""How much the loss minds errors in each layer's weights and activations: traces by layer, over a whole data set."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessfn.core import tree
+from hessfn.core.errors import InvalidInput, Untraceable
+from hessfn.core.probes import rademacher
+from hessfn.core.results import Estimate, Sensitivities
+from hessfn.core.tree import MatVec, Tree
+from hessfn.losses.activation import activation_loss, joint_loss
+from hessfn.losses.batches import Weights, length, mean, share_of
+from hessfn.losses.functional import bare
+from hessfn.losses.layer_selection import Layers
+from hessfn.products.hessian import hvp, linearized_hvp
+
+Criterion = Callable[[Any, Any], Tensor]
+Probes = Callable[[Tree], Sequence[Tree]]
+Transform = Callable[[MatVec], MatVec]
+
+
+def activation_traces(
+    model: nn.Module,
+    criterion: Criterion,
+    batches: Iterable[Any],
+    layers: Layers,
+    num_probes: int,
+    *,
+    at: str = "input",
+    blockwise: bool = False,
+    seed: int = 0,
+    weights: Weights = None,
+    microbatch: int | None = None,
+    transform: Transform = lambda matvec: matvec,
+) -> Estimate:
+    """The trace of each layer's activation Hessian, over all samples of all batches: the mean of the samples' traces.
+
+    Args:
+        model, criterion: as for :func:`hessfn.functionalize`.
+        batches, weights, microbatch: as for :func:`hessfn.mean_hvp`, but for one pass only.
+        layers, at: as for :func:`hessfn.activation_loss`.
+        num_probes: Rademacher probes for each batch, which has its own.
+        blockwise: one layer's probes at a time. The blocks between layers then add nothing to the variance.
+        seed: of the probes.
+        transform: what becomes of each batch's function from a probe z to ``z'Hz`` by leaf, before it is used, such as
+            ``hf.progress`` or ``hf.journal``.
+
+    Returns:
+        ``mean`` and ``stderr``, dicts by shift in the order of the calls, and ``num_matvecs``. The errors are those of
+        the probes, for these data. Divide by ``shifts[name][0].numel()`` for the average traces of HAWQ-V2.
+
+    Cost: ``num_probes`` products with each batch, ``blockwise`` so many for each layer (cheaper ones: only what comes
+    after the layer is in them); what :func:`hessfn.linearized_hvp` keeps of one batch.
+
+    Raises:
+        ValueError: as these functions do, or ``num_probes`` is less than 1.
+
+    Source: HAWQ-V2 (Dong et al., 2020).
+
+    >>> net = nn.Sequential(nn.Linear(1, 1, bias=False))
+    >>> batches = [(torch.ones(5, 1), torch.zeros(5, 1)), (torch.ones(2, 1), torch.zeros(2, 1))]
+    >>> trace = activation_traces(net, nn.MSELoss(), batches, "0", 2).mean["0"]
+    >>> torch.allclose(trace, 2 * net[0].weight.double() ** 2)
+    True
+    """
+
+    def samples(batch: Any, probes: Probes) -> Tree:
+        loss, shifts = activation_loss(model, criterion, batch, layers, at=at)
+        parts = [{name: shift} for name, shift in shifts.items()] if blockwise else [shifts]
+        return {name: x for part in parts for name, x in _dots(loss, part, probes, transform).items()}
+
+    result = _over(batches, samples, num_probes, seed, weights, microbatch, model)
+    return result._replace(num_matvecs=result.num_matvecs * (len(result.mean) if blockwise else 1))
+
+
+def sensitivities(
+    model: nn.Module,
+    criterion: Criterion,
+    batches: Iterable[Any],
+    layers: Layers | None = None,
+    num_probes: int = 50,
+    *,
+    at: str = "input",
+    seed: int = 0,
+    weights: Weights = None,
+    microbatch: int | None = None,
+    transform: Transform = lambda matvec: matvec,
+) -> Sensitivities:
+    """The traces of each layer's weights and activations, side by side and all from the same products.
+
+    Independent errors of variance ``s`` in the weights (or activations) of a layer, such as those of rounding, raise
+    the mean loss by ``s / 2`` times the trace, to second order. HAWQ-V2 gives bits by the average trace, trace / numel.
+
+    Args:
+        layers: as for :func:`hessfn.activation_loss`, each with a parameter ``weight`` of its own. By default all whose
+            weight has two axes or more, and which a floating-point tensor enters.
+        model, criterion, batches, num_probes, at, seed, weights, microbatch, transform: as for
+            :func:`activation_traces`.
+
+    Returns:
+        :class:`Sensitivities`, dicts by layer in the order of the calls. What a layer sees in several calls or as
+        several tensors is added up; entries of activations are those of one sample.
+
+    Cost: ``num_probes`` products with each batch, with the Hessian by weights and activations together; what
+    :func:`hessfn.linearized_hvp` keeps of one batch.
+
+    Raises:
+        ValueError: as these functions do, or a layer has no parameter ``weight``.
+
+    Source: HAWQ-V2 (Dong et al., 2020).
+
+    >>> net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+    >>> found = sensitivities(net, nn.MSELoss(), [(torch.ones(5, 3), torch.zeros(5, 1))], num_probes=4)
+    >>> found.weight_numel, found.activation_numel
+    ({'0': 6, '2': 2}, {'0': 3, '2': 2})
+    """
+    model = bare(model)
+    modules, params = dict(model.named_modules()), dict(model.named_parameters())
+    names = {id(p): name for name, p in params.items()}
+    joint = joint_loss(model, criterion, has_matrix if layers is None else layers, at, strict=layers is not None)
+
+    def samples(batch: Any, probes: Probes) -> Tree:
+        loss, shifts = joint(batch)
+        layer_of = {flow: _layer_of(flow, modules) for flow in shifts}
+        weight_of = {layer: names[id(_weight(layer, modules))] for layer in layer_of.values()}
+        point = {**{f"weight {w}": params[w].detach() for w in weight_of.values()}, **shifts}
+
+        def both(point: Tree) -> Tensor:
+            return loss({w: point[f"weight {w}"] for w in weight_of.values()}, {flow: point[flow] for flow in shifts})
+
+        dots = _dots(both, point, probes, transform)
+        flows = {layer: [flow for flow in shifts if layer_of[flow] == layer] for layer in weight_of}
+        return {
+            layer: (
+                dots[f"weight {weight_of[layer]}"],
+                torch.stack([dots[flow] for flow in flows[layer]]).sum(0),
+                torch.full((num_probes,), sum(shifts[f].numel() for f in flows[layer]) / length(batch)).double(),
+            )
+            for layer in weight_of
+        }
+
+    result = _over(batches, samples, num_probes, seed, weights, microbatch, model)
+
+    def part(i: int) -> Estimate:
+        mean, stderr = ({layer: x[i] for layer, x in found.items()} for found in (result.mean, result.stderr))
+        return Estimate(mean, stderr, result.num_matvecs)
+
+    activation_numel = {layer: round(float(entries)) for layer, (_, _, entries) in result.mean.items()}
+    weight_numel = {layer: _weight(layer, modules).numel() for layer in activation_numel}
+    return Sensitivities(part(0), part(1), weight_numel, activation_numel)
+
+
+def _over(
+    batches: Iterable[Any],
+    samples: Callable[[Any, Probes], Tree],
+    num_probes: int,
+    seed: int,
+    weights: Weights,
+    microbatch: int | None,
+    model: nn.Module,
+) -> Estimate:
+    """The estimate from samples ``(num_probes,)`` of every batch, each with probes of its own."""
+    if num_probes < 1:
+        raise InvalidInput(f"num_probes={num_probes} must be at least 1")
+    numbers = itertools.count(*share_of(batches))
+
+    def of_batch(batch: Any) -> Tree:
+        start = next(numbers) * num_probes
+        return samples(batch, lambda point: rademacher(point, start + num_probes, seed=seed)[start:])
+
+    device = next((p.device for p in model.parameters()), None)
+    found = mean(of_batch, batches, weights=weights, microbatch=microbatch, device=device)()
+    return Estimate(
+        tree.map(torch.mean, found),
+        tree.map(lambda x: x.std() / num_probes**0.5 if num_probes > 1 else torch.full_like(x[0], torch.inf), found),
+        torch.tensor(num_probes),
+    )
+
+
+def _dots(loss: Callable[[Tree], Tensor], point: Tree, probes: Probes, transform: Transform) -> dict[str, Tensor]:
+    """``z * Hz`` summed over each leaf, for every probe."""
+    try:
+        matvec = linearized_hvp(loss, point)
+    except Untraceable:
+        matvec = hvp(loss, point)
+    dots_of = transform(lambda z: tree.map(tree.dot, z, matvec(z)))
+    each = [dots_of(z) for z in probes(point)]
+    return {name: torch.stack([dots[name] for dots in each]) for name in point}
+
+
+def has_matrix(name: str, module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() > 1
+
+
+def _weight(layer: str, modules: Mapping[str, nn.Module]) -> nn.Parameter:
+    weight = getattr(modules[layer], "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        raise InvalidInput(f"layer {layer!r} ({type(modules[layer]).__name__}) has no parameter 'weight': leave it out")
+    return weight
+
+
+def _layer_of(flow: str, modules: Mapping[str, nn.Module]) -> str:
+    """The layer of a shift: without the tensor's name, and without the number of the call."""
+    if flow in modules:
+        return flow
+    layer = flow.partition(":")[0]
+    return layer if layer in modules else layer.rpartition("#")[0]

@@ -1,0 +1,1 @@
+"""Transform: products kept on disk, so that what was killed goes on."""

@@ -1,0 +1,174 @@
+"""Products kept on disk, so that whatever consumes them can be killed and called again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.errors import InvalidInput, JournalError
+from hessfn.core.fingerprints import fingerprint, kind
+from hessfn.core.probes import gaussian
+from hessfn.core.torch_private import is_functorch_wrapped_tensor
+from hessfn.core.tree import MatVec, Tree
+from hessfn.storage import records
+
+_RECORD = re.compile(r"[0-9a-f]{64}-\d+")
+
+
+def journal(
+    matvec: MatVec, folder: str | os.PathLike[str], *, key: Mapping[str, Any] | None = None, resume: bool = True
+) -> MatVec:
+    """The same products, each written to disk: a run that was killed is started again and reads those it had made.
+
+    Routines are pure. With the same arguments they ask for the same vectors, so any of them goes on where it was and
+    returns the same bits as if nothing had happened; with other arguments (more probes, say) it makes use of what is
+    there. A product is found by a hash of its vector. A vector asked for twice by one run is computed twice, so that
+    ``check_matvec`` keeps its meaning.
+
+    Args:
+        matvec: or any other function from a tree to one of the same names.
+        folder: made at the first product, with one file for each; delete it when all is done.
+        key: what the products depend on besides the vector, by name: parameters, data, settings, as trees of tensors,
+            numbers and strings. A journal with another key is refused, and the message says which entries differ.
+            Without a key, every run first computes one product of its own by which the matrix is known, to the last
+            bit.
+        resume: False to drop what is there.
+
+    Returns:
+        A matvec on plain tensors: no ``DTensor``, and not under ``vmap``, ``torch.compile`` or autograd. Around it,
+        ``all_reduce`` works if every rank has a folder of its own; a journal around ``all_reduce`` would leave ranks
+        waiting for each other.
+
+    Cost: a hash of the vector and of the product. On disk, the bytes of one vector a product.
+
+    Raises:
+        ValueError: at a product: the journal is of another matrix, or a file is damaged; the message says what to do.
+        OSError: another process uses the folder, or it cannot be written, as on a full disk. Products already there
+            stay good.
+
+    >>> import tempfile
+    >>> folder, w = tempfile.TemporaryDirectory(), torch.tensor([1.0, 2.0])
+    >>> journal(lambda v: w * v, folder.name, key={"w": w})(torch.ones(2))
+    tensor([1., 2.])
+    >>> journal(lambda v: 1 / 0, folder.name, key={"w": w})(torch.ones(2))
+    tensor([1., 2.])
+    >>> journal(lambda v: v, folder.name, key={"w": torch.ones(2)})(torch.ones(2))
+    Traceback (most recent call last):
+    hessfn.core.errors.JournalError: the journal in ... is of another matrix: it has another 'w'. ...
+    >>> folder.cleanup()
+    """
+    path = Path(folder)
+    asked: Counter[str] = Counter()
+    belongs: list[str] = []
+    held = contextlib.ExitStack()
+
+    def journaled(v: Tree) -> Tree:
+        _require_plain(v)
+        if not belongs:
+            path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(records.lock(path / "lock"))
+            given = {"matrix": matvec(gaussian(v, 1)[0])} if key is None else key
+            identity = {"vectors": _describe(v), **_fingerprints(given)}
+            _open(path, identity, resume)
+            belongs.append(json.dumps(identity))
+        of, vector = belongs[0], fingerprint(v)
+        file = path / f"{vector}-{asked[vector] + 1}"
+        if file.exists():
+            kept = records.read(file, of)
+            product = [x.to(like.device) for x, like in zip(kept, tree.leaves(v), strict=True)]
+        else:
+            product = _like(matvec(v), v)
+            records.write(file, product, of)
+        asked[vector] += 1
+        return tree.unflatten(product, v)
+
+    weakref.finalize(journaled, held.close)
+    return journaled
+
+
+def products_in(folder: Path) -> list[Path]:
+    """The products in a journal's folder."""
+    return [file for file in folder.iterdir() if _RECORD.fullmatch(file.name)]
+
+
+def _like(product: Tree, v: Tree) -> list[Tensor]:
+    named = dict(zip(tree.names(product), tree.leaves(product), strict=True))
+    if named.keys() != set(tree.names(v)):
+        raise InvalidInput("the product is a tree of other leaves than the vector: a journal needs the same names")
+    # Contiguous as what is read: the order of sums, and so their last bits, are the memory's.
+    return [named[name].detach().contiguous() for name in tree.names(v)]
+
+
+def _require_plain(v: Tree) -> None:
+    for leaf in tree.leaves(v):
+        plain = not torch.compiler.is_compiling() and type(leaf) in (Tensor, torch.nn.Parameter) and not leaf.is_meta
+        if not plain or is_functorch_wrapped_tensor(leaf) or (leaf.requires_grad and torch.is_grad_enabled()):
+            raise InvalidInput(
+                "a journal takes plain tensors, one vector at a time: no DTensors, and not under vmap (batch_size=1), "
+                "torch.compile or autograd. Transform the matvec first, and put the journal around the result"
+            )
+
+
+def _open(path: Path, key: dict[str, Any], resume: bool) -> None:
+    about = path / "journal.json"
+    for file in [*path.glob("*.part"), *([] if resume else [*products_in(path), about])]:
+        file.unlink(missing_ok=True)
+    if resume and products_in(path) and not about.exists():
+        raise JournalError(f"{str(about)!r} is missing, so nobody knows what its products are of: delete the folder")
+    if resume and about.exists():
+        _require_same(about, key)
+    else:
+        records.replace(about, [json.dumps({"format": records.FORMAT, "key": key}, indent=1).encode()])
+
+
+def _require_same(about: Path, key: dict[str, Any]) -> None:
+    try:
+        found = json.loads(about.read_text("utf-8"))
+        kept, known = found["key"], found["format"] == records.FORMAT
+        names = [name for name in {**kept, **key} if kept.get(name) != key.get(name)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise JournalError(
+            f"{str(about)!r} is damaged or of another version of hessfn: delete the folder to start over"
+        )
+    if names:
+        differ = ", ".join(
+            f"another {n!r}" + (f" ({kept[n]}, here {key[n]})" if n in kept and _is_short(kept[n], key.get(n)) else "")
+            for n in names
+        )
+        raise JournalError(
+            f"the journal in {str(about.parent)!r} is of another matrix: it has {differ}. Take another folder, or "
+            "delete this one to start over"
+        )
+
+
+def _fingerprints(key: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: x if _is_short(x) else f"sha256 {fingerprint(x)}" for name, x in key.items()}
+
+
+def _is_short(*values: Any) -> bool:
+    """Whether a value is kept as it is, so that a message can show it."""
+    return all(
+        isinstance(x, int | float) or (isinstance(x, str) and len(x) < 60 and not x.startswith("sha256 "))
+        for x in values
+    )
+
+
+def _describe(v: Tree) -> str:
+    kinds = [[name, *kind(leaf)] for name, leaf in zip(tree.names(v), tree.leaves(v), strict=True)]
+    dtypes = " and ".join(sorted({kind(leaf)[0] for leaf in tree.leaves(v)}))
+    leaves = hashlib.sha256(json.dumps(kinds).encode()).hexdigest()[:8]
+    return f"{tree.numel(v)} {dtypes}, leaves {leaves}"

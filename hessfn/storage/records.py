@@ -1,0 +1,111 @@
+"""Tensors in files: hashed, written whole or not at all, and never read as anything but numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfn.core.errors import CannotWrite, FolderInUse, JournalError
+from hessfn.core.fingerprints import as_bytes, kind
+
+FORMAT = "hessfn journal 1"
+
+
+def lock(path: Path) -> Any:
+    """An open file that no other process can lock until it is closed, or its process has died."""
+    file = path.open("a")
+    with contextlib.suppress(ImportError):  # on Windows there is none; files are written whole all the same
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            message = (
+                f"{str(path.parent)!r} is in use by another process: wait until it has ended, or take another folder"
+            )
+            raise FolderInUse(message) from None
+    return file
+
+
+# A record is a line of JSON and the tensors' bytes. Its SHA-256 is of these, its name, and what journal it belongs to.
+
+
+def write(file: Path, leaves: Sequence[Tensor], of: str) -> None:
+    digest = _digest(file, leaves, of)
+    parts = [as_bytes(leaf) for leaf in leaves]
+    for part in parts:
+        digest.update(part)
+    replace(file, [_header(leaves, digest), *parts])
+
+
+def read(file: Path, of: str) -> list[Tensor]:
+    with file.open("rb") as stream:
+        first = stream.readline()
+        leaves = _blank(first, file.stat().st_size - len(first))
+        if leaves is not None:
+            digest = _digest(file, leaves, of)
+            for part in map(as_bytes, leaves):
+                stream.readinto(part)
+                digest.update(part)
+    if leaves is None or first != _header(leaves, digest):
+        raise JournalError(
+            f"{str(file)!r} is damaged or of another journal: delete this file, and its product is computed again"
+        )
+    return leaves
+
+
+def _blank(header: bytes, num_bytes: int) -> list[Tensor] | None:
+    """Tensors of the kinds in a header, if they take just so many bytes."""
+    try:
+        kinds = [(getattr(torch, dtype), shape) for dtype, shape in json.loads(header)["leaves"]]
+        if sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds) != num_bytes:
+            return None
+        return [torch.empty(shape, dtype=dtype) for dtype, shape in kinds]
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        return None
+
+
+def _digest(file: Path, leaves: Sequence[Tensor], of: str) -> Any:
+    return hashlib.sha256(json.dumps([FORMAT, of, file.name, [kind(leaf) for leaf in leaves]]).encode())
+
+
+def _header(leaves: Sequence[Tensor], digest: Any) -> bytes:
+    kinds = [kind(leaf) for leaf in leaves]
+    return json.dumps({"format": FORMAT, "leaves": kinds, "sha256": digest.hexdigest()}).encode() + b"\n"
+
+
+def replace(file: Path, parts: Iterable[Any]) -> None:
+    """Written whole or not at all, whenever the process, the machine or the disk gives up."""
+    part = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:
+            part = Path(stream.name)
+            for data in parts:
+                stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except BaseException as error:
+        if part is not None:
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            message = (
+                f"{str(file)!r} cannot be written ({error.strerror}): the products already there are good, so make "
+                "room and run it again"
+            )
+            raise CannotWrite(error.errno, message) from error
+        raise

@@ -1,0 +1,1 @@
+"""Transform: from a matvec to another one, or to what other libraries understand."""

@@ -1,0 +1,63 @@
+"""Blocks of a matrix that belong to some of the leaves, such as one layer, or what lies between two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from hessfn.core import tree
+from hessfn.core.tree import MatVec, Tree
+
+
+def restrict(matvec: MatVec, like: Tree, names: str | Iterable[str]) -> MatVec:
+    """The diagonal block of a matrix that belongs to some of the leaves: zero-pad in, select out.
+
+    Args:
+        matvec: products with the whole matrix, on trees like ``like``.
+        names: glob patterns of dotted leaf names, as in ``"layer1.*"``.
+
+    Returns:
+        A matvec on dicts from leaf name to tensor, those of ``tree.select(like, names)``, at one product of the whole.
+
+    Raises:
+        ValueError: a pattern matches no leaf.
+
+    >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    >>> whole = lambda v: dict(zip("ab", A @ torch.stack([v["a"], v["b"]])))
+    >>> restrict(whole, {"a": torch.zeros(()), "b": torch.zeros(())}, "b")({"b": torch.tensor(1.0)})
+    {'b': tensor(3.)}
+    """
+    return block(matvec, like, names, names)
+
+
+def block(matvec: MatVec, like: Tree, rows: str | Iterable[str], columns: str | Iterable[str]) -> MatVec:
+    """Any block of a matrix, such as that between two layers: zero-pad in by columns, select out by rows.
+
+    Args:
+        matvec: products with the whole matrix, on trees like ``like``.
+        rows, columns: glob patterns of dotted leaf names.
+
+    Returns:
+        A function from dicts like ``tree.select(like, columns)`` to dicts like ``tree.select(like, rows)``, at one
+        product of the whole. For a symmetric matrix the block with both exchanged is its transpose.
+
+    Raises:
+        ValueError: a pattern matches no leaf.
+
+    >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    >>> whole = lambda v: dict(zip("ab", A @ torch.stack([v["a"], v["b"]])))
+    >>> block(whole, {"a": torch.zeros(()), "b": torch.zeros(())}, "a", "b")({"b": torch.tensor(1.0)})
+    {'a': tensor(1.)}
+    """
+    entering, leaving = tree.select(like, columns), tree.select(like, rows)
+    known = tree.names(like)
+
+    def product(v: Tree) -> Tree:
+        v = tree.aligned(v, entering)
+        blank = zip(known, tree.leaves(like), strict=True)
+        padded = [v[name] if name in entering else torch.zeros_like(x) for name, x in blank]
+        whole = dict(zip(known, tree.leaves(matvec(tree.unflatten(padded, like))), strict=True))
+        return {name: whole[name] for name in leaving}
+
+    return product

@@ -1,0 +1,21 @@
+"""A matrix with the span of some vectors taken out."""
+
+from __future__ import annotations
+
+from hessfn.core.projection import complement_of
+from hessfn.core.tree import MatVec, Tree
+
+
+def deflate(matvec: MatVec, vectors: Tree) -> MatVec:
+    """``(I - QQ') A (I - QQ')``: the matrix with the span of some vectors taken out.
+
+    Args:
+        vectors: a tree whose leaves carry a leading axis of k vectors, as ``eigsh(...).vectors``. They need not be
+            orthonormal; a QR factorisation makes them so, once.
+
+    >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> deflate(lambda v: A @ v, torch.eye(3)[:1])(torch.ones(3))
+    tensor([0., 2., 1.])
+    """
+    outside = complement_of(vectors)
+    return lambda v: outside(matvec(outside(v)))

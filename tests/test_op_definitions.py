@@ -1,0 +1,107 @@
+"""Operations by their definitions are torch's: values, gradients, second derivatives, dtypes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import normal
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessfn.engine.op_definitions import by_definition
+
+BOOL = normal(2, 3, 5, 6) > -0.3
+BOOL[0, 0, 2] = False  # who attends to nothing
+ADDED = normal(5, 6).masked_fill(normal(5, 6, seed=3) > 0.8, -math.inf)
+ATTENTION = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "bool mask": {"attn_mask": BOOL},
+    "added mask": {"attn_mask": ADDED.double()},
+}
+
+
+def attention(options):
+    query, key, value = (normal(2, 3, n, 4, seed=n).double() for n in (5, 6, 7))
+
+    def function(scale):
+        q, k, v = query * scale, (key * scale.cos()), value[:, :, :6] * scale
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+    return function, torch.tensor(0.8, dtype=torch.float64)
+
+
+def norms(dims):
+    x, weight = normal(4, 3, 5).double(), normal(3).double()
+    functions = {
+        "layer": lambda s: F.layer_norm((x * s).sin(), (3, 5), x[0], x[1]),
+        "batch": lambda s: F.batch_norm((x * s).sin(), None, None, weight, None, training=True),
+        "instance": lambda s: F.instance_norm((x * s).sin(), None, None, None, weight),
+    }
+    return functions[dims], torch.tensor(0.8, dtype=torch.float64)
+
+
+CASES = {
+    **{f"attention, {name}": lambda options=options: attention(options) for name, options in ATTENTION.items()},
+    **{f"{name} norm": lambda name=name: norms(name) for name in ("layer", "batch", "instance")},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_two_derivatives(case):
+    function, at = CASES[case]()
+
+    def derivatives(function):
+        at.requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            value = function(at)
+        assert value.isfinite().all()
+        (first,) = torch.autograd.grad(value.square().cos().sum(), at, create_graph=True)
+        (second,) = torch.autograd.grad(first, at)
+        return value, first, second
+
+    for found, wanted in zip(derivatives(by_definition(function)), derivatives(function), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_in_half_precision_are_rounded_once(dtype):
+    x = (normal(4, 3, 5) + 30.0).to(dtype)  # a mean that a sum in half precision would lose
+    for norm in (
+        lambda x: F.layer_norm(x, (3, 5)),
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: F.instance_norm(x),
+    ):
+        found = by_definition(norm)(x)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, norm(x.float()).to(dtype))
+
+
+@pytest.mark.parametrize("options", [{"enable_gqa": True}, {"dropout_p": 1.0}, {"is_causal": True}])
+def test_other_attention_is_torchs(options):
+    heads = 2 if "enable_gqa" in options else 4
+    query, key, value = (normal(2, h, 5, 4, seed=h) for h in (4, heads, heads))
+
+    def function(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+    torch.testing.assert_close(by_definition(function)(query, key, value), function(query, key, value))
+
+
+def test_under_autocast_dtypes_are_torchs():
+    query, x = normal(2, 3, 5, 4), normal(4, 3)
+
+    def function(q, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.scaled_dot_product_attention(q, q, q), F.layer_norm(x @ x.T, (4,))
+
+    for found, wanted in zip(by_definition(function)(query, x), function(query, x), strict=True):
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_mask_and_causality_at_once_are_refused_as_torch_does():
+    q = normal(2, 3, 5, 4)
+    with pytest.raises(RuntimeError):
+        by_definition(lambda q: F.scaled_dot_product_attention(q, q, q, ADDED[:, :5], is_causal=True))(q)

@@ -1,0 +1,140 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import derivative_graph, record
+from nets import normal, seeded
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import hessfn as hf
+from hessfn.core.errors import Untraceable
+from hessfn.engine.recorder import Unsupported
+
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+def peak_memory():
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+def test_record_is_the_function_at_other_values():
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    module = record(lambda a, b: [(a @ b).sin_(), a.t() * 2.0], [x, y])
+    first, second = module(x + 1, y - 2)
+    assert torch.equal(first, ((x + 1) @ (y - 2)).sin()) and torch.equal(second, 2 * (x + 1).t())
+
+
+def test_recording_computes_nothing_and_takes_no_memory():
+    x = torch.ones(20_000)
+    record(lambda a: [(a[:10, None] * a).sum()], [x])
+    before = peak_memory()
+    module = record(lambda a: [(a[:, None] * a).exp().sum()], [x])  # three results of 1.6 GB
+    assert peak_memory() - before < 1e8
+    assert any(node.name.startswith("exp") for node in module.graph.nodes)
+
+
+def test_results_share_memory_with_nothing():
+    x = torch.ones(2, 3)
+    same, view, again = record(lambda a: [a, a.t(), a], [x])(x)
+    pointers = [t.untyped_storage().data_ptr() for t in (x, same, view, again)]
+    assert len(set(pointers)) == 4
+
+
+def test_what_depends_on_values_is_refused():
+    for function, why in {lambda a: [a * a.sum().item()]: "value of a tensor", lambda a: [a[a > 0]]: "shape"}.items():
+        with pytest.raises(Untraceable, match=why):
+            record(function, [torch.ones(3)])
+
+
+def test_what_changes_what_others_see_is_left_to_the_reference():
+    for function in (lambda a: [a.mul_(2.0)], lambda a: [(a + 1)[:2][:1].mul_(2.0)]):
+        with pytest.raises(Unsupported, match="not its own"):
+            record(function, [torch.ones(3)])
+
+
+@pytest.mark.parametrize("part", [lambda b: b[1:3], lambda b: b[2], lambda b: b.as_strided((2, 2), (1, 3), 1)])
+def test_what_is_done_to_the_one_part_that_is_looked_at_is_done_to_the_whole(part):
+    def function(a):
+        b = a * 2
+        part(b).mul_(3.0).add_(a[0, 0])
+        return [b, b + 1]
+
+    a = normal(4, 3)
+    module = record(function, [torch.zeros_like(a)])
+    assert all(torch.equal(x, y) for x, y in zip(module(a), function(a), strict=True))
+
+
+def test_a_constant_of_which_a_part_is_changed_is_none():
+    def function(a):
+        b = torch.zeros(3, dtype=a.dtype)
+        b[:2].copy_(a[:2])
+        return [b * a]
+
+    a = normal(3)
+    (found,) = record(function, [torch.ones_like(a)])(a)
+    assert torch.equal(found, torch.stack([a[0] ** 2, a[1] ** 2, 0 * a[2]]))
+
+
+def test_what_is_looked_at_twice_is_not_changed():
+    def function(a):
+        b = a * 2
+        first, second = b[:2], b[1:]
+        first.mul_(3.0)
+        return [second]
+
+    with pytest.raises(Unsupported, match="not its own"):
+        record(function, [torch.ones(3)])
+
+
+def test_products_can_be_differentiated_by_the_vector():
+    loss, params = hf.functionalize(
+        seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))), F.mse_loss
+    )
+    matvec, (v, w) = hf.hvp(loss, params, (normal(6, 4), normal(6, 3))), hf.gaussian(params, 2)
+    leaves = {name: x.clone().requires_grad_() for name, x in v.items()}
+    found = torch.autograd.grad(hf.tree.dot(matvec(leaves), w), list(leaves.values()))
+    torch.testing.assert_close(dict(zip(leaves, found, strict=True)), matvec(w), rtol=1e-12, atol=1e-14)
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_products_compute_only_what_they_need():
+    def net():
+        return nn.Sequential(*[nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()) for _ in range(4)])
+
+    batch = normal(2, 8, 12, 12), normal(2, 8, 4, 4)
+    loss, params = hf.functionalize(seeded(net).eval(), nn.MSELoss())
+    gradient = flops(lambda: hf.tree.map(torch.Tensor.sum, torch.func.grad(loss)(params, batch)))
+    products = hf.hvp(loss, params, batch), hf.linearized_hvp(loss, params, batch)
+    products[0](params)  # finds its way
+    plain, linear = (flops(lambda product=product: product(params)) / gradient for product in products)
+    assert linear <= 2.0 + 1e-6  # six convolutions where the gradient has three
+    assert plain <= 8 / 3  # and the loss and its gradient by the activations, but not that by the weights
+
+
+def test_nothing_is_multiplied_by_the_zero_derivative_of_a_constant():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    loss, params = hf.functionalize(model.eval(), nn.MSELoss())
+    batch = normal(4, 6), normal(4, 3)
+    module = derivative_graph(loss, params, batch)
+    products = [node for node in module.graph.nodes if node.target in PRODUCTS]
+    # The layers, their tangents; the gradients by hidden activations and weights, and both sides of their tangents,
+    # but neither the gradient by the weights itself nor anything for the derivative of the data.
+    assert len(products) == 2 + 3 + 1 + 2 + 1 + 2
+
+
+def test_zeros_stay_zero_only_in_what_is_linear_in_them():
+    def function(a):
+        zero = torch.zeros_like(a)
+        return [zero * a + a, a + zero.sum(0), F.pad(zero, (1, 1), value=2.0) * 3, zero.exp() * a, a / (zero + 2)]
+
+    x = normal(3, 4)
+    for found, right in zip(record(function, [x + 1])(x), function(x), strict=True):
+        torch.testing.assert_close(found, right, rtol=0.0, atol=0.0)
