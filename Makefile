@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench notebooks docs clean
+.PHONY: demo test slow check bench notebooks docs clean
 .DELETE_ON_ERROR:
 
 # The net is so small that threads would mostly wait for each other.
@@ -11,7 +11,11 @@ demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/hessfn report --out demo-report
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
+
+# What takes long: one at a time, since memory and time are measured.
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow --timeout 1200
 
 check: $(READY)
 	$(BIN)/ruff check .
