@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from hessfn.core import tree
-from hessfn.engine import memory_plan, pipeline
+from hessfn.engine import memory_plan, pipeline, recorder, reference, rewrites
 
 
 def loss_graph(loss: Any, params: Any, *args: Any) -> fx.GraphModule:
@@ -29,9 +29,9 @@ def folded_graph(loss: Any, params: Any, *args: Any) -> fx.GraphModule:
     return pipeline.run(pipeline.STAGES[:until], None, job)
 
 
-def linear_graph(loss: Any, params: Any, *args: Any, at_least: int = 1) -> fx.GraphModule:
+def linear_graph(loss: Any, params: Any, *args: Any, at_least: int = 1, **options: Any) -> fx.GraphModule:
     """What a linearized product runs, with all results of so many bytes or more in the block that is kept."""
-    job = pipeline.Job(loss, params, args, linearized=True)
+    job = pipeline.Job(loss, params, args, linearized=True, **options)
     module = pipeline.run([stage for stage in pipeline.STAGES if stage.name != "keep_block"], None, job)
     memory_plan.keep_block(module, at_least)
     return module
@@ -48,11 +48,19 @@ def linearized(loss: Any, params: Any, *args: Any, at_least: int = 1) -> Callabl
     return matvec
 
 
+def by_recorder(function: Any, inputs: Any, *, lean: bool, rules: Any = None) -> fx.GraphModule:
+    """A graph by the recorder alone."""
+    return recorder.Recorder(fx.Graph(), rules=rules, lean=lean).run(function, inputs)
+
+
+def by_reference(function: Any, inputs: Any, *, lean: bool, rules: Any = None) -> fx.GraphModule:
+    """A graph by ``make_fx`` alone."""
+    return reference.run(function, inputs, rules)
+
+
 def record(function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> fx.GraphModule:
     """The recorder's lean graph of a function, with what makes its results their own."""
-    from hessfn.engine import recorder, rewrites
-
-    module = recorder.Recorder(fx.Graph(), lean=True).run(function, inputs)
+    module = by_recorder(function, inputs, lean=True)
     for rewrite in (rewrites.own_results, rewrites.only_used_gradients, rewrites.copies_under_vmap):
         rewrite(module.graph)
     module.recompile()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import derivative_graph
+from graphs import by_recorder, by_reference, derivative_graph, linear_graph
 from nets import classes, normal, seeded
 from torch import fx, nn
 from torch.autograd.function import once_differentiable
@@ -266,6 +266,19 @@ def test_row(row):
         linearized = linearized_hvp(loss, params, batch)(v)
         assert tree.norm(tree.add(linearized, hvp(loss, params, batch)(v), -1.0)) <= 1e-12 * size
     assert (way.error > 0) == (row.way == "difference")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.way == "traced"], ids=lambda row: row.what)
+def test_the_recorder_and_its_reference_make_the_same_product(row):
+    _, loss, params, batch = problem(row)
+    v = tree.leaves(gaussian(params, 1)[0])
+    found = {}
+    for record in (by_recorder, by_reference):
+        module = linear_graph(by_definition(loss), params, batch, record=record)
+        with torch.no_grad():
+            found[record] = module(*v)
+    apart = tree.norm(tree.add(found[by_recorder], found[by_reference], -1.0))
+    assert apart <= 1e-12 * tree.norm(found[by_reference])
 
 
 class Aliases(fx.Interpreter):

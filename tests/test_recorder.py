@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import derivative_graph, record
+from graphs import by_recorder, by_reference, derivative_graph, record
 from nets import normal, seeded
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessfn as hf
 from hessfn.core.errors import Untraceable
+from hessfn.engine import meta_shapes
 from hessfn.engine.recorder import Unsupported
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
@@ -87,6 +88,63 @@ def test_what_is_looked_at_twice_is_not_changed():
 
     with pytest.raises(Unsupported, match="not its own"):
         record(function, [torch.ones(3)])
+
+
+def assigned_through_two_views(w):
+    hidden = w * 2
+    first, second = hidden[:2], hidden[1:]
+    first.mul_(w[:2])
+    return (second**3).sum()
+
+
+def test_where_the_recorder_fails_for_a_reason_of_its_own_the_reference_takes_its_place():
+    """Two views of one tensor are too much for the alias analysis; the loss is right all the same."""
+    w = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
+    with pytest.raises(Unsupported):
+        by_recorder(lambda w: [assigned_through_two_views(w)], [w], lean=True)
+    v = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+    exact = torch.autograd.functional.hessian(assigned_through_two_views, w) @ v
+    for make in (hf.hvp, hf.linearized_hvp):
+        torch.testing.assert_close(make(assigned_through_two_views, w)(v), exact, rtol=1e-12, atol=1e-12)
+    assert hf.find_mode(assigned_through_two_views, w).mode == "traced"
+
+
+def test_an_operation_whose_shape_nobody_knows_is_left_to_the_reference(monkeypatch):
+    def unknown(func, args, kwargs):
+        raise TypeError(f"no shape for {func}")
+
+    w = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
+    monkeypatch.setattr(meta_shapes, "result", unknown)
+    found = hf.linearized_hvp(lambda w: (w.sin() * w.exp()).sum(), w)(torch.ones_like(w))
+    torch.testing.assert_close(found, 2 * w.cos() * w.exp(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_reference_too_refuses_shapes_that_depend_on_values():
+    for function in (lambda w: [w[w > 0].sum()], lambda w: [w.nonzero()]):
+        with pytest.raises(Untraceable, match="shape of a result"):
+            by_reference(function, [torch.ones(3)], lean=True)
+    mask = torch.tensor([True, False, True])
+    assert by_reference(lambda w: [w[mask].sum()], [torch.ones(3)], lean=True)(torch.ones(3))[0] == 2
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w: F.grid_sample(w[None, None], GRID, align_corners=False).square().sum(),
+        lambda w: F.embedding_bag(torch.tensor([[0, 1], [1, 0]]), w, mode="max").square().sum(),
+        lambda w: torch.cdist(w, torch.ones(4, 3)).square().sum(),
+        lambda w: F.embedding(torch.tensor([0, 1, 1]), w, sparse=True).square().sum(),
+        lambda w: w.square().sum() if w.sum() > 0 else w.sum(),
+        lambda w: torch.segment_reduce(w.flatten(), "sum", lengths=torch.tensor([2, 4])).square().sum(),
+    ],
+    ids=["grid_sample", "bags of maxima", "cdist", "sparse gradient", "branch", "segment_reduce"],
+)
+def test_what_cannot_be_traced_is_untraceable_and_nothing_else(loss):
+    with pytest.raises(Untraceable, match="hvp finds another way"):
+        hf.linearized_hvp(loss, torch.ones(2, 3))
+
+
+GRID = torch.tensor([[[[-0.5, 0.2], [0.3, 0.9]]]])
 
 
 def test_products_can_be_differentiated_by_the_vector():

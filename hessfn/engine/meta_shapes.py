@@ -107,6 +107,7 @@ def like(t: Tensor, *, device: Any) -> Tensor:
 
 
 on_meta = partial(like, device="meta")
+MASKS = (torch.bool, torch.uint8)  # what an index of these dtypes selects is known from its values alone
 
 
 # An operation's arguments, which are simpler than trees and many.

@@ -1,7 +1,7 @@
 """The pipeline: from a loss to the graph of its Hessian-vector product, by the one list of passes, in order.
 
 ``hvp`` and ``linearized_hvp`` both run :data:`STAGES`. What differs between them is said at the stage (``when``).
-``python -m hessfn.engine.pipeline`` prints a small loss after every stage, as README.md shows it.
+README.md shows a small loss after every stage.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def _rewrite(function: Callable[[fx.Graph], None] | None) -> Any:
 def _differentiate(module: fx.GraphModule, job: Job) -> fx.GraphModule:
     module.recompile()
     point = tree.leaves(job.params)
-    return linearize.differentiate(module, point, job.values[len(point) :], job.record)
+    product = linearize.differentiate(module, point, job.values[len(point) :], job.record)
+    rewrites.drop_dead(product.graph)
+    return product
 
 
 LOSS: tuple[Stage, ...] = (
@@ -83,7 +85,7 @@ LOSS: tuple[Stage, ...] = (
     Stage(
         "refuse_other_functions",
         "A graph that would be another function than the loss, or have other derivatives, is refused.",
-        lambda module, _: refuse_other_functions(module),
+        lambda module, job: refuse_other_functions(module.graph, len(tree.leaves(job.params))),
     ),
     Stage(
         "fold_batch_norm",
@@ -107,8 +109,8 @@ LOSS: tuple[Stage, ...] = (
 PRODUCT: tuple[Stage, ...] = (
     Stage(
         "differentiate",
-        "Forward-over-reverse: the graph of the loss becomes that of the product, zero propagation and common "
-        "subexpressions done while it is recorded.",
+        "Forward-over-reverse: the graph of the loss becomes that of the product; zeros, common subexpressions and dead "
+        "code are left out.",
         _differentiate,
     ),
     Stage(
@@ -118,7 +120,7 @@ PRODUCT: tuple[Stage, ...] = (
     ),
     Stage(
         "only_used_gradients",
-        "Gradients of convolutions that nobody takes are not computed, and dead code goes.",
+        "Gradients of convolutions that nobody takes are not computed.",
         _rewrite(rewrites.only_used_gradients),
     ),
     Stage(

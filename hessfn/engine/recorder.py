@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hessfn.core.errors import Untraceable
 from hessfn.core.torch_private import TorchDispatchMode, is_composite, is_mutable, is_view
 from hessfn.engine import meta_shapes, zero_propagation
-from hessfn.engine.meta_shapes import like, looks, on_meta, tensors, with_tensors
+from hessfn.engine.meta_shapes import MASKS, like, looks, on_meta, tensors, with_tensors
 
 aten = torch.ops.aten
 
@@ -142,7 +142,7 @@ class Recorder(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operation on constants; else a fake one."""
         constant = not any(t in self.is_fake for t in tensors((args, kwargs)))
-        masks = func is aten.index.Tensor and [i for i in args[1] if i is not None and i.dtype in _OF_MASKS]
+        masks = func is aten.index.Tensor and [i for i in args[1] if i is not None and i.dtype in MASKS]
         if not constant and torch.Tag.data_dependent_output in func.tags:
             raise Untraceable(f"it branches on, or takes out, the value of a tensor ({func})")
         # By numbers the shape of what is indexed is known, by a mask it is not.
@@ -226,7 +226,6 @@ _SCATTER_OF = {
     aten.select.int: aten.select_scatter.default,
     aten.as_strided.default: aten.as_strided_scatter.default,
 }
-_OF_MASKS = (torch.bool, torch.uint8)
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _MAY_HAND_ON = {
     aten.expand.default,

@@ -6,13 +6,17 @@ operations; where the recorder fails for a reason of its own, this one takes its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
-from hessfn.engine.meta_shapes import on_meta
+from hessfn.core.errors import Untraceable
+from hessfn.core.torch_private import OpOverload, is_mutable
+from hessfn.engine.meta_shapes import MASKS, on_meta
 
 
 def run(
@@ -20,23 +24,71 @@ def run(
 ) -> fx.GraphModule:
     """The graph of a function of tensors, in the form of the recorder's: constants are buffers, results a list.
 
-    The function is run, once, on these inputs.
+    The function is run on these inputs. Where its graph has operations in place, that graph is traced once more,
+    functionalized.
+
+    Raises:
+        Untraceable: the shape of a result depends on values.
     """
-    inputs = [t.detach().clone() for t in inputs]
-    traced = make_fx(lambda *given: list(function(*given)), decomposition_table=dict(rules or {}))(*inputs)
-    graph = traced.graph
-    constants: dict[str, Tensor] = {}
+
+    def traced(function: Callable[..., Any]) -> fx.GraphModule:
+        copies = [t.detach().clone() for t in inputs]
+        return make_fx(lambda *given: list(function(*given)), decomposition_table=dict(rules or {}))(*copies)
+
+    module = traced(function)
+    if any(isinstance(node.target, OpOverload) and is_mutable(node.target) for node in module.graph.nodes):
+        module = traced(torch.func.functionalize(_Again(module).run, remove="mutations_and_views"))
+    _refuse_shapes_by_values(module.graph)
+    return _in_form(module)
+
+
+def _refuse_shapes_by_values(graph: fx.Graph) -> None:
+    """``make_fx`` writes down the shapes that these values have, which others need not."""
     for node in graph.nodes:
+        if isinstance(node.target, OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags:
+            decisive = node.all_input_nodes
+            if node.target is torch.ops.aten.index.Tensor:  # by numbers the shape is known, by a mask it is not
+                decisive = [i for i in node.args[1] if i is not None and i.meta["val"].dtype in MASKS]
+            if any(i.op != "get_attr" for i in decisive):
+                raise Untraceable(f"the shape of a result depends on values ({node.target})")
+
+
+def graph_being_made() -> fx.Graph | None:
+    """The graph that ``make_fx`` is writing."""
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer.graph
+
+
+@contextmanager
+def marked(graph: fx.Graph, marks: Iterable[str]) -> Iterator[None]:
+    """Meanwhile every node that is written gets these marks in its ``meta``."""
+    last = next(iter(reversed(graph.nodes)), None)
+    yield
+    for node in reversed(graph.nodes):
+        if node is last:
+            return
+        node.meta.update(dict.fromkeys(marks, True))
+
+
+class _Again(fx.Interpreter):
+    """Runs a graph under a trace; what a node was marked with goes over to the nodes that are written for it."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        graph = graph_being_made()
+        marks = [mark for mark in ("cut", "switched_off") if mark in n.meta]
+        if graph is None or not marks:
+            return super().run_node(n)
+        with marked(graph, marks):
+            return super().run_node(n)
+
+
+def _in_form(module: fx.GraphModule) -> fx.GraphModule:
+    constants: dict[str, Tensor] = {}
+    for node in module.graph.nodes:
         if node.op == "get_attr":
-            constants[node.target] = getattr(traced, node.target).detach()
-            node.meta["val"] = constants[node.target]
+            constants[node.target] = node.meta["val"] = getattr(module, node.target).detach()
         if isinstance(node.meta.get("val"), Tensor):
             node.meta["val"] = on_meta(node.meta["val"])
-    (output,) = graph.find_nodes(op="output")
+    (output,) = module.graph.find_nodes(op="output")
     output.args = (list(output.args[0]),)
-    return fx.GraphModule(constants, graph)
-
-
-def graph_being_made(mode: Any) -> fx.Graph | None:
-    """The graph that a tracer's dispatch mode is writing."""
-    return getattr(getattr(mode, "tracer", None), "graph", None)
+    return fx.GraphModule(constants, module.graph)

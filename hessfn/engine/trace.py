@@ -24,6 +24,7 @@ from hessfn.core.torch_private import (
 from hessfn.core.tree import Tree
 from hessfn.engine import reference
 from hessfn.engine.recorder import Recorder
+from hessfn.engine.reference import marked
 
 aten = torch.ops.aten
 Record = Callable[..., fx.GraphModule]
@@ -49,6 +50,8 @@ def graph_of(function: Callable[..., list[Tensor]], inputs: list[Tensor], *, lea
     except Exception as failure:
         try:
             return reference.run(function, inputs, rules)
+        except Untraceable:
+            raise
         except Exception as error:
             raise Untraceable(f"it cannot be traced: {_explain(failure)}") from error
 
@@ -68,33 +71,32 @@ def trace(
         raise Untraceable("it is under a transform of torch.func, which a graph would not see")
     given, where = tensors((params, args))
     fixed = tree.leaves((params, args))
-    watch = _Watch()
 
     def flat(*values: Tensor) -> list[Tensor]:
         leaves = list(fixed)
         for i, value in zip(where, values, strict=True):
             leaves[i] = value
         again, rest = tree.unflatten(leaves, (params, args))
-        with watch.of(_graph_being_made()):
+        with _Watch(_graph_being_made()):
             return [loss(again, *rest)]
 
     with _traceable({t.device for t in given if t.is_cuda}):
         function = torch.func.functionalize(flat, remove="mutations")
         module = record(function, given, lean=False, rules=decompositions(_WITHOUT_RULES))
-    for node in watch.cut:
-        node.target = aten.detach.default
-    module.meta.update(switched_off=watch.switched_off, num_params=len(tree.leaves(params)))
+    for node in module.graph.nodes:
+        if "cut" in node.meta:
+            node.target = aten.detach.default
     return module
 
 
-def refuse_other_functions(module: fx.GraphModule) -> None:
+def refuse_other_functions(graph: fx.Graph, num_params: int) -> None:
     """Raises where the graph of a loss would be another function than the loss, or have other derivatives."""
-    params = module.graph.find_nodes(op="placeholder")[: module.meta["num_params"]]
+    params = graph.find_nodes(op="placeholder")[:num_params]
     follows_params = _dependents(params, but_for=aten.detach.default)
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, OpOverload):
             continue
-        if node in module.meta["switched_off"] and node in follows_params:
+        if "switched_off" in node.meta and node in follows_params:
             raise Untraceable(
                 f"it computes {node.target} from its parameters where derivatives are off (torch.no_grad)"
             )
@@ -106,41 +108,25 @@ def refuse_other_functions(module: fx.GraphModule) -> None:
 
 def _graph_being_made() -> fx.Graph | None:
     mode = current_dispatch_mode()
-    return mode.graph if isinstance(mode, Recorder) else reference.graph_being_made(mode)
+    return mode.graph if isinstance(mode, Recorder) else reference.graph_being_made()
 
 
 class _Watch(TorchFunctionMode):
-    """Notes what a trace forgets: what was computed where derivatives are off, and what was cut from them."""
+    """Marks what a trace forgets: nodes ``switched_off`` (computed without derivatives) and ``cut`` from them."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: fx.Graph | None) -> None:
         super().__init__()
-        self.graph: fx.Graph | None = None
-        self.switched_off: set[fx.Node] = set()
-        self.cut: set[fx.Node] = set()
-
-    def of(self, graph: fx.Graph | None) -> _Watch:
-        """Itself, with notes of nothing yet, for the trace into a graph."""
-        self.graph, self.switched_off, self.cut = graph, set(), set()
-        return self
+        self.graph = graph
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LEAVES_TORCH:
             raise Untraceable(f"the loss takes the values of a tensor out of torch ({getattr(func, '__name__', func)})")
-        nodes: Any = () if self.graph is None else self.graph.nodes
-        last = next(iter(reversed(nodes)), None)
         off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-        if func in _CUTS:
+        marks = ["cut"] if func in _CUTS else ["switched_off"] if off else []
+        marking = marked(self.graph, marks) if marks and self.graph is not None else nullcontext()
+        with marking, without_onednn() if func in _RECURRENT else nullcontext():
             # functionalize makes an alias of detach, and nothing of .data
-            out, notes = aten.alias.default(args[0]), self.cut
-        else:
-            with without_onednn() if func in _RECURRENT else nullcontext():
-                out, notes = func(*args, **(kwargs or {})), self.switched_off
-        if off or notes is self.cut:
-            for node in reversed(nodes):
-                if node is last:
-                    break
-                notes.add(node)
-        return out
+            return aten.alias.default(args[0]) if func in _CUTS else func(*args, **(kwargs or {}))
 
 
 _CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
