@@ -5,7 +5,9 @@ Commands are parsed only: what they do is in the tests of the command line.
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from nets import classes, normal, seeded
+from test_package import HOUSE, MAY_IMPORT
 from torch import nn
 
 import hessfn as hf
@@ -24,7 +27,7 @@ from hessfn.reporting import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
-    str(page.relative_to(ROOT)): page.read_text("utf-8") for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    str(page.relative_to(ROOT)): page.read_text("utf-8") for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 }
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 COMMANDS = [
@@ -33,6 +36,9 @@ COMMANDS = [
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     for command in block.splitlines()
 ]
+
+# Pages for those who change the library. What they show is not to be run.
+OF_THE_WORKSHOP = {"CONTRIBUTING.md", "docs/architecture.md", "docs/contract.md"}
 
 # Pages that are about what the reader has.
 NOT_ALONE = {"README.md", "docs/howto/many_processes.md"}
@@ -87,7 +93,9 @@ def run(
     return run_page
 
 
-@pytest.mark.parametrize("page", sorted(page for page in PAGES if BLOCK.search(PAGES[page]) and page != "README.md"))
+@pytest.mark.parametrize(
+    "page", sorted(page for page in PAGES if BLOCK.search(PAGES[page]) and page not in {"README.md", *OF_THE_WORKSHOP})
+)
 def test_a_page_runs_as_printed(page: str, run: Callable[[str], dict[str, Any]]) -> None:
     run(page)
 
@@ -110,6 +118,11 @@ def test_commands_are_ones_that_there_are() -> None:
             cli._parser().parse_args([word for word in words[words.index("hessfn") + 1 :] if word != "--help"])
         elif words[0] == "make":
             assert set(words[1:]) <= set(targets), f"{page}: {command}"
+        elif words == [".ci/run"]:
+            assert (ROOT / ".ci" / "run").is_file()
+        elif words[0].startswith(".venv/bin/"):
+            files = [word.split("::")[0] for word in words if ".py" in word]
+            assert files and all((ROOT / file).is_file() for file in files), f"{page}: {command}"
         else:
             named = "".join(re.findall(r"\[(.*)\]", command)).split(",")
             assert words[:2] == ["pip", "install"] and set(named) - {""} <= set(extras), f"{page}: {command}"
@@ -117,11 +130,119 @@ def test_commands_are_ones_that_there_are() -> None:
 
 def test_every_public_name_is_in_the_reference() -> None:
     described = re.findall(r"^\.\. (?:auto\w+|py:data):: (?:hessfn\.)?([\w.]+)$", PAGES["docs/api.md"], re.MULTILINE)
-    assert (
-        set(hf.__all__)
-        - {name.removeprefix("losses.").removeprefix("plotting.").removeprefix("core.") for name in described}
-        == set()
-    )
+    assert {*hf.__all__, *STUBS} - {*described, *(name.split(".")[0] for name in described)} == set()
+
+
+def rows(page: str, head: str) -> list[list[str]]:
+    """The cells of the table with this head."""
+    table = PAGES[page].partition(f"\n{head}\n")[2].partition("\n\n")[0]
+    assert table, f"{page} has no table {head}"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+
+
+def prose(page: str) -> str:
+    return re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+# The architecture.
+
+
+def test_the_table_of_imports_is_the_one_that_is_tested() -> None:
+    told: dict[str, set[str]] = {}
+    for own, others in rows("docs/architecture.md", "| districts | may import |"):
+        above, _, but = others.partition(" but ")
+        named = set(told) - set(quoted(but)) if above == "every row above" else set(quoted(others))
+        told |= dict.fromkeys(quoted(own), named)
+    assert told == MAY_IMPORT
+
+
+def test_every_folder_is_described() -> None:
+    described = re.findall(r"^- `(\w+)` ", PAGES["docs/architecture.md"], re.MULTILINE)
+    assert sorted(described) == sorted(name for name in MAY_IMPORT if "__" not in name)
+
+
+@pytest.mark.parametrize("page", sorted(OF_THE_WORKSHOP))
+def test_files_and_names_that_are_told_of_are_there(page: str) -> None:
+    source = "".join(file.read_text("utf-8") for file in [*HOUSE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+    for word in quoted(prose(page)):
+        if re.fullmatch(r"(?!out/)[\w.]+/[\w./]*|[\w./]+\.(py|c|md|css|j2|toml)", word):
+            assert (HOUSE / word).exists() or (ROOT / word).exists(), word
+        elif re.fullmatch(r"_?[a-zA-Z]+(_[a-zA-Z]+)+", word):
+            assert re.search(rf"\b{word}\b", source), word
+
+
+def test_the_dependencies_are_those_of_the_package() -> None:
+    listed = re.search(r"^dependencies = \[(.*)\]$", (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert listed
+    wanted = re.findall(r'"([\w-]+)', listed[1])
+    assert [quoted(name)[0] for name, _ in rows("docs/architecture.md", "| package | for |")] == wanted
+
+
+# The contract.
+
+
+def stubs() -> dict[str, ast.FunctionDef]:
+    """What the page says of functions, by their public names."""
+    found = {}
+    for block in re.findall(r"^```pyi\n(.*?)^```", PAGES["docs/contract.md"], re.DOTALL | re.MULTILINE):
+        module = re.match(r"# hf\.(\w+\n)|", block)[1]
+        for stub in ast.parse(block).body:
+            assert isinstance(stub, ast.FunctionDef)
+            found[f"{module.strip()}.{stub.name}" if module else stub.name] = stub
+    return found
+
+
+def found_under(name: str) -> Any:
+    found: Any = hf
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+STUBS = stubs()
+
+
+@pytest.mark.parametrize("name", STUBS)
+def test_a_signature_is_that_of_the_contract(name: str) -> None:
+    stub, signature = STUBS[name], inspect.signature(found_under(name))
+    plain = [p.replace(annotation=p.empty, default=shown(p.default)) for p in signature.parameters.values()]
+    arguments = str(inspect.Signature(plain)).replace("Ellipsis", "...")
+    (found,) = ast.parse(f"def {stub.name}{arguments}: ...").body
+    assert ast.dump(found.args) == ast.dump(stub.args), f"docs/contract.md should have {stub.name}{arguments}"
+    returned = {"T": "Tree"}.get(signature.return_annotation, signature.return_annotation).partition("[")[0]
+    if returned in {*hf.__all__, "Tensor", "None", "dict", "list", "Callable", "Sequence", "Axes"}:
+        assert ast.unparse(stub.returns) == returned
+
+
+def shown(default: Any) -> Any:
+    return ... if inspect.isfunction(default) else default
+
+
+def test_every_public_name_is_in_the_contract() -> None:
+    told = {name.split(".")[0] for name in STUBS} | {
+        re.split(r"\W", word)[0] for word in quoted(prose("docs/contract.md"))
+    }
+    assert set(dir(hf)) - told == set()
+
+
+def test_the_fields_of_results_are_those_of_the_contract() -> None:
+    told = {
+        name: fields.split(", ")
+        for name, fields in re.findall(r"^- `(\w+)\(([\w, ]+)\)`", PAGES["docs/contract.md"], re.MULTILINE)
+    }
+    found = {name: list(getattr(hf, name)._fields) for name in hf.__all__ if hasattr(getattr(hf, name), "_fields")}
+    assert told == found
+
+
+def test_the_errors_are_those_of_the_contract() -> None:
+    for name, base, _ in rows("docs/contract.md", "| error | also a | when |"):
+        kind = getattr(hf, quoted(name)[0])
+        assert issubclass(kind, hf.HessfnError)
+        assert quoted(base)[0] in [parent.__name__ for parent in kind.__mro__[1:]]
 
 
 @pytest.mark.parametrize("peer", ["pyhessian", "curvlinops", "hessian_eigenthings"])
