@@ -39,7 +39,7 @@ def net() -> nn.Module:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("pages")
     problem = seeded(net), nn.CrossEntropyLoss(), [(normal(8, 3), classes(8, 2))]
-    report(problem, where / "a", name=NASTY, k=3, probes=8, runs=2, steps=12, plane=5)
+    report(problem, where / "a", name=NASTY, k=3, num_probes=8, num_runs=2, num_steps=12, num_plane_points=5)
     (where / "b").mkdir()
     other_net = (where / "a" / "report.json").read_text().replace(json.dumps(NASTY)[1:-1], "last")
     (where / "b" / "report.json").write_text(other_net)

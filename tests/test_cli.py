@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hessfn.reporting.cli import load_problem, main
+from hessfn.reporting.cli import main
+from hessfn.reporting.loading import load_problem
 
 PROBLEM = """
 import torch
@@ -43,7 +44,7 @@ def file(tmp_path: Path, monkeypatch: Any) -> Path:
     return tmp_path / "my-problem.py"
 
 
-QUICK = ["--probes", "3", "--runs", "1", "--steps", "4", "-k", "2", "--activations", "0"]
+QUICK = ["--num-probes", "3", "--num-runs", "1", "--num-steps", "4", "-k", "2", "--num-activation-probes", "0"]
 
 
 def test_report_writes_and_says_where(file: Path, tmp_path: Path, capsys: Any) -> None:
@@ -143,10 +144,10 @@ def test_python_dash_m_is_the_command() -> None:
 
 def test_the_default_problem_end_to_end(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("sklearn")
-    arguments = ["--set", "num_images=60", "--set", "epochs=2", "--probes", "3", "--runs", "1", "--steps", "8"]
-    arguments += ["--activations", "2"]
+    arguments = ["--set", "num_images=60", "--set", "epochs=2", "--num-probes", "3", "--num-runs", "1"]
+    arguments += ["--num-steps", "8", "--num-activation-probes", "2"]
     assert main(["report", "--out", str(tmp_path), *arguments]) == 0
     result = json.loads((tmp_path / "report.json").read_text())
     assert all(result["converged"])
-    assert result["settings"]["samples"] == 60
-    assert sum(layer["numel"] for layer in result["layers"].values()) == result["settings"]["parameters"]
+    assert result["settings"]["num_samples"] == 60
+    assert sum(layer["numel"] for layer in result["layers"].values()) == result["settings"]["num_parameters"]

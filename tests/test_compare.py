@@ -10,7 +10,8 @@ import pytest
 from pages import Parsed
 
 from hessfn.reporting.cli import main
-from hessfn.reporting.compare import Measured, compare, difference, read, summary
+from hessfn.reporting.compare import compare, difference, summary
+from hessfn.reporting.side import Measured, read
 
 LAYERS = {"conv.weight": (72, 6.0, 0.3), "conv.bias": (8, 2.0, 0.4), "head.weight": (40, 1.0, 0.2)}
 REPORT: dict[str, Any] = {
@@ -26,12 +27,12 @@ REPORT: dict[str, Any] = {
     "landscape": {},
     "settings": {
         "problem": "net",
-        "parameters": 120,
-        "samples": 10,
+        "num_parameters": 120,
+        "num_samples": 10,
         "which": "LM",
-        "probes": 100,
-        "runs": 4,
-        "activations": 30,
+        "num_probes": 100,
+        "num_runs": 4,
+        "num_activation_probes": 30,
         "seed": 0,
     },
     "versions": {"torch": "2.14.1"},
@@ -66,7 +67,7 @@ def test_differences_are_in_units_of_the_combined_error(tmp_path: Path) -> None:
     by = difference(a, b)["trace"]
     assert (by.mean, by.stderr, by.units) == pytest.approx((1.0, 0.5, 2.0))
     assert by.differs  # Student's t of 99 degrees of freedom: 1.98
-    few = [side._replace(settings={**side.settings, "probes": 10}) for side in (a, b)]
+    few = [side._replace(num_probes=10) for side in (a, b)]
     assert not difference(*few)["trace"].differs  # of 9: 2.26
     assert difference(b, a)["trace"].units == pytest.approx(-2.0)
 
@@ -84,7 +85,7 @@ def test_layers_must_differ_by_more_the_more_of_them_there_are(tmp_path: Path) -
 def test_eigenvalues_differ_where_their_residuals_cannot_meet(tmp_path: Path) -> None:
     a, b = read(folder(tmp_path / "a")), read(folder(tmp_path / "b", eigenvalues=[9.01, 4.9]))
     assert [differs for _, _, differs in difference(a, b)["eigenvalues"]] == [True, False]
-    other_end = b._replace(settings={**b.settings, "which": "SA"})
+    other_end = b._replace(which="SA")
     assert not any(differs for _, _, differs in difference(a, other_end)["eigenvalues"])
 
 
@@ -135,25 +136,19 @@ def test_summary_fits_a_terminal(tmp_path: Path) -> None:
     assert "4 of 4 layers that both have differ in trace" in lines
 
 
-def test_reports_of_an_older_kind_are_compared_as_far_as_they_go(tmp_path: Path) -> None:
-    a = folder(tmp_path / "a")
-    old = json.loads((a / "report.json").read_text())
-    del old["negative_curvature"], old["density"]["lower"], old["density"]["upper"], old["activations"]
-    (a / "report.json").write_text(json.dumps(old))
-    result = compare(a, folder(tmp_path / "b"), tmp_path / "page.html")
-    assert math.isnan(result["negative_curvature"].units)
-    assert result["trace"].units == 0
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "there is no report in '.*b' .*hessfn report PROBLEM --out"),
         ("{", "is not JSON"),
-        ("[1, 2]", "is not a report of hessfn"),
-        ("{}", "is not a report of hessfn: it has no 'density'"),
-        (json.dumps({**REPORT, "eigenvalues": "many"}), "is not a report of hessfn: could not convert"),
-        (json.dumps({**REPORT, "layers": {"a": 3}}), "is not a report of hessfn"),
+        ("[1, 2]", "is not a report of this version of hessfn"),
+        ("{}", r"is not a report of this version of hessfn \(it has no 'settings'\); .* makes one"),
+        (
+            json.dumps({**REPORT, "eigenvalues": "many"}),
+            r"is not a report of this version of hessfn \(could not convert",
+        ),
+        (json.dumps({**REPORT, "settings": {"which": "LM", "probes": 100}}), "it has no 'num_probes'"),
+        (json.dumps({**REPORT, "layers": {"a": 3}}), "is not a report of this version of hessfn"),
     ],
 )
 def test_folders_without_a_report_are_refused(text: str | None, message: str, tmp_path: Path) -> None:

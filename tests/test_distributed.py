@@ -245,8 +245,8 @@ def small():
 
 def test_torchrun_gives_the_report_of_one_process_and_one_progress_bar(tmp_path: Path) -> None:
     (tmp_path / "small.py").write_text(PROBLEM)
-    options = ["--dtype", "float64", "--probes", "3", "--runs", "1", "--steps", "4", "-k", "1", "--activations", "2"]
-    report = ["report", f"{tmp_path / 'small.py'}:small", *options, "--out"]
+    options = "--dtype float64 -k 1 --num-probes 3 --num-runs 1 --num-steps 4 --num-activation-probes 2"
+    report = ["report", f"{tmp_path / 'small.py'}:small", *options.split(), "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     several = subprocess.run(
         [*torchrun, "-m", "hessfn", *report, str(tmp_path / "two")], capture_output=True, text=True, timeout=120

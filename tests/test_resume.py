@@ -11,18 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nets import classes, normal, seeded
 from torch import nn
 from tqdm.auto import tqdm
 
 from hessfn.quantization import sensitivity
-from hessfn.reporting import analysis, html, text
+from hessfn.reporting import html, progress, spectrum, text
 from hessfn.reporting.cli import main
+from hessfn.reporting.options import Options
 from hessfn.reporting.run import report
-from hessfn.reporting.workspace import num_products, unfinished
+from hessfn.reporting.workspace import num_products, open_workspace
 from hessfn.storage import records
 
-QUICK: dict[str, Any] = {"k": 2, "probes": 4, "runs": 2, "steps": 5, "plane": 0, "activations": 0}
+QUICK: dict[str, Any] = {
+    "k": 2,
+    "num_probes": 4,
+    "num_runs": 2,
+    "num_steps": 5,
+    "num_plane_points": 0,
+    "num_activation_probes": 0,
+}
 
 
 def mlp(seed: int = 0) -> nn.Module:
@@ -69,7 +78,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[int]]:
         counted.clear()
         return counted
 
-    monkeypatch.setattr(analysis, "mean_hvp", limited(analysis.mean_hvp))
+    monkeypatch.setattr(spectrum, "mean_hvp", limited(spectrum.mean_hvp))
     monkeypatch.setattr(sensitivity, "linearized_hvp", limited(sensitivity.linearized_hvp))
     return at_most
 
@@ -104,8 +113,8 @@ def small():
 def test_killed_at_random_and_resumed_it_is_the_undisturbed_report(tmp_path: Path) -> None:
     file = tmp_path / "problem.py"
     file.write_text(PROBLEM)
-    options = ["--probes", "10", "--runs", "1", "--steps", "10", "-k", "2", "--plane", "0", "--activations", "3"]
-    run = [sys.executable, str(DRIVER), "--forked", "--kills", "3", f"{file}:small", "--", *options]
+    options = "--num-probes 10 --num-runs 1 --num-steps 10 -k 2 --num-plane-points 0 --num-activation-probes 3"
+    run = [sys.executable, str(DRIVER), "--forked", "--kills", "3", f"{file}:small", "--", *options.split()]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 kills" in done.stdout
@@ -115,13 +124,13 @@ def test_killed_at_random_and_resumed_it_is_the_undisturbed_report(tmp_path: Pat
 def test_resumed_with_other_options_it_makes_use_of_the_products(
     made: Any, numbers_only: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**QUICK, "probes": 8}
+    options = {**QUICK, "num_probes": 8}
     counted = made(float("inf"))
     expected = report(problem(), tmp_path / "whole", **options)
     needed = len(counted)
     interrupted(made, tmp_path / "out", num=12)
     counted, bars = made(float("inf")), []
-    monkeypatch.setattr(analysis, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    monkeypatch.setattr(progress, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     assert report(problem(), tmp_path / "out", resume=True, **options) == expected
     assert len(counted) == needed - 12
     assert bars[0].n == needed
@@ -130,7 +139,7 @@ def test_resumed_with_other_options_it_makes_use_of_the_products(
 
 
 def test_traces_by_layer_go_on_where_they_were(made: Any, numbers_only: None, tmp_path: Path) -> None:
-    options = {**QUICK, "activations": 3}
+    options = {**QUICK, "num_activation_probes": 3}
     counted = made(float("inf"))
     expected = report(problem(), tmp_path / "whole", **options)
     needed = len(counted)
@@ -186,6 +195,30 @@ def test_the_products_of_another_problem_are_refused_and_kept(
     assert everything(tmp_path) == before
 
 
+def test_the_products_of_another_number_of_threads_are_refused_and_kept(
+    made: Any, numbers_only: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "problem.py", tmp_path / "out"
+    file.write_text(PROBLEM)
+    arguments = ["report", f"{file}:small", "--out", str(out), "--num-probes", "3", "--num-plane-points", "0"]
+    made(5)
+    assert main(arguments) == 130
+    assert "5 products are kept, --resume goes on from there" in capsys.readouterr().err
+    made(float("inf"))
+    before = everything(out)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert main([*arguments, "--resume"]) == 2
+    finally:
+        torch.set_num_threads(threads)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hessfn: error: ")]
+    assert len(said) == 1
+    assert f"another 'threads' ({threads}, here {threads + 1})" in said[0]
+    assert everything(out) == before
+    assert main([*arguments, "--resume"]) == 0
+
+
 def test_without_resume_a_report_starts_over(made: Any, numbers_only: None, tmp_path: Path) -> None:
     interrupted(made, tmp_path)
     counted = made(3)
@@ -222,9 +255,10 @@ def test_without_a_journal_nothing_is_kept_and_nothing_can_be_resumed(
 
 
 HOLDER = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a")
-fcntl.lockf(file, fcntl.LOCK_EX)
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("held", flush=True)
 time.sleep(600)
 """
@@ -252,7 +286,7 @@ def test_a_full_disk_says_how_to_go_on(
 ) -> None:
     file = tmp_path / "problem.py"
     file.write_text(PROBLEM)
-    quick = ["--probes", "3", "--runs", "1", "--steps", "4", "--plane", "0"]
+    quick = ["--num-probes", "3", "--num-runs", "1", "--num-steps", "4", "--num-plane-points", "0"]
     arguments = ["report", f"{file}:small", "--out", str(tmp_path / "out"), *quick]
     write, limits = records.write, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -276,8 +310,9 @@ def test_a_full_disk_says_how_to_go_on(
 
 
 def test_unfinished_work_is_gone_with_its_folders_once_it_is_done(tmp_path: Path) -> None:
-    with unfinished(tmp_path / "deep" / "out") as kept:
-        assert kept.is_dir()
+    with open_workspace(tmp_path / "deep" / "out", Options()) as (journals, scratch):
+        assert journals is not None and journals.is_dir()
+        assert scratch is not None and scratch.is_dir()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -307,7 +342,13 @@ def test_names_in_a_report_are_text(tmp_path: Path) -> None:
 
 def test_names_cannot_steer_the_terminal() -> None:
     result = {
-        "settings": {"problem": "\x1b[2Jgone\r\n", "parameters": 1, "samples": 1, "dtype": "float32", "probes": 2},
+        "settings": {
+            "problem": "\x1b[2Jgone\r\n",
+            "num_parameters": 1,
+            "num_samples": 1,
+            "dtype": "float32",
+            "num_probes": 2,
+        },
         "loss": 1.0,
         "trace": {"mean": 1.0, "stderr": 0.5},
         "negative_curvature": {"mean": 0.0, "stderr": 0.0},

@@ -172,7 +172,7 @@ def test_a_report_names_the_batch_whose_gradient_is_not_finite(tmp_path):
             return x[:, :3] @ self.w.tanh() + x[:, 3] * (1e25 * self.z)
 
     batches = [(torch.ones(2, 4), torch.zeros(2)), (torch.tensor([[1.0, 1.0, 1.0, 1e25]]), torch.zeros(1))]
-    small = {"k": 1, "probes": 2, "runs": 1, "steps": 2, "plane": 0, "activations": 0}
+    small = {"k": 1, "num_probes": 2, "num_runs": 1, "num_steps": 2, "num_plane_points": 0, "num_activation_probes": 0}
     with pytest.raises(ValueError, match="batch 1: the gradient is not finite in leaf 'z'"):
         report((Steep(), lambda outputs, _: outputs.mean(), batches), tmp_path, **small)
 

@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scipy import stats
 
-from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Density
 from hessfn.plotting import plot
 from hessfn.reporting import html, text
 from hessfn.reporting.html import short
+from hessfn.reporting.result import plain
+from hessfn.reporting.side import Layers, Measured, Side, read
 from hessfn.reporting.text import estimate, number
+from hessfn.reporting.workspace import staging
 
 _SURE = 0.05  # the chance that a comparison, or a table of layers as a whole, marks what is equal
 
 
-class Measured(NamedTuple):
-    """A number and its error; NaN where there is none."""
-
-    mean: float
-    stderr: float
-
-
-Layers = dict[str, tuple[int, Measured]]  # numel, trace
-
-
-class Side(NamedTuple):
-    """What a folder's ``report.json`` says, as far as two can be compared."""
-
-    folder: str
-    loss: float
-    eigenvalues: list[Measured]
-    trace: Measured
-    negative: Measured
-    layers: Layers
-    activations: Layers
-    density: dict[str, Any]
-    settings: dict[str, Any]
-    versions: dict[str, Any]
-
-
 class Difference(NamedTuple):
-    """B's less A's, its standard error, that many of it (NaN where unknown), and whether that is beyond chance."""
+    """How far B is from A."""
 
-    mean: float
-    stderr: float
-    units: float
-    differs: bool
+    mean: float  #: B's less A's
+    stderr: float  #: the standard error of that
+    units: float  #: the mean over the standard error; NaN where unknown
+    differs: bool  #: whether that is beyond chance
 
 
 def compare(a: str | Path, b: str | Path, out: str | Path = "compare.html") -> dict[str, Any]:
@@ -81,49 +57,20 @@ def compare(a: str | Path, b: str | Path, out: str | Path = "compare.html") -> d
     drawn = {name: Density(side.density["grid"], side.density["values"]) for name, side in labelled}
     images = {"density": html.picture(lambda ax: plot.density_plot(drawn, ax), 3.8)}
     spectrum = [{"name": name, **side.density, **_columns(side.eigenvalues)} for name, side in labelled]
-    data = short(html.plain({"spectrum": spectrum}))
-    shown = {"sides": sides, "result": result, "settings": _settings(*sides)}
-    text = template.render(**shown, images=images, data=data)
-    with html.staging(Path(out).parent) as folder:
-        (folder / Path(out).name).write_text(text, "utf-8")
+    data = short(plain({"spectrum": spectrum}))
+    page = template.render(sides=sides, result=result, settings=_settings(*sides), images=images, data=data)
+    with staging(Path(out).parent) as folder:
+        (folder / Path(out).name).write_text(page, "utf-8")
     return result
 
 
-def read(folder: str | Path) -> Side:
-    """``report.json`` of a folder, checked."""
-    file = Path(folder) / "report.json"
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise InvalidInput(
-            f"there is no report in {str(folder)!r} ({error.strerror}: {file.name}); hessfn report PROBLEM --out "
-            f"{str(folder)!r} makes one"
-        ) from error
-    except ValueError as error:
-        raise InvalidInput(f"{str(file)!r} is not JSON: {error}") from error
-    try:
-        density = {key: _numbers(values) for key, values in found["density"].items() if values is not None}
-        return Side(
-            folder=str(folder),
-            loss=_number(found["loss"]),
-            eigenvalues=list(map(Measured, _numbers(found["eigenvalues"]), _numbers(found["residuals"]))),
-            trace=_measured(found["trace"], "mean"),
-            negative=_measured(found.get("negative_curvature", {}), "mean"),
-            layers=_layers(found["layers"]),
-            activations=_layers(found.get("activations") or {}),
-            density={**density, "grid": density["grid"], "values": density["values"]},
-            settings={**found["settings"], **{key: found["settings"][key] for key in ("which", "probes", "runs")}},
-            versions=dict(found["versions"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise InvalidInput(f"{str(file)!r} is not a report of hessfn: {reason}") from error
-
-
 def difference(a: Side, b: Side) -> dict[str, Any]:
-    probes, runs, flows = (min(side.settings.get(x, 0) for side in (a, b)) for x in ("probes", "runs", "activations"))
-    layers, activations = _by_layer(a.layers, b.layers, probes), _by_layer(a.activations, b.activations, flows)
-    same_end = a.settings["which"] == b.settings["which"]
+    """What :func:`compare` returns."""
+    probes, runs = min(a.num_probes, b.num_probes), min(a.num_runs, b.num_runs)
+    activation_probes = min(a.num_activation_probes, b.num_activation_probes)
+    layers = _differences(a.layers, b.layers, probes)
+    activations = _differences(a.activations, b.activations, activation_probes)
+    same_end = a.which == b.which
     return {
         "loss": (a.loss, b.loss),
         "eigenvalues": [
@@ -135,12 +82,15 @@ def difference(a: Side, b: Side) -> dict[str, Any]:
         "layers": layers,
         "activations": activations,
         "only": {"A": [x for x in a.layers if x not in layers], "B": [x for x in b.layers if x not in layers]},
-        "critical": {"layers": _critical(probes, len(layers)), "activations": _critical(flows, len(activations))},
+        "critical": {
+            "layers": _critical(probes, len(layers)),
+            "activations": _critical(activation_probes, len(activations)),
+        },
     }
 
 
 def summary(a: Side, b: Side, result: dict[str, Any]) -> str:
-    """The difference in at most 80 columns."""
+    """The differences of two reports in at most 80 columns."""
 
     def row(name: str, x: str, y: str, last: str) -> str:
         return f"{name:<12}{x:<20}{y:<20}{last}".rstrip()
@@ -166,7 +116,7 @@ def summary(a: Side, b: Side, result: dict[str, Any]) -> str:
 
 
 def units(by: Difference) -> str:
-    """How far apart, in words."""
+    """How far apart two numbers are, in words."""
     if math.isnan(by.units):
         return "unknown"
     return f"{by.units:+.1f} errors: {'differ' if by.differs else 'may be equal'}"
@@ -187,11 +137,12 @@ def _settings(a: Side, b: Side) -> list[tuple[str, ...]]:
 
 
 def _critical(samples: int, comparisons: int = 1) -> float:
-    """Beyond so many standard errors it is no chance; with the degrees of freedom of the smaller sample."""
+    """How many standard errors chance does not reach, with the degrees of freedom of the smaller sample."""
     return float(stats.t.ppf(1 - _SURE / (2 * max(comparisons, 1)), samples - 1)) if samples > 1 else math.inf
 
 
-def _by_layer(a: Layers, b: Layers, samples: int) -> dict[str, Difference]:
+def _differences(a: Layers, b: Layers, samples: int) -> dict[str, Difference]:
+    """Of the layers that both have."""
     both = [name for name in a if name in b]
     return {name: _difference(a[name][1], b[name][1], _critical(samples, len(both))) for name in both}
 
@@ -203,19 +154,3 @@ def _difference(a: Measured, b: Measured, critical: float) -> Difference:
     if stderr == 0 and math.isfinite(mean):
         return Difference(mean, stderr, math.copysign(math.inf, mean) if mean else 0.0, mean != 0)
     return Difference(mean, stderr, math.nan, False)
-
-
-def _layers(found: Any) -> Layers:
-    return {name: (int(layer["numel"]), _measured(layer, "trace")) for name, layer in dict(found).items()}
-
-
-def _measured(x: Any, key: str) -> Measured:
-    return Measured(_number(x.get(key)), _number(x.get("stderr")))
-
-
-def _number(x: Any) -> float:
-    return math.nan if x is None else float(x)
-
-
-def _numbers(x: Any) -> list[float]:
-    return [_number(value) for value in x]

@@ -1,28 +1,25 @@
-"""What a report looks like: the figures, the page, and how they get to their folder."""
+"""What a report looks like: the figures, and the page with all of them in it."""
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import gzip
 import io
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from hessfn.core.errors import InvalidInput, MissingExtra
+from hessfn.core.errors import MissingExtra
 from hessfn.plotting import plot
 from hessfn.reporting.analysis import Analysis
+from hessfn.reporting.options import Options
 from hessfn.reporting.text import estimate, number, setting, share
 
 if TYPE_CHECKING:
@@ -67,22 +64,26 @@ def template(name: str = "report.html.j2") -> jinja2.Template:
 
 
 def write(folder: Path, template: jinja2.Template, analysis: Analysis, result: dict[str, Any]) -> None:
-    """``report.json``, the figures and ``report.html``, which needs none of the others."""
+    """Writes ``report.json``, the figures and ``report.html``, which needs none of the others."""
     images = {}
     for name, draw in _figures(analysis).items():
         height = plot.layer_plot_height(len(result[name])) if name in ("layers", "activations") else 3.8
         images[name] = picture(draw, height)
         (folder / f"{name}.png").write_bytes(base64.b64decode(images[name].light))
-    top = int(analysis.eigen.values.abs().argmax())
-    spectrum = {"name": "", **result["density"], **{key: result[key] for key in ("eigenvalues", "residuals")}}
-    lines = {key: result["landscape"][key] for key in ("steps", "losses")}
-    data = short({"spectrum": [spectrum], "lines": lines, "surface": result["landscape"]["plane"]})
-    shown = template.render(**result, images=images, top_index=top, data=data, call=_call(result["settings"]))
+    page = template.render(
+        **result,
+        images=images,
+        top_index=int(analysis.spectrum.eigen.values.abs().argmax()),
+        data=_chart_data(result),
+        call=_call(result["settings"]),
+    )
     (folder / "report.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
-    (folder / "report.html").write_text(shown, "utf-8")
+    (folder / "report.html").write_text(page, "utf-8")
 
 
 def picture(draw: Callable[[Axes], Any], height: float) -> Picture:
+    """What ``draw(axes)`` draws, ``height`` inches high."""
+
     def png(colors: dict[Any, Any]) -> str:
         with mpl.rc_context(colors):
             figure = Figure(figsize=(6.4, height), layout="constrained")  # no pyplot: no display, no global state
@@ -95,7 +96,7 @@ def picture(draw: Callable[[Axes], Any], height: float) -> Picture:
 
 
 def short(x: Any) -> Any:
-    """What a picture can show of numbers: six digits."""
+    """Numbers to six digits, which is what a picture can show of them."""
     if isinstance(x, dict):
         return {key: short(value) for key, value in x.items()}
     if isinstance(x, list):
@@ -103,63 +104,44 @@ def short(x: Any) -> Any:
     return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
-def plain(x: Any) -> Any:
-    """What JSON can say: tensors as numbers or lists, what is not finite as null."""
-    if isinstance(x, Tensor):
-        return plain(x.tolist())
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [plain(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-@contextlib.contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A scratch folder inside ``out``. Its files move to ``out`` when all of them are there, or never."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".report-", dir=out))
-    except OSError as error:
-        raise InvalidInput(f"the report cannot be written to {str(out)!r}: {error.strerror}") from error
-    try:
-        yield scratch
-        for file in sorted(scratch.iterdir()):
-            os.replace(file, out / file.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        with contextlib.suppress(OSError):  # those with a report in them are not empty
-            for folder in made:
-                folder.rmdir()
-
-
 @functools.cache
 def _packed(script: str) -> str:
-    """All of the library is in the page, which works offline: 2 MB, where it would be 5 as it is."""
+    """A script in gzip and base64. The page has the whole library in it, to work offline: 2 MB instead of 5."""
     return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
 
 
 def _figures(analysis: Analysis) -> dict[str, Callable[[Axes], Any]]:
-    plane, flows = analysis.plane, analysis.activations
-    return {
-        "density": lambda ax: plot.density_plot(analysis.density, ax, band=analysis.band),
-        "eigenvalues": lambda ax: plot.eigen_plot(analysis.eigen, ax),
-        "layers": lambda ax: plot.layer_plot(analysis.layers, ax),
-        "landscape": lambda ax: plot.line_plot(analysis.steps, analysis.losses, ax),
-        **({"plane": lambda ax: plot.plane_plot(plane.steps, plane.steps, plane.losses, ax)} if plane else {}),
-        **({"activations": lambda ax: plot.layer_plot(flows.activations, ax)} if flows else {}),
+    spectrum, landscape, activations = analysis.spectrum, analysis.landscape, analysis.activations
+    figures: dict[str, Callable[[Axes], Any]] = {
+        "density": lambda ax: plot.density_plot(spectrum.density, ax, band=spectrum.band),
+        "eigenvalues": lambda ax: plot.eigen_plot(spectrum.eigen, ax),
+        "layers": lambda ax: plot.layer_plot(spectrum.layers, ax),
+        "landscape": lambda ax: plot.line_plot(landscape.steps, landscape.losses, ax),
     }
+    if (plane := landscape.plane) is not None:
+        figures["plane"] = lambda ax: plot.plane_plot(plane.steps, plane.steps, plane.losses, ax)
+    if activations is not None:
+        figures["activations"] = lambda ax: plot.layer_plot(activations.activations, ax)
+    return figures
+
+
+def _chart_data(result: dict[str, Any]) -> dict[str, Any]:
+    """What page.js draws the interactive charts from."""
+    landscape, points = result["landscape"], {name: result[name] for name in ("eigenvalues", "residuals")}
+    spectrum = {"name": "", **result["density"], **points}
+    lines = {name: landscape[name] for name in ("steps", "losses")}
+    return short({"spectrum": [spectrum], "lines": lines, "surface": landscape["plane"]})
 
 
 def _call(settings: dict[str, Any]) -> str:
     """The report's call in Python, where there was no command line."""
-    described = ("problem", "parameters", "samples", "command")
-    options = ", ".join(f"{name}={value!r}" for name, value in settings.items() if name not in described)
-    return f"hf.report(problem, out, {options})"
+    options = {option.name for option in fields(Options)} - {"command"}
+    given = ", ".join(f"{name}={value!r}" for name, value in settings.items() if name in options)
+    return f"hf.report(problem, out, {given})"
 
 
 def _error(text: str) -> Any:
+    """An estimate with its error in small letters."""
     from markupsafe import Markup, escape
 
     mean, _, error = text.partition(" +- ")
@@ -174,5 +156,5 @@ def _dotted(name: str) -> Any:
 
 
 def _value(x: float) -> str:
-    """What a column sorts by."""
+    """The text that a column sorts by."""
     return "" if math.isnan(x) else repr(x)

@@ -1,109 +1,135 @@
-"""What a report is about: from a problem to a loss, its parameters and its batches, each of them checked."""
+"""The problem of a report: from (model, criterion, batches) to a loss, its parameters and its data, all checked."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import fingerprint
 from hessfn.core.tree import Tree
-from hessfn.losses.batches import mean
-from hessfn.losses.functional import Choice, bare, functionalize
+from hessfn.losses.batches import deal, mean
+from hessfn.losses.functional import bare, functionalize
 from hessfn.parallel.all_reduce import ShardedBatches
 from hessfn.products.hessian import mean_hvp
 from hessfn.products.loss_checks import check_loss
+from hessfn.reporting.options import Options
 
 Loss = Callable[[Tree, Any], Tensor]
 
 
-def prepare(
-    problem: Any, params: Choice, dtype: Any, device: Any, num_batches: int | None
-) -> tuple[Loss, Tree, Iterable[Any]]:
-    """The loss, which takes batches of any dtype and device to the parameters'; the parameters; the batches."""
-    try:
-        model, criterion, batches = problem
-    except (TypeError, ValueError):
-        raise InvalidInput(f"a problem is (model, criterion, batches), not {_brief(problem)}") from None
-    if not isinstance(model, nn.Module) or not callable(criterion) or not isinstance(batches, Iterable):
-        found = ", ".join(type(part).__name__ for part in problem)
-        raise InvalidInput(f"a problem is (a torch.nn.Module, a function, an iterable of batches), not ({found})")
-    if num_batches is not None and num_batches < 1:
-        raise InvalidInput(f"num_batches={num_batches} must be at least 1")
-    model, criterion = converted(model, criterion, dtype, device)
-    wanted_dtype = _dtype(dtype)
-    of_batch, theta = functionalize(model, criterion, params=params)
-    home = tree.leaves(theta)[0].device
+class Prepared(NamedTuple):
+    """A problem from which products can be made."""
+
+    model: nn.Module  #: as it was given
+    criterion: Callable[..., Any]  #: as it was given
+    loss: Loss  #: of parameters and a batch, which it casts and moves to where the parameters are
+    params: Tree  #: by name, those that the Hessian is taken by
+    batches: Iterable[Any]  #: those that are looked at; a process of several passes over its share of them
+
+
+class FirstPass(NamedTuple):
+    """What one pass over the data has found."""
+
+    loss: Tensor  #: (), the mean over the samples
+    num_samples: int  #: of all processes
+    fingerprints: dict[str, Any]  #: of the batches and of their losses, by which a journal knows them
+
+
+def prepare(problem: Any, options: Options) -> Prepared:
+    """Checks what the problem consists of, and makes the loss; computes nothing yet.
+
+    Raises:
+        ValueError: the problem is something else, or its batches can be passed over only once.
+    """
+    model, criterion, batches = _parts(problem)
+    of_batch, theta = functionalize(*converted(model, criterion, options), params=options.params)
+    home, dtype = tree.leaves(theta)[0].device, options.torch_dtype
 
     def cast(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.to(home, wanted_dtype if wanted_dtype and x.is_floating_point() else x.dtype)
+        return x.to(home, dtype if dtype and x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
 
     def loss(params: Tree, batch: Any) -> Tensor:
         return of_batch(params, tree.map(cast, batch))
 
     mean_hvp(loss, theta, batches)  # refuses what cannot be passed over again, before a part of it is taken
-    return loss, theta, batches if num_batches is None else list(itertools.islice(batches, num_batches))
+    if options.num_batches is not None:
+        batches = list(itertools.islice(batches, options.num_batches))
+    if options.group is not None:
+        batches = deal(batches, (dict(model.named_parameters()), dict(model.named_buffers())), options.group)
+    return Prepared(model, criterion, loss, theta, batches)
 
 
-def converted(model: nn.Module, criterion: Any, dtype: Any, device: Any) -> tuple[nn.Module, Any]:
+def converted(model: nn.Module, criterion: Any, options: Options) -> tuple[nn.Module, Any]:
     """Copies in another dtype or on another device, where one is asked for."""
-    model, wanted_dtype, wanted_device = bare(model), _dtype(dtype), _device(device)
-    if wanted_dtype or wanted_device:
-        model = copy.deepcopy(model).to(device=wanted_device, dtype=wanted_dtype)
+    model, dtype, device = bare(model), options.torch_dtype, options.torch_device
+    if dtype or device:
+        model = copy.deepcopy(model).to(device=device, dtype=dtype)
         if isinstance(criterion, nn.Module):
-            criterion = copy.deepcopy(criterion).to(device=wanted_device, dtype=wanted_dtype)
+            criterion = copy.deepcopy(criterion).to(device=device, dtype=dtype)
     return model, criterion
 
 
-def first_pass(loss: Loss, theta: Tree, batches: Iterable[Any]) -> tuple[Tensor, int, dict[str, Any]]:
-    """The mean loss, the number of samples, and fingerprints of all of them for the key of a journal.
+def first_pass(problem: Prepared) -> FirstPass:
+    """Computes the loss of every batch once. An error names the batch by its index.
 
-    What is wrong with a batch is said along with its index.
+    Raises:
+        ValueError: there is no batch, or a loss cannot be computed, is not finite, or is no function of its arguments.
     """
     sizes: list[int] = []
-    seen: dict[str, list[Any]] = {"data": [], "losses": []}
+    data, losses = [], []
 
     def computed(params: Tree, batch: Any) -> Tensor:
         try:
-            return loss(params, batch)
+            return problem.loss(params, batch)
         except Exception as error:
-            raise InvalidInput(f"no loss could be computed: {_brief(error)}") from error
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            raise InvalidInput(f"no loss could be computed: {type(error).__name__}: {first_line}") from error
 
     def checked(batch: Any) -> Tensor:
-        value = check_loss(computed, theta, (batch,))
+        value = check_loss(computed, problem.params, (batch,))
         tensors = [x for x in tree.leaves(batch) if isinstance(x, Tensor)]
         sizes.append(len(tensors[0]))
-        seen["data"].append(fingerprint(tensors))
-        seen["losses"].append(value)
+        data.append(fingerprint(tensors))
+        losses.append(value)
         return value
 
-    value, num_samples = mean(checked, batches)(), sum(sizes)
-    return value, batches.total(num_samples) if isinstance(batches, ShardedBatches) else num_samples, seen
+    value, batches = mean(checked, problem.batches)(), problem.batches
+    num_samples = batches.total(sum(sizes)) if isinstance(batches, ShardedBatches) else sum(sizes)
+    return FirstPass(value, num_samples, {"data": data, "losses": losses})
 
 
-def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InvalidInput(f"dtype={name!r} must be a floating-point type such as 'float32', 'float64', 'bfloat16'")
-    return dtype
+def state_of(problem: Prepared) -> dict[str, Any]:
+    """What products depend on besides the data, as far as it can be seen from outside."""
+    wholes = [part for part in (problem.model, problem.criterion) if isinstance(part, nn.Module)]
+    modules = [module for whole in wholes for module in whole.modules()]
+    return {
+        "parameters or buffers": [dict(whole.named_parameters()) | dict(whole.named_buffers()) for whole in wholes],
+        "train or eval mode": [module.training for module in modules],
+        "code": sorted({_source(code) for code in [problem.criterion, *map(type, modules)]}),
+        "device": str(tree.leaves(problem.params)[0].device),
+    }
 
 
-def _device(name: torch.device | str | None) -> torch.device | None:
+def _source(code: Any) -> str:
     try:
-        return None if name is None else torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InvalidInput(f"device={str(name)!r} cannot be used here: {_brief(error)}") from error
+        return inspect.getsource(code)
+    except (OSError, TypeError):  # it was typed in, or is no Python function
+        return type(code).__qualname__
 
 
-def _brief(x: Any) -> str:
-    """One line: the kind of a value, or the kind of an exception and the first line of what it says."""
-    first_line = (str(x).strip().splitlines() or [""])[0]
-    return f"{type(x).__name__}: {first_line}" if isinstance(x, BaseException) else type(x).__name__
+def _parts(problem: Any) -> tuple[nn.Module, Callable[..., Any], Iterable[Any]]:
+    try:
+        model, criterion, batches = problem
+    except (TypeError, ValueError):
+        raise InvalidInput(f"a problem is (model, criterion, batches), not {type(problem).__name__}") from None
+    if not isinstance(model, nn.Module) or not callable(criterion) or not isinstance(batches, Iterable):
+        found = ", ".join(type(part).__name__ for part in (model, criterion, batches))
+        raise InvalidInput(f"a problem is (a torch.nn.Module, a function, an iterable of batches), not ({found})")
+    return model, criterion, batches

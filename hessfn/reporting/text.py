@@ -1,4 +1,4 @@
-"""Numbers with their errors, names and a summary, as people read them."""
+"""Text for people: numbers with their errors, names, and the summary that the command line prints."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The numbers in at most 80 columns."""
+    """The numbers of a report in at most 80 columns."""
     settings, trace, negative = (result[name] for name in ("settings", "trace", "negative_curvature"))
     lines = [
         cut(settings["problem"], 80),
-        f"{settings['parameters']:,} parameters, {settings['samples']:,} samples, {settings['dtype']}",
+        f"{settings['num_parameters']:,} parameters, {settings['num_samples']:,} samples, {settings['dtype']}",
         "",
         f"{'loss':<12}{number(result['loss'])}",
-        f"{'trace':<12}{estimate(trace['mean'], trace['stderr'])}   (one standard error, {settings['probes']} probes)",
-        f"{'negative':<12}{share(negative['mean'], negative['stderr'])} of the sum of all |eigenvalues|",
+        f"{'trace':<12}{estimate(**trace)}   (one standard error, {settings['num_probes']} probes)",
+        f"{'negative':<12}{share(**negative)} of the sum of all |eigenvalues|",
         f"{'eigenvalues':<26}{'residual':>12}",
     ]
     for value, residual, converged in zip(result["eigenvalues"], result["residuals"], result["converged"], strict=True):
@@ -30,6 +30,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def number(x: float | None) -> str:
+    """A number to five digits."""
     return "not finite" if x is None or not math.isfinite(x) else f"{x:.5g}"
 
 
@@ -49,12 +50,14 @@ def share(mean: float | None, stderr: float | None) -> str:
 
 
 def cut(name: str, width: int) -> str:
+    """The end of a name, in so many columns."""
     # Names are the user's, and terminals obey control characters.
     name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     return name if len(name) <= width else f"...{name[3 - width :]}"
 
 
 def setting(value: Any) -> str:
+    """The value of a setting; None stands for all there are."""
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "all" if value is None else number(value) if isinstance(value, float) else str(value)

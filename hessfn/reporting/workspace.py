@@ -1,84 +1,140 @@
-"""What a report keeps while it is not finished, in a folder of its own inside the one it will be written to."""
+"""The folder of a report: what is kept in it until the report is written, and how the files get there all at once."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
-
-from hessfn.core.errors import InvalidInput
+from hessfn.core.errors import FolderInUse, InvalidInput
+from hessfn.core.tree import MatVec
+from hessfn.reporting.options import Options
 from hessfn.storage import records
-from hessfn.storage.product_journal import products_in
+from hessfn.storage.product_journal import journal, products_in
 
-_NAME = ".unfinished"
+_UNFINISHED = ".unfinished"
+_SCRATCH = ".report-"
+
+Keep = Callable[[str, MatVec], MatVec]
+
+
+class Workspace(NamedTuple):
+    """Where a report puts its files while it is not finished."""
+
+    journals: Path | None  #: a folder of journals; None where no products are kept
+    scratch: Path | None  #: a folder whose files become the report; None where this process writes none
 
 
 @contextlib.contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """The folder for journals, ``out/.unfinished``, for one process at a time; gone once the report is written.
+def open_workspace(out: Path, options: Options) -> Iterator[Workspace]:
+    """Both folders inside ``out``, for one process at a time; nothing is made where another process writes.
 
-    It stays after whatever may not happen again, such as an interrupt or a full disk.
+    Raises:
+        FolderInUse: another process has opened it.
+        InvalidInput: ``out`` cannot be written to.
     """
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    kept = out / _NAME
-    try:
-        kept.mkdir(parents=True, exist_ok=True)
-        held = records.lock(kept / "lock")
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        raise InvalidInput(f"the report cannot be written to {str(out)!r}: {error.strerror}") from error
-    with held:
-        for scratch in out.glob(".report-*"):  # of one that was killed
-            shutil.rmtree(scratch, ignore_errors=True)
-        keep, before = False, num_products(out)
-        try:
-            yield kept
-        except BaseException as error:
-            wrong = isinstance(error, ValueError)  # and will be so again
-            keep = before > 0 if wrong else num_products(out) > 0
-            raise
-        finally:
-            if not keep:
-                # At once, so that a kill leaves all of the products or none, and then in peace.
-                gone = kept.rename(tempfile.mktemp(prefix=".report-", dir=out))
-                shutil.rmtree(gone, ignore_errors=True)
-                with contextlib.suppress(OSError):  # those with a report in them are not empty
-                    for folder in made:
-                        folder.rmdir()
+    if not options.is_first_process:
+        yield Workspace(None, None)
+        return
+    with _unfinished(out) as journals, staging(out) as scratch:
+        yield Workspace(journals if options.keeps_products else None, scratch)
 
 
-def clear(kept: Path) -> None:
-    """Drops the journals."""
-    for folder in kept.iterdir():
-        if folder.is_dir():
-            shutil.rmtree(folder)
+def keep_in(folder: Path | None, key: Mapping[str, Any], *, resume: bool) -> Keep:
+    """``keep(name, matvec)``: a journal in a folder of that name; without a folder the matvec itself.
+
+    Products of before are dropped, all of them at once, unless they are to be resumed.
+    """
+    if folder is None:
+        return lambda name, matvec: matvec
+    if not resume:
+        _drop_journals(folder)
+    return lambda name, matvec: journal(matvec, folder / name, key=key)
 
 
 def num_products(out: Path) -> int:
     """How many products an unfinished report in ``out`` has made."""
-    return sum(len(products_in(folder)) for folder in (out / _NAME).glob("*") if folder.is_dir())
+    return sum(len(products_in(folder)) for folder in (out / _UNFINISHED).glob("*") if folder.is_dir())
 
 
-def state_of(model: nn.Module, criterion: Callable[..., Any]) -> dict[str, Any]:
-    """What products depend on besides the data, as far as it can be seen: the key of a journal."""
-    wholes = [part for part in (model, criterion) if isinstance(part, nn.Module)]
-    modules = [module for whole in wholes for module in whole.modules()]
-    return {
-        "parameters or buffers": [dict(whole.named_parameters()) | dict(whole.named_buffers()) for whole in wholes],
-        "train or eval mode": [module.training for module in modules],
-        "code": sorted({_source(code) for code in [criterion, *map(type, modules)]}),
-    }
+@contextlib.contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A scratch folder inside ``out``. Its files move to ``out`` when all of them are there, or never."""
+    with _made(out):
+        with _said(out):
+            scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
+        try:
+            yield scratch
+            for file in sorted(scratch.iterdir()):
+                os.replace(file, out / file.name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _source(code: Any) -> str:
+@contextlib.contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """The folder of journals; gone once the report is written.
+
+    It stays after what may not happen again, such as an interrupt or a full disk; after a mistake, which will happen
+    again, only products of before stay.
+    """
+    journals = out / _UNFINISHED
+    with _made(out), _locked(journals, out):
+        for scratch in out.glob(f"{_SCRATCH}*"):  # of a process that was killed
+            shutil.rmtree(scratch, ignore_errors=True)
+        stays, before = False, num_products(out)
+        try:
+            yield journals
+        except BaseException as error:
+            stays = (before if isinstance(error, ValueError) else num_products(out)) > 0
+            raise
+        finally:
+            if not stays:
+                # At once, so that a kill leaves all of the products or none.
+                renamed = journals.rename(tempfile.mktemp(prefix=_SCRATCH, dir=out))
+                shutil.rmtree(renamed, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """A folder with its parents. Those that are new and still empty at the end are removed."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        return inspect.getsource(code)
-    except (OSError, TypeError):  # it was typed in, or is no Python function
-        return type(code).__qualname__
+        with _said(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the first that is not empty, and so its parents
+            for path in new:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    with _said(out):
+        folder.mkdir(exist_ok=True)
+        lock = records.lock(folder / "lock")
+    with lock:
+        yield
+
+
+@contextlib.contextmanager
+def _said(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except FolderInUse:
+        raise
+    except OSError as error:
+        raise InvalidInput(
+            f"the report cannot be written to {str(out)!r} ({error.strerror}): take another folder"
+        ) from error
+
+
+def _drop_journals(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)

@@ -1,7 +1,7 @@
 """A report killed (kill -9) at random moments and resumed each time, against an undisturbed one.
 
     python tests/bench/kill_resume.py --kills 20
-    python tests/bench/kill_resume.py --kills 3 --forked my_problem.py:small -- --probes 10
+    python tests/bench/kill_resume.py --kills 3 --forked my_problem.py:small -- --num-probes 10
 
 Ends with an error unless every number is the same to the last bit, and no product was computed twice but the one under
 way at a kill. A report that ends before its kill is compared, and the next one begins.
@@ -24,10 +24,9 @@ from pathlib import Path
 
 import torch
 
-import hessfn
 from hessfn.core.fingerprints import fingerprint
 from hessfn.quantization import sensitivity
-from hessfn.reporting import html
+from hessfn.reporting import html, spectrum
 from hessfn.reporting.cli import main
 from hessfn.reporting.workspace import num_products
 
@@ -47,7 +46,8 @@ def live(log: str, arguments: list[str]) -> int:
 
         return made
 
-    hessfn.mean_hvp, sensitivity.linearized_hvp = noting(hessfn.mean_hvp), noting(sensitivity.linearized_hvp)
+    spectrum.mean_hvp = noting(spectrum.mean_hvp)
+    sensitivity.linearized_hvp = noting(sensitivity.linearized_hvp)
     note(log, "begun")
     return main(["report", *arguments])
 
@@ -153,7 +153,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("options", nargs="*", help="of hessfn report, after --")
     given = parser.parse_args()
-    small = shlex.split("--set epochs=1 --set num_images=250 --probes 20 --runs 2 --steps 20 --plane 5 --activations 4")
+    small = shlex.split(
+        "--set epochs=1 --set num_images=250 --num-probes 20 --num-runs 2 --num-steps 20 --num-plane-points 5 "
+        "--num-activation-probes 4"
+    )
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads

@@ -1,0 +1,196 @@
+"""The options of a report: the type, default, range and meaning of each, for Python, the command line and the page."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from hessfn.core.errors import InvalidInput
+from hessfn.losses.functional import Choice
+from hessfn.parallel.all_reduce import Group
+
+Which = Literal["LM", "LA", "SA", "BE"]
+ENDS: Sequence[Which] = ("LM", "LA", "SA", "BE")
+
+# The groups in which `hessfn report --help` lists the options. Numbers depend on those of the first two.
+DATA, WORK, OUTPUT = "what to look at", "how much to compute", "output"
+
+
+def _about(help: str, group: str = "", **argument: Any) -> dict[str, Any]:
+    """The meaning of an option, its group, and what else argparse needs to know."""
+    return {"help": help, "group": group, "argument": argument}
+
+
+def _count(help: str, least: int, group: str = WORK, *, or_zero: bool = False) -> dict[str, Any]:
+    """An option that is an integer of at least ``least``, or also 0."""
+    return _about(help, group, type=int, metavar="N") | {"least": least, "or_zero": or_zero}
+
+
+def _number(help: str) -> dict[str, Any]:
+    """An option that is a positive number."""
+    return _about(help, WORK, type=float, metavar="X") | {"positive": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a report computes, and how. All options are checked when they are made.
+
+    >>> Options(num_probes=50).num_probes
+    50
+    >>> Options(num_probes=1)
+    Traceback (most recent call last):
+    hessfn.core.errors.InvalidInput: num_probes=1 must be at least 2
+    """
+
+    name: str = field(default="", metadata=_about("what the page calls the problem"))
+
+    params: Choice = field(
+        default="*",
+        metadata=_about(
+            "the parameters whose names match, the others being constants; may be repeated (default: all)",
+            DATA,
+            action="append",
+            metavar="PATTERN",
+        ),
+    )
+    num_batches: int | None = field(default=None, metadata=_count("the first N batches (default: all)", 1, DATA))
+    dtype: torch.dtype | str | None = field(
+        default=None, metadata=_about("float64, float32, ... (default: the model's)", DATA, metavar="TYPE")
+    )
+    device: torch.device | str | None = field(
+        default=None, metadata=_about("cpu, cuda, cuda:1, ... (default: the model's)", DATA, metavar="DEVICE")
+    )
+
+    k: int = field(default=5, metadata=_count("eigenvalues", 1))
+    which: Which = field(
+        default="LM",
+        metadata=_about("those of largest magnitude, the largest, the smallest, or of both ends", WORK, choices=ENDS),
+    )
+    rtol: float = field(default=1e-3, metadata=_number("residual of an eigenvalue at which it is good, relative to it"))
+    num_probes: int = field(default=100, metadata=_count("random vectors for the trace, one product each", 2))
+    num_runs: int = field(default=4, metadata=_count("Lanczos runs for the spectral density", 1))
+    num_steps: int = field(default=60, metadata=_count("products in each of these runs", 1))
+    num_activation_probes: int = field(
+        default=30,
+        metadata=_count(
+            "random vectors for the traces of activations, a product with each batch; 0 for none", 2, or_zero=True
+        ),
+    )
+    radius: float | None = field(
+        default=None,
+        metadata=_number(
+            "how far the landscape goes each way (default: to about ten times the loss along the top eigenvector)"
+        ),
+    )
+    num_plane_points: int = field(
+        default=15,
+        metadata=_count("points each way of the plane over the top two eigenvectors; 0 for no plane", 3, or_zero=True),
+    )
+    seed: int = field(default=0, metadata=_count("of all random vectors", 0))
+
+    resume: bool = field(
+        default=False,
+        metadata=_about(
+            "go on with a report that was killed; other options may be others now, but not the parameters and the data",
+            OUTPUT,
+        ),
+    )
+    journal: bool = field(
+        default=True,
+        metadata=_about(
+            "keep no products in DIR/.unfinished meanwhile, each as many bytes as the parameters: nothing to resume",
+            OUTPUT,
+        ),
+    )
+    command: str = field(default="", metadata=_about("the command line that does this, for the page to say"))
+    group: Group = field(default=None, metadata=_about("processes of torch.distributed that share the work"))
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = _checked(option, getattr(self, option.name))
+            object.__setattr__(self, option.name, value)  # a frozen dataclass is written to in this way alone
+        if self.which not in ENDS:
+            raise InvalidInput(f"which={self.which!r} must be one of {', '.join(ENDS)}")
+        if self.resume and not self.keeps_products:
+            raise InvalidInput("resume needs the journal, which only a report of a single process keeps")
+        self.torch_dtype, self.torch_device  # noqa: B018  # they raise if there is no such type or device
+
+    @property
+    def keeps_products(self) -> bool:
+        """Whether products are kept on disk until the report is written."""
+        return self.journal and self.group is None
+
+    @property
+    def is_first_process(self) -> bool:
+        """Whether this process writes the files and shows the progress."""
+        return self.group is None or self.group.rank() == 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            kinds = "'float32', 'float64', 'bfloat16'"
+            raise InvalidInput(f"dtype={self.dtype!r} must be a floating-point type such as {kinds}")
+        return dtype
+
+    @property
+    def torch_device(self) -> torch.device | None:
+        try:
+            return None if self.device is None else torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            raise InvalidInput(
+                f"device={str(self.device)!r} cannot be used here ({type(error).__name__}: {first_line}): "
+                "leave it out to stay where the model is"
+            ) from error
+
+    def fitted(self, num_parameters: int) -> Options:
+        """The options for a model of so many parameters: a Lanczos run takes no more steps than that."""
+        if self.k > num_parameters:
+            raise InvalidInput(f"k={self.k} must be between 1 and {num_parameters}, the number of parameters")
+        return replace(self, num_steps=min(self.num_steps, num_parameters))
+
+    def settings(self) -> dict[str, Any]:
+        """The options that the numbers depend on, by name."""
+        relevant = [option.name for option in fields(self) if option.metadata["group"] in (DATA, WORK)]
+        values = {name: getattr(self, name) for name in relevant}
+        return values | {"params": repr(self.params) if callable(self.params) else self.params}
+
+
+def _checked(option: Field[Any], value: Any) -> Any:
+    """The value of an option, if it is in range; numbers as plain ones, which JSON knows, patterns as a tuple."""
+    about = option.metadata
+    if value is None and option.default is None:
+        return None
+    if "least" in about:
+        return _in_range(option.name, value, about["least"], about["or_zero"])
+    if "positive" in about:
+        return _positive(option.name, value)
+    if option.name == "params" and not isinstance(value, str) and not callable(value):
+        return tuple(value)  # an iterator would be run through only once
+    return value
+
+
+def _in_range(name: str, value: Any, least: int, or_zero: bool) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise InvalidInput(f"{name}={value!r} must be an integer of at least {least}") from None
+    if count < least and not (or_zero and count == 0):
+        raise InvalidInput(f"{name}={count} must be at least {least}{', or 0 for none' if or_zero else ''}")
+    return count
+
+
+def _positive(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise InvalidInput(f"{name}={value!r} must be a positive and finite number")
+    return number
