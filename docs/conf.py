@@ -54,10 +54,18 @@ def _math(self: Any, node: Any) -> None:
 
 
 def _aliases(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
-    """Names of types inside of others are shown as names too."""
-    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
+    """Names of types inside of others are shown as names too, and any arguments as ``Callable[..., T]``."""
+    named = [text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns)]
+    return tuple(text and text.replace("Callable[[...],", "Callable[...,") for text in named)
+
+
+def _fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """What is said of a field names no type. Napoleon takes all up to a colon for one, in the first line: a comment."""
+    if what == "attribute":
+        lines[:0] = [".. field", ""]
 
 
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _fields, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _aliases)
     app.add_html_math_renderer("mathml", inline_renderers=(_math, None), block_renderers=(_math, None))
