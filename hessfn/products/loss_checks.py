@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hessfn.core import tree
+from hessfn.core.dtensor import layout
 from hessfn.core.errors import InvalidInput, NoDerivative
+from hessfn.core.torch_private import under_functorch
 from hessfn.core.torch_state import known
 from hessfn.core.tree import Tree
 
@@ -17,12 +20,14 @@ Loss = Callable[..., Tensor]
 
 
 def check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tensor:
-    """The loss at these parameters, once it is found to be one finite real number, and no random one."""
+    """The loss at these parameters, once it is found to be a function of them: one finite real number, not random.
+
+    It is computed once, with a graph, whose leaves show what else it depends on.
+    """
     if tree.numel(params) == 0:
         raise InvalidInput("the parameters have no entries: there must be at least one to differentiate by")
     before = _random_states((params, args))
-    with torch.no_grad():
-        value = loss(params, *args)
+    value, leaves = _with_graph(loss, params, args)
     after = _random_states((params, args))
     if not all(torch.equal(state, after[device]) for device, state in before.items()):
         torch.set_rng_state(before.pop("cpu"))
@@ -37,7 +42,67 @@ def check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tensor:
         raise InvalidInput(f"the loss must be one real number, not {found}: reduce it, for example by its mean")
     if known(value.isfinite().all()) is False:
         raise InvalidInput(f"the loss is {value.item()} at these parameters: curvature needs a finite one")
-    return value
+    if leaves:
+        _require_dependence(value, leaves, tree.names(params))
+    return value.detach()
+
+
+def _with_graph(loss: Loss, params: Tree, args: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
+    """The loss, and the leaves that it was computed from; none where a transform of ``torch.func`` is under way."""
+    if under_functorch():
+        with torch.no_grad():
+            return loss(params, *args), []
+    leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
+    with torch.enable_grad():
+        return loss(tree.unflatten(leaves, params), *args), leaves
+
+
+def _require_dependence(value: Tensor, leaves: list[Tensor], names: list[str]) -> None:
+    """Raises where the loss is no function of its parameters, or reads them at a second place."""
+    # What AccumulateGrad, the node of a leaf, has; of a constant loss there is no node at all.
+    found = [node.variable for node in _nodes(value) if hasattr(node, "variable")]
+    own = {id(leaf) for leaf in leaves}
+    if not any(id(leaf) in own for leaf in found):
+        raise InvalidInput(
+            "the loss does not depend on its parameters, or only where derivatives are off: does it call the model "
+            "itself, in place of torch.func.functional_call(model, params, inputs)? Or use .item(), .detach() or "
+            "torch.no_grad()? hf.functionalize(model, criterion) makes a loss of its parameters"
+        )
+    name_of = {(leaf.data_ptr(), leaf.numel()): name for leaf, name in zip(leaves, names, strict=True) if leaf.numel()}
+    for other in found:
+        name = None if id(other) in own or layout(other) else name_of.get((other.data_ptr(), other.numel()))
+        if name is not None:
+            raise InvalidInput(
+                f"the loss reads its parameter {name!r} a second time, from outside of its arguments (a criterion that "
+                "uses model.parameters(), or what forward has stored on the model), and what it adds there would be "
+                "taken for a constant: compute it from params, as in lambda params, batch: loss(params, batch) + "
+                "decay * sum(p.square().sum() for p in params.values())"
+            )
+
+
+def _nodes(value: Tensor) -> Iterator[Any]:
+    """All nodes of the autograd graph that a tensor was computed by."""
+    seen: set[Any] = set()
+    waiting = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(inner for inner, _ in node.next_functions)
+
+
+def refuse_once_differentiable(loss: Loss, params: Tree, args: tuple[Any, ...]) -> None:
+    """Raises where a custom backward has no derivative: plain autograd takes what it computes for a constant.
+
+    All other custom backwards mean what their formula says, as all of torch takes them: of a straight-through estimator
+    the Hessian is the derivative of its backward, not of its forward.
+    """
+    for node in _nodes(_with_graph(loss, params, args)[0]):
+        function = getattr(type(node), "_forward_cls", None)
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        if code is not None and code.co_filename == once_differentiable.__code__.co_filename:
+            raise NoDerivative(f"the backward of {function.__name__} has no derivative: it is once_differentiable")
 
 
 def _random_states(arguments: Any) -> dict[str, Tensor]:
@@ -76,31 +141,3 @@ def two_differences(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) ->
     apart = tree.add(fine, coarse, -1.0)
     size = tree.norm(fine)
     return tree.add(fine, apart, 1 / 3), torch.where(size > 0, tree.norm(apart) / size, 0.0)
-
-
-def require_derivative(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, product: Tree) -> None:
-    """Plain autograd takes for constants what a ``once_differentiable`` backward computes, and says nothing."""
-    if not _has_custom_backward(loss, params, args):
-        return
-    difference, apart = two_differences(loss, params, args, v)
-    gap, size = tree.norm(tree.add(product, difference, -1.0)), tree.norm(difference)
-    if known(gap > (0.01 + 10 * apart) * size):
-        raise NoDerivative(
-            f"second derivatives are not those of differences ({float(gap / size):.1g} of them apart): an "
-            "autograd.Function whose backward has no derivative, such as a once_differentiable one?"
-        )
-
-
-def _has_custom_backward(loss: Loss, params: Tree, args: tuple[Any, ...]) -> bool:
-    with torch.enable_grad():
-        params = tree.map(lambda p: p.detach().requires_grad_(), params)
-        waiting = [loss(params, *args).grad_fn]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting.extend(inner for inner, _ in node.next_functions)
-    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,13 @@ from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.trace import tensors
-from hessfn.products.loss_checks import Loss, check_loss, plain_gradient, require_derivative, two_differences
+from hessfn.products.loss_checks import (
+    Loss,
+    check_loss,
+    plain_gradient,
+    refuse_once_differentiable,
+    two_differences,
+)
 
 vjp: Callable[..., Any] = torch.func.vjp  # as it is annotated, it always returns an auxiliary output too
 Product = Callable[[Tree, tuple[Any, ...], Tree], Tree]
@@ -31,6 +38,9 @@ ModeName = Literal["auto", "traced", "forward", "reverse", "double_backward", "d
 
 
 def _traced(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Product:
+    for name, leaf in zip(tree.names(args), tree.leaves(args), strict=True):
+        if not isinstance(leaf, (Tensor, *_KNOWN_BY_VALUE)):
+            raise Untraceable(f"a trace cannot see into {name!r} of the batch, a {type(leaf).__name__}")
     job = pipeline.Job(loss, params, args)
     with differentiating():
         graph = pipeline.run(pipeline.LOSS, None, job)
@@ -56,7 +66,9 @@ def _reverse(loss: Loss, *_: Any) -> Product:
     return product
 
 
-def _double_backward(loss: Loss, *_: Any) -> Product:
+def _double_backward(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Product:
+    refuse_once_differentiable(loss, params, args)
+
     def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
         leaves, gradient = plain_gradient(loss, params, args, create_graph=True)
         pairs = [(g, d) for g, d in zip(gradient, tree.leaves(v), strict=True) if g.requires_grad]
@@ -130,9 +142,22 @@ def product_of(loss: Loss, mode: ModeName) -> Product:
 
 
 def _shapes(arguments: Any) -> Any:
-    """What a trace is good for: the structure, the shapes and dtypes of tensors, the values of all else."""
-    kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else repr(x) for x in tree.leaves(arguments)]
-    return (*tree.names(arguments), *kinds)
+    """What a product is good for: the structure, the shapes and dtypes of tensors, the values of what has one.
+
+    Of other objects the type: a product that has seen into them, as a trace would, is not made.
+    """
+    return (*tree.names(arguments), *map(_kind, tree.leaves(arguments)))
+
+
+def _kind(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device
+    return type(x), repr(x) if isinstance(x, _KNOWN_BY_VALUE) else ""
+
+
+_KNOWN_BY_VALUE = (
+    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, slice, range,
+)  # fmt: skip
 
 
 def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) -> tuple[Product, Mode, Tree]:
@@ -147,8 +172,6 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
             with differentiating():
                 result, apart = two_differences(loss, params, args, v) if name == "difference" else (None, 0.0)
                 result = product(params, args, v) if result is None else result
-                if name == "double_backward":
-                    require_derivative(loss, params, args, v, result)
         except (RuntimeError, NotImplementedError) as error:
             if mode != "auto":
                 raise
@@ -159,7 +182,7 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) 
 
 
 def _announce(chosen: Mode) -> str:
-    exact = "is exact but may cost more"
+    exact = "is exact (of an autograd.Function, the derivative of its backward) but may cost more"
     if chosen.error:
         exact = f"is not exact: its relative error is about {chosen.error:.1g}"
     return f"Hessian-vector products in mode {chosen.mode!r}, which {exact}. Not possible were: {chosen.reason}"

@@ -1,0 +1,207 @@
+"""Programs whose curvature would be wrong without a word: each is right, refused by name, or warned of."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import classes, normal, seeded
+from torch import nn
+from torch.func import functional_call
+
+import hessfn as hf
+
+
+def net(*widths: int) -> nn.Module:
+    layers = [m for i, o in itertools.pairwise(widths) for m in (nn.Linear(i, o), nn.Tanh())]
+    return seeded(lambda: nn.Sequential(*layers[:-1]))
+
+
+def batch(n: int = 8, classes_: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    return normal(n, 4), classes(n, classes_)
+
+
+# A loss that is no function of its parameters
+
+
+def calls_the_live_model(model: nn.Module, x: Any, y: Any) -> Any:
+    return lambda params: F.cross_entropy(model(x), y)
+
+
+def takes_numbers_out(model: nn.Module, x: Any, y: Any) -> Any:
+    return lambda params: F.cross_entropy(functional_call(model, params, (x,)), y).detach() * torch.ones(())
+
+
+def switches_derivatives_off(model: nn.Module, x: Any, y: Any) -> Any:
+    def loss(params: Any) -> Any:
+        with torch.no_grad():
+            return F.cross_entropy(functional_call(model, params, (x,)), y)
+
+    return loss
+
+
+@pytest.mark.parametrize("make", [hf.hvp, hf.linearized_hvp])
+@pytest.mark.parametrize("build", [calls_the_live_model, takes_numbers_out, switches_derivatives_off])
+def test_a_loss_that_does_not_depend_on_its_parameters_is_refused(build: Any, make: Any) -> None:
+    model = net(4, 3)
+    params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(hf.HessfnError, match="does not depend on its parameters.*functionalize"):
+        make(build(model, *batch()), params)(hf.gaussian(params, 1)[0])
+
+
+# A criterion that reads the live model
+
+
+def decay(model: nn.Module) -> Any:
+    return lambda out, y: F.cross_entropy(out, y) + 0.5 * sum(p.square().sum() for p in model.parameters())
+
+
+def decay_of_one_layer(model: nn.Module) -> Any:
+    return lambda out, y: F.cross_entropy(out, y) + model[0].weight.abs().sum()
+
+
+class Remembers(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Any) -> Any:
+        self.activity = self.inner(x)
+        return self.activity
+
+
+@pytest.mark.parametrize("criterion", [decay, decay_of_one_layer])
+def test_a_criterion_that_reads_the_live_parameters_is_refused(criterion: Any) -> None:
+    model = net(4, 6, 3)
+    loss, params = hf.functionalize(model, criterion(model))
+    with pytest.raises(hf.HessfnError, match=r"reads its parameter '.*weight' a second time|'.*bias' a second time"):
+        hf.hvp(loss, params, batch())(hf.gaussian(params, 1)[0])
+
+
+def test_a_criterion_that_reads_what_forward_has_stored_is_refused() -> None:
+    model = Remembers(net(4, 3))
+    x, y = batch()
+    model(x)
+    loss, params = hf.functionalize(model, lambda out, y: F.cross_entropy(out, y) + model.activity.square().mean())
+    with pytest.raises(hf.HessfnError, match="what forward has stored"):
+        hf.hvp(loss, params, (x, y))(hf.gaussian(params, 1)[0])
+
+
+def test_live_parameters_that_are_constants_of_the_loss_are_not_refused() -> None:
+    """Such as those that ``params=`` leaves out, in a loss of one's own."""
+    model = net(4, 6, 3)
+    x, y = batch()
+    params = {"2.weight": model[2].weight.detach()}
+    found = hf.hvp(lambda p: F.cross_entropy(functional_call(model, p, (x,)), y), params)(params)
+    loss, chosen = hf.functionalize(model, nn.CrossEntropyLoss(), params="2.weight")
+    torch.testing.assert_close(found, hf.hvp(loss, chosen, (x, y))(chosen), rtol=1e-10, atol=1e-12)
+
+
+# A custom autograd.Function means what its backward says
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return (x * 10).round() / 10
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return g
+
+
+class StraightThroughWithSetup(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Any) -> Any:
+        return (x * 10).round() / 10
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return g
+
+
+class ClippedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return g * x.square()  # no derivative of anything: the formula is what counts
+
+
+@pytest.mark.parametrize("function", [StraightThrough, StraightThroughWithSetup])
+def test_a_straight_through_estimator_has_the_curvature_of_its_backward(function: Any) -> None:
+    x, y, w = normal(4, 3), normal(4), normal(3)
+    with pytest.warns(UserWarning, match="the derivative of its backward"):
+        found = hf.dense(hf.hvp(lambda w: ((x @ function.apply(w) - y) ** 2).mean(), w), w)
+    torch.testing.assert_close(found, 2 / 4 * x.T @ x, rtol=1e-12, atol=1e-12)
+
+
+def test_the_formula_of_a_custom_backward_is_differentiated_as_it_stands() -> None:
+    w = normal(3)
+    with pytest.warns(UserWarning, match="double_backward"):
+        found = hf.dense(hf.hvp(lambda w: ClippedGradient.apply(w).square().sum(), w), w)
+    # The gradient is 2 out w^2, with out = w; by the formula the derivative of out, too, is w^2.
+    torch.testing.assert_close(found, torch.diag(2 * w**4 + 4 * w**2), rtol=1e-12, atol=1e-12)
+
+
+# A trace is good for what it saw
+
+
+class Graph:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __repr__(self) -> str:
+        return f"Graph(x={list(self.x.shape)})"
+
+
+class Same:
+    """All of them say the same of themselves, and are equal to each other."""
+
+    scale: ClassVar[float] = 1.0
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __repr__(self) -> str:
+        return "Same"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "opened"),
+    [(Graph, lambda g: g.x), (lambda x: x.numpy(), torch.from_numpy), (lambda x: (x, Same(float(x[0, 0]))), None)],
+    ids=["objects", "arrays", "settings"],
+)
+def test_batches_of_what_a_trace_cannot_see_into_are_not_taken_for_each_other(wrapped: Any, opened: Any) -> None:
+    forward, params = hf.stateless(net(4, 3))
+    pairs = [(normal(8, 4, seed=i), classes(8, 3, seed=i)) for i in range(3)]
+
+    def inputs(x: Any) -> torch.Tensor:
+        return x[0] * x[1].scale if isinstance(x, (tuple, list)) else opened(x)
+
+    def loss(params: Any, pair: Any) -> torch.Tensor:
+        return F.cross_entropy(forward(params, inputs(pair[0])), pair[1])
+
+    def plain(params: Any, pair: Any) -> torch.Tensor:
+        return F.cross_entropy(forward(params, inputs(wrapped(pair[0]))), pair[1])
+
+    exact = hf.dense(hf.mean_hvp(plain, params, pairs, mode="double_backward"), params)
+    found = hf.dense(hf.mean_hvp(loss, params, [(wrapped(x), y) for x, y in pairs]), params)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
