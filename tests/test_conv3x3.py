@@ -1,6 +1,5 @@
 """Convolutions in machine code are the convolutions, and a graph that takes them stays the same function."""
 
-import shutil
 from functools import partial
 
 import pytest
@@ -22,6 +21,11 @@ pytestmark = needs_compiler
 ops = torch.ops.hessfn
 channels = st.sampled_from([8, 16, 24, 40])
 sizes = st.tuples(st.integers(1, 3), channels, channels, st.integers(3, 13), st.integers(3, 13), st.integers(0, 2))
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch):
+    monkeypatch.delenv("HESSFN_NATIVE", raising=False)
 
 
 @pytest.fixture(params=[1, 3])
@@ -153,20 +157,25 @@ def test_few_tiles_and_small_images_stay_what_they_are():
         assert counts(lowering.lower_to_kernel(module)) == {"convolutions": [], "correlations": []}
 
 
-def test_without_a_compiler_nothing_changes(monkeypatch):
-    monkeypatch.setattr(kernel, "library", lambda: None)
+def test_switched_off_nothing_changes(monkeypatch):
+    monkeypatch.setenv("HESSFN_NATIVE", "0")
     loss, params, x = net(channels=32)
     assert winograd.convolution in {node.target for node in loss_graph(loss, params, x).graph.nodes}
+    monkeypatch.delenv("HESSFN_NATIVE")
     module, _ = linear_graph(loss, params, x)
+    assert winograd.convolution not in {node.target for node in loss_graph(loss, params, x).graph.nodes}
+    monkeypatch.setenv("HESSFN_NATIVE", "0")
     assert lowering.lower_to_kernel(module).code == module.code
 
 
-def test_a_compiler_that_fails_is_left_for_the_next(monkeypatch):
-    build = kernel.library.__wrapped__
-    monkeypatch.setenv("CXX", "false")
-    assert build() is not None
-    monkeypatch.setattr(shutil, "which", lambda name: name if name == "false" else None)
-    assert build() is None
+@pytest.mark.parametrize("make", [hf.hvp, hf.linearized_hvp, partial(hf.linearized_hvp, compile=True)])
+def test_switched_off_later_products_stay_what_they_are(make, monkeypatch):
+    loss, params, x = net()
+    v = hf.gaussian(params, 1)[0]
+    matvec = make(loss, params, x)
+    before = matvec(v)
+    monkeypatch.setenv("HESSFN_NATIVE", "0")
+    assert_same(matvec(v), tree.map(torch.Tensor.double, before))
 
 
 def test_missing_memory_is_said(monkeypatch):

@@ -7,6 +7,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __clang__
+const char *const compiled_by = __VERSION__; /* Clang says its name there */
+#else
+const char *const compiled_by = "gcc " __VERSION__;
+#endif
+
 enum { LANES = 8 };
 typedef int64_t I;
 typedef float V __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -80,15 +86,14 @@ static void from_basis(const float *x, I step, I channels, const float *bias, fl
 /* Where the size x size pixels from here are, and in `line` how far their rows are from each other. */
 static const float *pixels(const float *x, I high, I wide, I channels, I image, I row, I column, int size, float *copy,
                            I *line) {
-  const float *from = x + ((image * high + row) * wide + column) * channels;
-  *line = wide * channels;
-  if (row >= 0 && column >= 0 && row + size <= high && column + size <= wide) return from;
-  memset(copy, 0, size * size * channels * sizeof(float)); /* outside of the image */
   const I left = column < 0 ? -column : 0, right = least(size, wide - column);
+  const float *from = x + (image * high * wide + column + left) * channels;
+  *line = wide * channels;
+  if (row >= 0 && left == 0 && row + size <= high && right == size) return from + row * *line;
+  memset(copy, 0, size * size * channels * sizeof(float)); /* outside of the image */
   for (I i = 0; i < size; i++)
     if (row + i >= 0 && row + i < high && left < right)
-      memcpy(copy + (i * size + left) * channels, from + i * *line + left * channels,
-             (right - left) * channels * sizeof(float));
+      memcpy(copy + (i * size + left) * channels, from + (row + i) * *line, (right - left) * channels * sizeof(float));
   *line = size * channels;
   return copy;
 }
@@ -156,15 +161,16 @@ static void multiply(I m, I n, I k, const float *a, I ai, I ak, const float *b, 
 int convolve(const I *given, I count, const float **xs, const float **kernels, const float *bias, float *y) {
   const Shape s = shape(given);
   int enough = 1;
-#pragma omp parallel num_threads(s.threads)
+#pragma omp parallel num_threads(s.threads) reduction(&& : enough)
   {
-    float *in = calloc(36 * s.block * (s.inputs + s.outputs) + 36 * s.inputs, sizeof(float));
-    float *out = in + 36 * s.block * s.inputs, *copy = out + 36 * s.block * s.outputs;
-    if (!in) enough = 0;
+    float *in = calloc(36 * s.block * (s.inputs + s.outputs) + 36 * s.inputs, sizeof(float)), *out = NULL, *copy = NULL;
+    if (in) out = in + 36 * s.block * s.inputs, copy = out + 36 * s.block * s.outputs;
+    else enough = 0;
 #pragma omp for
     for (I first = 0; first < s.tiles; first += s.block) {
-      const I some = in ? least(s.block, s.tiles - first) : 0;
-      for (I i = 0; in && i < count; i++) {
+      if (!in) continue; /* all threads meet at this loop */
+      const I some = least(s.block, s.tiles - first);
+      for (I i = 0; i < count; i++) {
         inputs_to_basis(s, xs[i], first, some, in, copy);
         for (I p = 0; p < 36; p++)
           multiply((some + 1) / 2 * 2, s.outputs, s.inputs, in + p * s.block * s.inputs, s.inputs, 1,
@@ -182,14 +188,17 @@ int convolve(const I *given, I count, const float **xs, const float **kernels, c
 int correlate(const I *given, I count, const float **xs, const float **ys, float *sums) {
   const Shape s = shape(given);
   int enough = 1;
-#pragma omp parallel for num_threads(s.threads) schedule(static, 1)
+#pragma omp parallel for num_threads(s.threads) schedule(static, 1) reduction(&& : enough)
   for (I part = 0; part < s.threads; part++) {
     float *in = calloc(36 * (s.block + 1) * (s.inputs + s.outputs), sizeof(float));
+    if (!in) {
+      enough = 0;
+      continue;
+    }
     float *out = in + 36 * s.block * s.inputs, *copy = out + 36 * s.block * s.outputs;
-    if (!in) enough = 0;
     const I from = s.tiles * part / s.threads, until = s.tiles * (part + 1) / s.threads;
     memset(sums + part * 36 * s.inputs * s.outputs, 0, 36 * s.inputs * s.outputs * sizeof(float));
-    for (I first = from; in && first < until; first += s.block)
+    for (I first = from; first < until; first += s.block)
       for (I i = 0; i < count; i++) {
         const I some = least(s.block, until - first);
         inputs_to_basis(s, xs[i], first, some, in, copy);

@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
 import os
-import shutil
-import subprocess
-import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from hessfn.core.errors import OutOfMemory, WrongProduct
+from hessfn.core.config import announce_kernel
+from hessfn.core.errors import OutOfMemory
+from hessfn.engine.conv3x3.build import Built, build, can_be_had, compilers
+
+_SOURCE = Path(__file__).with_name("kernel.c")
+_BUILT: list[Built | None] = []  # once in a process, also if it failed
+_BUILDING = threading.Lock()
+
+
+def is_off() -> bool:
+    """Whether the user has switched compiled code off."""
+    return os.environ.get("HESSFN_NATIVE") == "0"
 
 
 def is_expected() -> bool:
-    """Whether a kernel will be there when one is wanted, as far as can be told without compiling it."""
-    return library() is not None
+    """Whether a kernel will be there when one is wanted, as far as can be told without compiling it.
+
+    It may be asked under ``torch_state_lock``, for which others wait.
+    """
+    return not is_off() and (_BUILT[0] is not None if _BUILT else can_be_had(_SOURCE))
+
+
+def library() -> ctypes.CDLL | None:
+    """``kernel.c`` in machine code, if it can be had and is not switched off.
+
+    It may wait for a compiler, the first time on a machine: not to be asked under ``torch_state_lock``.
+    """
+    built = None if is_off() else _built()
+    return None if built is None else built.library
+
+
+def identity() -> str:
+    """Which machine code it is: a hash of the library's bytes, or "" where there is none."""
+    built = None if is_off() else _built()
+    return "" if built is None else built.digest
+
+
+def _built() -> Built | None:
+    if not _BUILT:
+        with _BUILDING:
+            if not _BUILT:
+                _BUILT.append(build(_SOURCE))
+    return _BUILT[0]
 
 
 def is_profitable(
@@ -38,11 +71,10 @@ def is_profitable(
     return few and image.shape[0] * tiles >= 64 and 16 * tiles <= 1.5 * rows * columns
 
 
-def call(name: str, x: Tensor, y: Tensor, padding: int, *arguments: list[Tensor] | Tensor | None) -> None:
+def call(
+    made: ctypes.CDLL, name: str, x: Tensor, y: Tensor, padding: int, *arguments: list[Tensor] | Tensor | None
+) -> None:
     """A function of ``kernel.c``, for a convolution of x to y: its shape, how many pairs, and what else it takes."""
-    made = library()
-    if made is None:
-        raise WrongProduct("the compiled kernel is gone: whoever wrote this operation into a graph had it")
     n, inputs, high, wide = x.shape
     outputs = y.shape[1]
     block = max(24, min(96, _CACHE // (36 * x.element_size() * (inputs + outputs)) // 6 * 6))
@@ -58,17 +90,17 @@ def call(name: str, x: Tensor, y: Tensor, padding: int, *arguments: list[Tensor]
         raise OutOfMemory(f"no memory for {block} tiles of {inputs} and {outputs} channels in every thread")
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """``kernel.c`` in machine code, if it can be had."""
-    flags = ["-x", "c", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
-    for compiler in filter(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "clang++", "c++"])):
-        with contextlib.suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryDirectory() as folder:
-            made = Path(folder, "kernel.so")
-            command = [compiler, *flags, str(Path(__file__).with_name("kernel.c")), "-o", str(made)]
-            subprocess.run(command, capture_output=True, check=True, timeout=60)
-            return ctypes.CDLL(str(made))
-    return None
+def describe() -> dict[str, str]:
+    """For :func:`hessfn.show_config`: which kernel is in use and what compiled it, or why none is."""
+    if is_off():
+        return {"kernel": "off (HESSFN_NATIVE=0)"}
+    made = library()
+    if made is None:
+        return {"kernel": "none: no compiler that works" if compilers() else "none: no compiler"}
+    compiler = ctypes.c_char_p.in_dll(made, "compiled_by").value or b""
+    return {"kernel": identity(), "compiler": compiler.decode()}
 
+
+announce_kernel("conv3x3", describe)
 
 _CACHE = 1 << 17  # bytes of the tiles that a thread has at hand

@@ -19,9 +19,9 @@ aten = torch.ops.aten
 def lower_to_kernel(module: fx.GraphModule) -> fx.GraphModule:
     """The same function, with convolutions and their derivatives in compiled code where that is faster.
 
-    It may wait for the compiler, once on a machine.
+    It may wait for the compiler, once on a machine, if there is something to compile for.
     """
-    if kernel.library() is None:
+    if not any(map(_is_profitable, module.graph.nodes)) or kernel.library() is None:
         return module
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
@@ -36,17 +36,29 @@ def lower_to_kernel(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
+def _is_profitable(node: Any) -> bool:
+    if node.target is aten.convolution.default:
+        x, weight, _, *how = node.args
+    elif node.target is aten.convolution_backward.default:
+        _, x, weight, _, *how, _ = node.args
+    else:
+        return False
+    return is_profitable(x, weight, *how)
+
+
 def _lowered(graph: fx.Graph, node: Any) -> fx.Node | None:
     if node.target is aten.convolution.default:
         x, weight, bias, *how = node.args
-        if is_profitable(x, weight, *how) and _channels_last(node):
+        if _is_profitable(node) and _channels_last(node):
             return graph.call_function(convolutions, ([x], [weight], bias, how[1][0], False))
     elif node.target is operator.getitem and node.args[0].target is aten.convolution_backward.default:
         given, x, weight, _, *how, _ = node.args[0].args
         padding = how[1][0]
-        if node.args[1] == 0 and is_profitable(x, weight, *how) and _channels_last(node):
+        if not _is_profitable(node.args[0]):
+            return None
+        if node.args[1] == 0 and _channels_last(node):
             return graph.call_function(convolutions, ([given], [weight], None, 2 - padding, True))
-        if node.args[1] == 1 and is_profitable(x, weight, *how):
+        if node.args[1] == 1:
             return graph.call_function(correlations, ([x], [given], padding, _channels_last(node)))
     return None
 

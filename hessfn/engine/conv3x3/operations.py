@@ -36,9 +36,7 @@ def convolutions(
     if torch.compiler.is_compiling():
         return torch.ops.hessfn.convolutions(xs, weights, bias, padding, flipped)
     if is_observed(*xs, *weights, bias):
-        conv, padding = (F.conv_transpose2d, 2 - padding) if flipped else (F.conv2d, padding)
-        total: Any = sum(conv(x, w, padding=padding) for x, w in zip(xs, weights, strict=True))
-        return total if bias is None else total + bias[:, None, None]
+        return _plain_convolutions(xs, weights, bias, padding, flipped)
     return _convolutions(xs, weights, bias, padding, flipped, out)
 
 
@@ -53,9 +51,7 @@ def correlations(xs: list[Tensor], ys: list[Tensor], padding: int, channels_last
     if torch.compiler.is_compiling():
         return torch.ops.hessfn.correlations(xs, ys, padding, channels_last)
     if is_observed(*xs, *ys):
-        weight = xs[0].new_empty(ys[0].shape[1], xs[0].shape[1], 3, 3)
-        how = None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False]
-        return sum(aten.convolution_backward(y, x, weight, *how)[1] for x, y in zip(xs, ys, strict=True))
+        return _plain_correlations(xs, ys, padding)
     return _correlations(xs, ys, padding, channels_last)
 
 
@@ -67,22 +63,44 @@ def _convolutions(
     flipped: bool,
     out: Tensor | None,
 ) -> Tensor:
+    made = kernel.library()
+    if made is None:  # since the graph was made, the kernel was switched off
+        plain = _plain_convolutions(xs, weights, bias, padding, flipped)
+        return plain.contiguous(memory_format=torch.channels_last) if out is None else out.copy_(plain)
     images = [x.contiguous(memory_format=torch.channels_last) for x in xs]
     if flipped:
         weights = [w.flip(2, 3).transpose(0, 1) for w in weights]
     out = _result(images[0], weights[0], padding) if out is None else out
     kernels = [_change_of_basis() @ w.permute(2, 3, 1, 0).reshape(9, -1) for w in weights]  # (36, C O)
-    kernel.call("convolve", images[0], out, padding, images, kernels, None if bias is None else bias.contiguous(), out)
+    shift = None if bias is None else bias.contiguous()
+    kernel.call(made, "convolve", images[0], out, padding, images, kernels, shift, out)
     return out
 
 
 def _correlations(xs: Sequence[Tensor], ys: Sequence[Tensor], padding: int, channels_last: bool) -> Tensor:
+    made = kernel.library()
+    if made is None:
+        return _laid_out(_plain_correlations(xs, ys, padding), channels_last)
     images, results = ([t.contiguous(memory_format=torch.channels_last) for t in ts] for ts in (xs, ys))
     inputs, outputs = images[0].shape[1], results[0].shape[1]
     sums = images[0].new_empty(torch.get_num_threads(), 36, inputs, outputs)
-    kernel.call("correlate", images[0], results[0], padding, images, results, sums)
+    kernel.call(made, "correlate", images[0], results[0], padding, images, results, sums)
     weight = _change_of_basis().T @ sums.sum(0).view(36, -1)
     return _laid_out(weight.view(3, 3, inputs, outputs).permute(3, 2, 0, 1), channels_last)
+
+
+def _plain_convolutions(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, padding: int, flipped: bool
+) -> Tensor:
+    conv, padding = (F.conv_transpose2d, 2 - padding) if flipped else (F.conv2d, padding)
+    total: Any = sum(conv(x, w, padding=padding) for x, w in zip(xs, weights, strict=True))
+    return total if bias is None else total + bias[:, None, None]
+
+
+def _plain_correlations(xs: Sequence[Tensor], ys: Sequence[Tensor], padding: int) -> Any:
+    weight = xs[0].new_empty(ys[0].shape[1], xs[0].shape[1], 3, 3)
+    how = None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [False, True, False]
+    return sum(aten.convolution_backward(y, x, weight, *how)[1] for x, y in zip(xs, ys, strict=True))
 
 
 @torch.library.custom_op("hessfn::convolutions", mutates_args=())
