@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
+import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,12 @@ import torch
 from nets import normal
 
 import hessfn as hf
-from hessfn.core import tree
+from hessfn.core import config, tree
+from hessfn.core.errors import FolderInUse
 from hessfn.core.tree import MatVec, Tree
+from hessfn.reporting.cli import main
+from hessfn.reporting.workspace import num_products
+from hessfn.storage import records as storage
 
 LIKE = {"a": torch.zeros(5, 4), "b": [torch.zeros(()), torch.zeros(3)], "none": torch.zeros(0, 2)}
 KEY = {"params": LIKE, "data": [normal(3), "train"], "rate": 0.5}
@@ -226,7 +234,10 @@ def test_a_full_disk_is_an_error_that_leaves_the_journal_good(tmp_path: Path) ->
     assert len(made) == 2
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@forks
 def test_two_processes_do_not_share_a_journal_and_a_dead_one_gives_it_back(tmp_path: Path) -> None:
     hears, says = os.pipe()
     holder = os.fork()
@@ -237,8 +248,10 @@ def test_two_processes_do_not_share_a_journal_and_a_dead_one_gives_it_back(tmp_p
         signal.pause()
     try:
         assert os.read(hears, 4) == b"held"
-        with pytest.raises(BlockingIOError, match="in use by another process"):
+        with pytest.raises(BlockingIOError, match="in use by another process.*take another folder") as error:
             hf.journal(lambda v: 2 * v, tmp_path, key={})(torch.ones(2))
+        assert isinstance(error.value, FolderInUse)
+        assert str(tmp_path) in str(error.value)
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
@@ -247,6 +260,180 @@ def test_two_processes_do_not_share_a_journal_and_a_dead_one_gives_it_back(tmp_p
     (tmp_path / "tmpabc.part").write_bytes(b"half a product")
     assert torch.equal(hf.journal(lambda v: 1 / 0, tmp_path, key={})(torch.ones(2)), torch.full((2,), 2.0))
     assert not list(tmp_path.glob("*.part"))
+
+
+def refused_to_a_fork(use: Callable[[], Any]) -> bool:
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            use()
+            status = 0
+        except FolderInUse:
+            status = 2
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status != 1
+    return status == 2
+
+
+@forks
+def test_journals_of_one_process_hold_a_folder_together_until_the_last_is_gone(tmp_path: Path) -> None:
+    def use() -> MatVec:
+        kept = hf.journal(lambda v: 2 * v, tmp_path, key={})
+        kept(torch.ones(2))
+        return kept
+
+    kept = [use(), use(), use()]
+    assert refused_to_a_fork(use)
+    assert refused_to_a_fork(lambda: kept[0](torch.ones(2)))  # nor may it go on with its parent's
+    del kept[::2]
+    gc.collect()
+    assert refused_to_a_fork(use)
+    assert torch.equal(kept[0](torch.zeros(2)), torch.zeros(2))
+    kept.clear()
+    gc.collect()
+    assert not refused_to_a_fork(use)
+
+
+@forks
+def test_a_folder_deleted_and_made_anew_is_held_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "products"
+    kept = hf.journal(lambda v: 2 * v, folder, key={})
+    kept(torch.ones(2))
+    shutil.rmtree(folder)
+    again = hf.journal(lambda v: 2 * v, folder, key={})
+    again(torch.ones(2))
+    assert refused_to_a_fork(lambda: hf.journal(lambda v: 2 * v, folder, key={})(torch.ones(2)))
+
+
+def test_a_lock_for_one_alone_is_refused_to_all_others(tmp_path: Path) -> None:
+    with storage.lock(tmp_path / "lock"):
+        for other in (storage.lock, storage.share):
+            with pytest.raises(BlockingIOError, match="in use by another process or thread"):
+                other(tmp_path / "lock")
+    held = storage.lock(tmp_path / "lock")
+    held.close()
+    with storage.share(tmp_path / "lock"):
+        pass
+
+
+def test_threads_use_one_folder_at_once_and_wait_only_for_the_disk(tmp_path: Path) -> None:
+    meet = threading.Barrier(4, timeout=30)
+
+    def doubled(v: Tree) -> Tree:
+        meet.wait()  # while all four are computing
+        return 2 * v
+
+    def work(i: int) -> list[Tree]:
+        kept = hf.journal(doubled, tmp_path, key={})
+        return [kept(torch.full((500,), float(10 * j + i % 2))) for j in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(4)))
+    for i, products in enumerate(found):
+        assert [p[0].item() for p in products] == [2.0 * (10 * j + i % 2) for j in range(20)]
+    assert len(records(tmp_path)) == 40
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_threads_that_ask_one_journal_for_one_vector_count_as_one_run(tmp_path: Path) -> None:
+    meet, noise = threading.Barrier(3, timeout=30), iter([1.0, 2.0, 3.0])
+
+    def random(v: Tree) -> Tree:
+        meet.wait()
+        return next(noise) * v
+
+    kept = hf.journal(random, tmp_path, key={})
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(kept, [torch.ones(2)] * 3))
+    again = hf.journal(lambda v: 1 / 0, tmp_path, key={})
+    assert sorted(again(torch.ones(2))[0].item() for _ in range(3)) == sorted(p[0].item() for p in found) == [1, 2, 3]
+
+
+def test_a_product_that_failed_is_asked_for_again(tmp_path: Path) -> None:
+    fails = iter([True, False])
+    kept = hf.journal(lambda v: 1 / 0 if next(fails) else 2 * v, tmp_path, key={})
+    with pytest.raises(ZeroDivisionError):
+        kept(torch.ones(2))
+    assert torch.equal(kept(torch.ones(2)), torch.full((2,), 2.0))
+    assert torch.equal(hf.journal(lambda v: 1 / 0, tmp_path, key={})(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_a_journal_started_over_under_another_key_is_no_longer_the_first_ones(tmp_path: Path) -> None:
+    first = hf.journal(lambda v: 2 * v, tmp_path, key={"scale": 2})
+    first(torch.ones(2))
+    second = hf.journal(lambda v: 3 * v, tmp_path, key={"scale": 3}, resume=False)
+    second(torch.ones(2))
+    with pytest.raises(ValueError, match="started over for another matrix since"):
+        first(torch.zeros(2))
+    assert torch.equal(second(torch.zeros(2)), torch.zeros(2))
+
+
+def test_the_order_of_a_key_does_not_count(tmp_path: Path) -> None:
+    hf.journal(lambda v: 2 * v, tmp_path, key={"a": 1, "b": 2})(torch.ones(2))
+    assert hf.journal(lambda v: 1 / 0, tmp_path, key={"b": 2, "a": 1})(torch.ones(2))[0] == 2
+
+
+def test_other_threads_or_another_kernel_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config._KERNELS, "conv3x3", lambda: {"kernel": "0123abcd", "compiler": "gcc 12"})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    hf.journal(symmetric(), tmp_path, key=KEY)(like())
+    monkeypatch.setitem(config._KERNELS, "conv3x3", lambda: {"kernel": "0123abcd", "compiler": "gcc 13"})
+    hf.journal(lambda v: 1 / 0, tmp_path, key=KEY)(like())
+    monkeypatch.setitem(config._KERNELS, "conv3x3", lambda: {"kernel": "off", "compiler": ""})
+    with pytest.raises(ValueError, match=r"another 'conv3x3 kernel' \(0123abcd, here off\)\. Take another folder"):
+        hf.journal(symmetric(), tmp_path, key=KEY)(like())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(ValueError, match=r"another 'threads' \(1, here 2\), another 'conv3x3 kernel'"):
+        hf.journal(symmetric(), tmp_path, key=KEY)(like())
+
+
+def test_what_a_key_calls_threads_is_not_lost(tmp_path: Path) -> None:
+    hf.journal(symmetric(), tmp_path, key={"threads": "red"})(like())
+    with pytest.raises(ValueError, match=r"another 'key threads' \(red, here blue\)"):
+        hf.journal(symmetric(), tmp_path, key={"threads": "blue"})(like())
+
+
+PROBLEM = """
+import torch
+from torch import nn
+
+def small():
+    draw = torch.Generator().manual_seed(0)
+    model = nn.Linear(3, 2)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=draw)
+    x = torch.randn(20, 3, generator=draw)
+    return model, nn.CrossEntropyLoss(), [(x, (x[:, 0] > 0).long())]
+"""
+
+
+def test_a_report_is_resumed_with_the_threads_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "problem.py").write_text(PROBLEM)
+    arguments = ["report", f"{tmp_path / 'problem.py'}:small", "--out", str(tmp_path / "out")]
+    write, num_written = storage.write, 0
+
+    def interrupted(*given: Any) -> None:
+        nonlocal num_written
+        num_written += 1
+        if num_written > 5:
+            raise KeyboardInterrupt
+        write(*given)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            assert main(arguments) != 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    capsys.readouterr()
+    assert main([*arguments, "--resume"]) == 2
+    assert "another 'threads' (1, here 2)" in capsys.readouterr().err
+    assert num_products(tmp_path / "out") == 5
 
 
 def test_a_journal_takes_plain_tensors_only(tmp_path: Path) -> None:

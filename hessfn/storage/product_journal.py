@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
-import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.config import numerics
 from hessfn.core.errors import InvalidInput, JournalError
 from hessfn.core.fingerprints import fingerprint, kind
 from hessfn.core.probes import gaussian
@@ -37,9 +37,13 @@ def journal(
     there. A product is found by a hash of its vector. A vector asked for twice by one run is computed twice, so that
     ``check_matvec`` keeps its meaning.
 
+    The last bits also depend on the number of threads and on the compiled kernels (:func:`hessfn.show_config`): a
+    journal is resumed with those that it was made with, and refused with others.
+
     Args:
         matvec: or any other function from a tree to one of the same names.
-        folder: made at the first product, with one file for each; delete it when all is done.
+        folder: made at the first product, with one file for each; delete it when all is done. Journals and threads of
+            one process may share it.
         key: what the products depend on besides the vector, by name: parameters, data, settings, as trees of tensors,
             numbers and strings. A journal with another key is refused, and the message says which entries differ.
             Without a key, every run first computes one product of its own by which the matrix is known, to the last
@@ -70,32 +74,64 @@ def journal(
     >>> folder.cleanup()
     """
     path = Path(folder)
-    asked: Counter[str] = Counter()
-    belongs: list[str] = []
-    held = contextlib.ExitStack()
+    opened: dict[int, _Opened] = {}  # by process: a fork has none of its parent's holds
+    asked: defaultdict[str, set[int]] = defaultdict(set)
+
+    def opened_here(v: Tree) -> _Opened:
+        process = os.getpid()
+        if process not in opened:
+            path.mkdir(parents=True, exist_ok=True)
+            hold = records.share(path / "lock")
+            given = {"matrix": matvec(gaussian(v, 1)[0])} if key is None else key
+            identity = _identity(v, given)
+            with hold.turn:
+                if process not in opened:
+                    _open(path, identity, resume or bool(opened))
+                    hold.identity = json.dumps(identity, sort_keys=True)
+                    opened[process] = _Opened(path, hold, hold.identity)
+        return opened[process]
 
     def journaled(v: Tree) -> Tree:
         _require_plain(v)
-        if not belongs:
-            path.mkdir(parents=True, exist_ok=True)
-            held.enter_context(records.lock(path / "lock"))
-            given = {"matrix": matvec(gaussian(v, 1)[0])} if key is None else key
-            identity = {"vectors": _describe(v), **_fingerprints(given)}
-            _open(path, identity, resume)
-            belongs.append(json.dumps(identity))
-        of, vector = belongs[0], fingerprint(v)
-        file = path / f"{vector}-{asked[vector] + 1}"
-        if file.exists():
-            kept = records.read(file, of)
+        here, vector = opened_here(v), fingerprint(v)
+        with here.hold.turn:
+            number = next(i for i in itertools.count(1) if i not in asked[vector])
+            asked[vector].add(number)
+        try:
+            return here.product(f"{vector}-{number}", matvec, v)
+        except BaseException:
+            asked[vector].discard(number)  # it was not had: who asks again, asks for this one
+            raise
+
+    return journaled
+
+
+class _Opened(NamedTuple):
+    path: Path
+    hold: records.Hold
+    of: str
+
+    def product(self, name: str, matvec: MatVec, v: Tree) -> Tree:
+        """The product on the disk, or a new one, which then is. Other threads wait for the disk, not for the matvec."""
+        file = self.path / name
+        with self.hold.turn:
+            self._require_still_ours()
+            kept = records.read(file, self.of) if file.exists() else None
+        if kept is not None:
             product = [x.to(like.device) for x, like in zip(kept, tree.leaves(v), strict=True)]
         else:
             product = _like(matvec(v), v)
-            records.write(file, product, of)
-        asked[vector] += 1
+            with self.hold.turn:
+                self._require_still_ours()
+                records.write(file, product, self.of)
         return tree.unflatten(product, v)
 
-    weakref.finalize(journaled, held.close)
-    return journaled
+    def _require_still_ours(self) -> None:
+        if self.hold.identity != self.of:
+            raise JournalError(
+                f"the journal in {str(self.path)!r} was started over for another matrix since: make this one anew, in "
+                "another folder"
+            )
 
 
 def products_in(folder: Path) -> list[Path]:
@@ -153,6 +189,12 @@ def _require_same(about: Path, key: dict[str, Any]) -> None:
             f"the journal in {str(about.parent)!r} is of another matrix: it has {differ}. Take another folder, or "
             "delete this one to start over"
         )
+
+
+def _identity(v: Tree, key: Mapping[str, Any]) -> dict[str, Any]:
+    """What products depend on, by name. Sums in other parts, by threads or in a kernel, end in other bits."""
+    own = {"vectors": _describe(v), **numerics()}
+    return own | {f"key {name}" if name in own else name: x for name, x in _fingerprints(key).items()}
 
 
 def _fingerprints(key: Mapping[str, Any]) -> dict[str, Any]:

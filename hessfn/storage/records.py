@@ -2,43 +2,76 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import tempfile
+import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hessfn.core.errors import CannotWrite, FolderInUse, JournalError
 from hessfn.core.fingerprints import as_bytes, kind
 
-FORMAT = "hessfn journal 1"
+FORMAT = "hessfn journal 2"
 
 
-def lock(path: Path) -> Any:
-    """An open file that no other process can lock until it is closed, or its process has died."""
-    file = path.open("a")
-    with contextlib.suppress(ImportError):  # on Windows there is none; files are written whole all the same
-        import fcntl
+class Hold:
+    """A folder that is ours by the lock on a file in it, until this is closed or dropped, or the process has died."""
 
+    def __init__(self, path: Path) -> None:
+        self.turn = threading.Lock()  # of the threads that share this hold, at the folder's files
+        self.identity = ""  # what the folder's records are of, as its last journal said
+        # Not at once: one that has just been dropped, by another thread or a process that was killed, may linger.
+        self._lock = FileLock(path, timeout=0.5, thread_local=False)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            message = (
-                f"{str(path.parent)!r} is in use by another process: wait until it has ended, or take another folder"
-            )
-            raise FolderInUse(message) from None
-    return file
+            self._lock.acquire()
+        except Timeout:
+            raise FolderInUse(
+                f"{str(path.parent)!r} is in use by another process or thread: wait until it has ended, or take "
+                "another folder"
+            ) from None
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def lock(path: Path) -> Hold:
+    """A hold for its caller alone: nobody else has the folder, in no process and no thread."""
+    return Hold(path)
+
+
+def share(path: Path) -> Hold:
+    """The one hold that all who ask here have in common, in one process; it ends with the last of them."""
+    with _SHARING:
+        found = _SHARED.get(_place(path)) if path.exists() else None
+        if found is None:
+            found = Hold(path)
+            _SHARED[_place(path)] = found
+        return found
+
+
+def _place(path: Path) -> tuple[int, int, int]:
+    """The file itself, whatever its path: a folder that was deleted and made anew has another, and so has a fork."""
+    status = path.stat()
+    return os.getpid(), status.st_dev, status.st_ino
+
+
+_SHARED: weakref.WeakValueDictionary[tuple[int, int, int], Hold] = weakref.WeakValueDictionary()
+_SHARING = threading.Lock()
 
 
 # A record is a line of JSON and the tensors' bytes. Its SHA-256 is of these, its name, and what journal it belongs to.
@@ -55,7 +88,7 @@ def write(file: Path, leaves: Sequence[Tensor], of: str) -> None:
 def read(file: Path, of: str) -> list[Tensor]:
     with file.open("rb") as stream:
         first = stream.readline()
-        leaves = _blank(first, file.stat().st_size - len(first))
+        leaves = _blank(first, os.fstat(stream.fileno()).st_size - len(first))
         if leaves is not None:
             digest = _digest(file, leaves, of)
             for part in map(as_bytes, leaves):
