@@ -57,7 +57,7 @@ def template(name: str = "report.html.j2") -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # curves stay in their order
-    environment.filters.update(number=number, setting=setting, error=_error, value=_value, dotted=_dotted)
+    environment.filters.update(number=number, setting=setting, error=_error, value=_value, breakable=_breakable)
     library = plotly.offline.get_plotlyjs
     environment.globals.update(estimate=estimate, share=share, plotly=lambda: _packed(library()))
     return environment.get_template(name)
@@ -148,11 +148,11 @@ def _error(text: str) -> Any:
     return Markup(f"{escape(mean)} <small>&plusmn; {escape(error)}</small>")
 
 
-def _dotted(name: str) -> Any:
-    """A name that may be broken into lines at its dots."""
+def _breakable(name: str) -> Any:
+    """A name that may be broken into lines after its dots and underscores."""
     from markupsafe import Markup, escape
 
-    return escape(name).replace(".", Markup(".<wbr>"))
+    return escape(name).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
 
 
 def _value(x: float) -> str:
