@@ -72,8 +72,8 @@ def report(
             k = 1, for none.
         seed: of all random vectors.
         resume: take over what a report that was killed has left there, to the same numbers to the last bit. Products
-            of other parameters, other data or another dtype are refused; any other option may change. Without it they
-            are dropped.
+            of other parameters, other data, another dtype or another number of threads are refused; any other option
+            may change. Without it they are dropped.
         journal: keep the products in ``out/.unfinished`` until the report is written: as many bytes as the parameters
             have, for each. Not where several processes share the work.
         command: the command line that does this, for the page to say.

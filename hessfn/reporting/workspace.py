@@ -64,8 +64,8 @@ def num_products(out: Path) -> int:
 @contextlib.contextmanager
 def staging(out: Path) -> Iterator[Path]:
     """A scratch folder inside ``out``. Its files move to ``out`` when all of them are there, or never."""
-    with _made(out):
-        with _said(out):
+    with _folder(out):
+        with _explained(out):
             scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
         try:
             yield scratch
@@ -83,7 +83,7 @@ def _unfinished(out: Path) -> Iterator[Path]:
     again, only products of before stay.
     """
     journals = out / _UNFINISHED
-    with _made(out), _locked(journals, out):
+    with _folder(out), _locked(journals, out):
         for scratch in out.glob(f"{_SCRATCH}*"):  # of a process that was killed
             shutil.rmtree(scratch, ignore_errors=True)
         stays, before = False, num_products(out)
@@ -100,22 +100,22 @@ def _unfinished(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def _folder(path: Path) -> Iterator[None]:
     """A folder with its parents. Those that are new and still empty at the end are removed."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        with _said(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        with _explained(path):
+            path.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty, and so its parents
-            for path in new:
-                path.rmdir()
+            for folder in new:
+                folder.rmdir()
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, out: Path) -> Iterator[None]:
-    with _said(out):
+    with _explained(out):
         folder.mkdir(exist_ok=True)
         lock = records.lock(folder / "lock")
     with lock:
@@ -123,7 +123,8 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _said(out: Path) -> Iterator[None]:
+def _explained(out: Path) -> Iterator[None]:
+    """An error of the system becomes one that names the folder and the remedy."""
     try:
         yield
     except FolderInUse:
