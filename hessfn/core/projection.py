@@ -8,10 +8,10 @@ import torch
 
 from hessfn.core import tree
 from hessfn.core.dtensor import whole
-from hessfn.core.tree import Tree
+from hessfn.core.tree import T
 
 
-def complement_of(vectors: Tree) -> Callable[[Tree], Tree]:
+def complement_of(vectors: T) -> Callable[[T], T]:
     """``v -> (I - QQ') v``, with Q an orthonormal basis of the span of some vectors, by one QR factorisation.
 
     Args:
@@ -20,7 +20,7 @@ def complement_of(vectors: Tree) -> Callable[[Tree], Tree]:
     rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(tree.map(whole, vectors))
     basis = torch.linalg.qr(rows.T.to(torch.promote_types(rows.dtype, torch.float32))).Q
 
-    def outside(v: Tree) -> Tree:
+    def outside(v: T) -> T:
         flat, unravel = tree.ravel(v)
         flat = flat.to(basis.dtype)
         return unravel(flat - basis @ (basis.T @ flat))

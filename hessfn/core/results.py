@@ -1,8 +1,9 @@
 """What public functions return: named tuples, which torch takes for trees, so that ``vmap`` and ``torch.save`` do.
 
-Scalars are float64 where the device has it, unless said otherwise. ``T`` is the type of the trees that a matvec works
+Tensors are float64 where the device has it, unless said otherwise. ``T`` is the type of the trees that a matvec works
 on; ``k`` is the number of eigenpairs, ``m`` of Lanczos steps, ``p`` of probes, ``n`` of entries of a vector, ``g`` of
-points. Eigenvalues are in the unit of the loss over that of the parameters squared.
+points. The unit of the eigenvalues is that of the matrix: for a Hessian, of the loss over that of the parameters
+squared. Under ``vmap`` all tensors carry the batch's axis in front.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ S = TypeVar("S", default=Tensor)
 class EigenPair(NamedTuple, Generic[T]):
     """One eigenvalue of a matvec, from :func:`hessfn.power_iter`."""
 
-    value: Tensor  #: (), the Rayleigh quotient ``v'Av``
+    value: Tensor  #: (), the Rayleigh quotient ``v'Av``, in the unit of the eigenvalues
     vector: T  #: like ``v0``, of unit norm
     residual: Tensor  #: (), ``||A vector - value vector||``: an eigenvalue of A is no further than this from ``value``
     num_matvecs: Tensor  #: (), int64, the products that were made
@@ -30,9 +31,9 @@ class EigenPair(NamedTuple, Generic[T]):
 class EigenPairs(NamedTuple, Generic[T]):
     """Several eigenvalues of a matvec, from :func:`hessfn.eigsh`."""
 
-    values: Tensor  #: (k,), in the order that ``which`` asks for
+    values: Tensor  #: (k,), in the unit of the eigenvalues and the order that ``which`` asks for
     vectors: T  #: like ``v0`` with a leading axis of k: orthonormal
-    residuals: Tensor  #: (k,), ``||A v - value v||`` of each
+    residuals: Tensor  #: (k,), ``||A v - value v||`` of each: an eigenvalue of A is no further than this from its value
     num_matvecs: Tensor  #: (), int64, the products that were made
     converged: Tensor  #: (k,), bool, whether ``residual <= rtol |value|``, or is what rounding leaves of a value near 0
 
@@ -40,8 +41,8 @@ class EigenPairs(NamedTuple, Generic[T]):
 class Tridiagonal(NamedTuple, Generic[T]):
     """The Lanczos recurrence ``A Q = Q T + residual e_m'``, from :func:`hessfn.lanczos`."""
 
-    alpha: Tensor  #: (m,), the diagonal of T
-    beta: Tensor  #: (m - 1,), its off-diagonal
+    alpha: Tensor  #: (m,), the diagonal of T, in the unit of the eigenvalues
+    beta: Tensor  #: (m - 1,), its off-diagonal, at least 0, in the same unit
     basis: T  #: like ``v0`` with a leading axis of m: the orthonormal columns of Q
     residual: T  #: like ``v0``: what the last product leaves outside of the basis
 
@@ -49,7 +50,7 @@ class Tridiagonal(NamedTuple, Generic[T]):
 class Estimate(NamedTuple, Generic[S]):
     """A mean over random probes with its error; ``S`` is a tensor, or a tree of them."""
 
-    mean: S  #: the estimate, in the unit of the quantity
+    mean: S  #: the estimate, in the unit of the quantity: scalars, or, of diagonals and rows, tensors like the probes
     stderr: S  #: shaped like it: one standard error of the mean over the probes, inf where one probe says nothing of it
     num_matvecs: Tensor  #: (), int64, the products that were made
 
@@ -58,42 +59,42 @@ class Quadrature(NamedTuple):
     """A Gauss rule for the spectrum as each probe sees it, from :func:`hessfn.slq`."""
 
     nodes: Tensor  #: (p, m), in the unit of the eigenvalues, ascending in each row
-    weights: Tensor  #: (p, m), at least 0; each row sums to 1
+    weights: Tensor  #: (p, m), at least 0, without unit; each row sums to 1
 
 
 class Density(NamedTuple):
     """A smoothed spectral density, from :func:`hessfn.density`."""
 
     grid: Tensor  #: (g,), in the unit of the eigenvalues
-    values: Tensor  #: (g,), fraction of the eigenvalues per unit: integrates to 1
+    values: Tensor  #: (g,), fraction of the eigenvalues per unit of eigenvalue: integrates to 1
 
 
 class Band(NamedTuple):
     """Where a density lies with some confidence, point by point, from :func:`hessfn.density_band`."""
 
     grid: Tensor  #: (g,), in the unit of the eigenvalues
-    lower: Tensor  #: (g,), per unit of eigenvalue, at least 0
-    upper: Tensor  #: (g,), per unit of eigenvalue
+    lower: Tensor  #: (g,), fraction of the eigenvalues per unit of eigenvalue, at least 0
+    upper: Tensor  #: (g,), the same, at least ``lower``
 
 
 class Cumulative(NamedTuple):
     """The fraction of the eigenvalues up to a point, from :func:`hessfn.cumulative`."""
 
     grid: Tensor  #: (g,), in the unit of the eigenvalues
-    values: Tensor  #: (g,), from 0 to 1
+    values: Tensor  #: (g,), from 0 to 1, without unit
 
 
 class Curvature(NamedTuple):
-    """The bend of a loss along a direction, from its values alone: :func:`hessfn.slice_curvature`."""
+    """The second derivative of a loss along a direction, from its values alone: :func:`hessfn.slice_curvature`."""
 
-    value: Tensor  #: (), the second derivative along the direction
-    error: Tensor  #: (), how far it may be off: truncation and rounding together
+    value: Tensor  #: (), in the unit of the loss over that of the step squared: ``v'Hv`` for the direction ``v``
+    error: Tensor  #: (), in the same unit, how far it may be off: truncation and rounding together
 
 
 class Trajectory(NamedTuple, Generic[T]):
     """A training run in the few directions it keeps closest to, from :func:`hessfn.principal_directions`."""
 
-    directions: tuple[T, ...]  #: k orthonormal trees like a checkpoint
+    directions: tuple[T, ...]  #: k orthonormal trees like a checkpoint, in its dtypes
     coordinates: Tensor  #: (c, k), of the c checkpoints along them, in the unit of the parameters
     fractions: Tensor  #: (k,), of the squared distances from the origin that each direction holds, from 0 to 1
 
@@ -101,10 +102,10 @@ class Trajectory(NamedTuple, Generic[T]):
 class Sensitivities(NamedTuple):
     """Traces of each layer's weights and activations, from :func:`hessfn.sensitivities`; dicts by layer."""
 
-    weights: Estimate[dict[str, Tensor]]  #: scalars, the trace of the block of the layer's weight
-    activations: Estimate[dict[str, Tensor]]  #: scalars, the mean over samples of the trace of what enters or leaves it
+    weights: Estimate[dict[str, Tensor]]  #: (), loss over weight squared: the trace of the weight's block
+    activations: Estimate[dict[str, Tensor]]  #: (), loss over activation squared: the samples' mean trace
     weight_numel: dict[str, int]  #: entries of the weight
-    activation_numel: dict[str, int]  #: entries of one sample's activation
+    activation_numel: dict[str, int]  #: entries of one sample's activations: of all calls and tensors together
 
 
 class Mode(NamedTuple):

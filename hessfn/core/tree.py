@@ -35,7 +35,7 @@ def names(tree: Tree) -> list[str]:
     ]
 
 
-def unflatten(new_leaves: Iterable[Any], like: Tree) -> Tree:
+def unflatten(new_leaves: Iterable[Any], like: T) -> T:
     """The tree of ``like``'s structure with other leaves."""
     return pytree.tree_unflatten(list(new_leaves), pytree.tree_structure(like))
 
@@ -63,7 +63,7 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def dot(x: Tree, y: Tree) -> Tensor:
+def dot(x: T, y: T) -> Tensor:
     """Inner product of two trees of one structure: a scalar, multiplied and summed in float64, a block at a time.
 
     So no float32 can make it overflow or underflow.
@@ -94,17 +94,17 @@ def norm(x: Tree) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(parts))
 
 
-def add(x: Tree, y: Tree, alpha: float | Tensor = 1.0) -> Tree:
+def add(x: T, y: T, alpha: float | Tensor = 1.0) -> T:
     """``x + alpha y``, each leaf in its own dtype."""
     return map(lambda a, b: a + (alpha * b).to(a.dtype), x, y)
 
 
-def scale(c: float | Tensor, x: Tree) -> Tree:
+def scale(c: float | Tensor, x: T) -> T:
     """``c x``, each leaf in its own dtype."""
     return map(lambda leaf: (c * leaf).to(leaf.dtype), x)
 
 
-def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+def ravel(tree: T) -> tuple[Tensor, Callable[[Tensor], T]]:
     """The entries of a tree as one flat vector ``(n,)``, and the function that goes back.
 
     The way back also takes stacks of vectors ``(..., n)``: each leaf then carries the leading axes. Leaves of unlike
@@ -123,7 +123,7 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     sizes = [part.numel() for part in parts]
     structure = pytree.tree_structure(tree)
 
-    def unravel(flat: Tensor) -> Tree:
+    def unravel(flat: Tensor) -> T:
         lead = flat.shape[:-1]
         pieces = flat.split(sizes, dim=-1)
         restored = [p.reshape((*lead, *s)).to(d) for p, s, d in zip(pieces, shapes, dtypes, strict=True)]
@@ -150,7 +150,7 @@ def select(tree: Tree, patterns: str | Iterable[str]) -> dict[str, Tensor]:
     return {name: leaf for name, leaf in chosen if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
 
 
-def aligned(vector: Tree, like: Tree, what: str = "the vector") -> Tree:
+def aligned(vector: Tree, like: T, what: str = "the vector") -> T:
     """``vector`` in the leaf order of ``like``, once its names, shapes and dtypes are found to be the same.
 
     Dicts may come in any order of keys. Raises ``ValueError`` that names the first leaf that differs.
@@ -187,7 +187,7 @@ def _differ(given: Sequence[Any], wanted: Sequence[Tensor]) -> bool:
     )
 
 
-def require_finite(x: Tree, what: str) -> Tree:
+def require_finite(x: T, what: str) -> T:
     """``x``, or ``ValueError`` that names the first leaf known to hold a NaN or an infinity."""
     if any(layout(leaf) for leaf in leaves(x)):
         sums = [norm(x).isfinite()]

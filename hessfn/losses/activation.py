@@ -15,10 +15,10 @@ from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.losses.batches import length
 from hessfn.losses.functional import Params, bare, pair, private
-from hessfn.losses.layer_selection import Layers, choose, refuse_missing
+from hessfn.losses.layer_selection import Edge, Layers, choose, refuse_missing
 
 Shifts = dict[str, Tensor]
-Edge = Literal["input", "output"]
+Reduction = Literal["mean", "sum"]
 
 
 def activation_loss(
@@ -28,7 +28,7 @@ def activation_loss(
     layers: Layers,
     *,
     at: Edge = "input",
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Reduction = "mean",
 ) -> tuple[Callable[[Shifts], Tensor], Shifts]:
     """The loss of one batch as a function of shifts, each added to what enters (or leaves) one layer and no other.
 

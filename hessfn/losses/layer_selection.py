@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from hessfn.core.errors import InvalidInput
 
+Edge = Literal["input", "output"]  # of a layer: what enters it, or what leaves it
 Kind = type[nn.Module]
 Layers = str | Kind | Iterable[str | Kind] | Callable[[str, nn.Module], bool]
 
@@ -55,7 +56,7 @@ def _not_there(entry: Any, known: list[str]) -> str:
 
 
 def refuse_missing(
-    modules: Mapping[str, nn.Module], layer_of: Mapping[str, str], chosen: set[str], calls: Mapping[str, int], at: str
+    modules: Mapping[str, nn.Module], layer_of: Mapping[str, str], chosen: set[str], calls: Mapping[str, int], at: Edge
 ) -> None:
     """Raises where a chosen layer is not called, or nothing that has derivatives flows there."""
     shown = {*layer_of, *layer_of.values()}

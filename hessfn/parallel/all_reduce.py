@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from operator import length_hint
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,15 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput, RankError
 from hessfn.core.fingerprints import checksum
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.tree import Tree
 
 Group = Any  # dist.ProcessGroup, which a torch without distributed does not have
+P = ParamSpec("P")
+R = TypeVar("R")
 Compute = Callable[[], tuple[Tree | None, float | Tensor]]
 
 
-def all_reduce(matvec: MatVec, weight: float | Tensor, *, group: Group = None) -> MatVec:
+def all_reduce(matvec: Callable[P, R], weight: float | Tensor, *, group: Group = None) -> Callable[P, R]:
     """The weighted mean over processes of their matvecs: ``sum_r w_r A_r v / sum_r w_r``, the same bits on every rank.
 
     Each rank holds its shard of the data, and runs the same program on the same vectors (same seeds, same options).
@@ -54,11 +56,14 @@ def all_reduce(matvec: MatVec, weight: float | Tensor, *, group: Group = None) -
     """
     average = across(group)
 
-    def compute(args: tuple[Any, ...]) -> tuple[Tree | None, float]:
-        share = float(weight)
-        return matvec(*args) if share > 0 else None, share
+    def reduced(*args: P.args, **kwargs: P.kwargs) -> R:
+        def compute() -> tuple[R | None, float]:
+            share = float(weight)
+            return matvec(*args, **kwargs) if share > 0 else None, share
 
-    return lambda *args: average(lambda: compute(args), args)
+        return average(compute, (*args, *kwargs.values()))
+
+    return reduced
 
 
 class ShardedBatches:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
+from hessfn.core.results import Band, Density, EigenPairs, Estimate
 from hessfn.plotting import style
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ _STYLES: list[Any] = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
 _MARKERS = ["o", "s", "^", "D", "v"]
 
 
-def density_plot(density: Any, ax: Axes | None = None, *, band: Any = None) -> Axes:
+def density_plot(
+    density: Density | Mapping[str, Density], ax: Axes | None = None, *, band: Band | Mapping[str, Band] | None = None
+) -> Axes:
     """A spectral density, ``hf.density(...)``, or several, over the eigenvalues, on a logarithmic axis.
 
     Outliers are single eigenvalues among n, so their peaks are some n times lower than the bulk's; what lies more than
@@ -68,7 +71,7 @@ def density_plot(density: Any, ax: Axes | None = None, *, band: Any = None) -> A
     return style.legend(ax, curves)
 
 
-def eigen_plot(eigenpairs: Any, ax: Axes | None = None) -> Axes:
+def eigen_plot(eigenpairs: EigenPairs[Any] | Mapping[str, EigenPairs[Any]], ax: Axes | None = None) -> Axes:
     """Eigenvalues, ``hf.eigsh(...)``, in their order, each with its residual as the error bar.
 
     For a symmetric matrix an eigenvalue lies within the residual's distance of the value shown.
@@ -93,7 +96,7 @@ def eigen_plot(eigenpairs: Any, ax: Axes | None = None) -> Axes:
     return style.legend(ax, results)
 
 
-def layer_plot(estimates: Any, ax: Axes | None = None) -> Axes:
+def layer_plot(estimates: Estimate[Any], ax: Axes | None = None) -> Axes:
     """One bar a layer, top to bottom in the order of the net, with its standard error: ``hf.hutchinson_per_leaf(...)``.
 
     Args:
