@@ -55,7 +55,7 @@ def test_the_global_generator_is_left_alone(draw):
 def test_bad_input_is_named(draw):
     with pytest.raises(ValueError, match="num=-1"):
         draw(LIKE, -1)
-    with pytest.raises(ValueError, match="'ids' is torch.int64"):
+    with pytest.raises(ValueError, match="leaf 'ids' of like is torch.int64"):
         draw({"ids": torch.zeros(3, dtype=torch.long)}, 1)
     with pytest.raises(IndexError):
         draw(LIKE, 3)[3]

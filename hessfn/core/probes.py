@@ -5,21 +5,23 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arguments import kind, require_vector
 from hessfn.core.dtensor import layout, place
 from hessfn.core.errors import InvalidInput
-from hessfn.core.tree import Tree
+from hessfn.core.results import S
+from hessfn.core.tree import T
 
 Draw = Callable[[np.random.Generator, list[int]], Iterator[Tensor]]
 
 
-def rademacher(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
+def rademacher(like: T, num: int, *, seed: int = 0) -> Sequence[T]:
     """``num`` random trees with entries +1 or -1, equally likely: the probes with the least variance for a trace.
 
     Args:
@@ -38,10 +40,10 @@ def rademacher(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
     >>> len(probes), probes[3].abs()
     (100, tensor([1., 1., 1., 1.]))
     """
-    return _Probes(_signs, like, num, seed)
+    return _Probes(_signs, like, num, seed, "rademacher(like, num)")
 
 
-def gaussian(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
+def gaussian(like: T, num: int, *, seed: int = 0) -> Sequence[T]:
     """``num`` random trees with independent N(0, 1) entries; arguments and result as :func:`rademacher`.
 
     Use these where the direction must be uniform: starting vectors, Lanczos quadrature.
@@ -49,10 +51,10 @@ def gaussian(like: Tree, num: int, *, seed: int = 0) -> Sequence[Tree]:
     >>> gaussian({"w": torch.zeros(2, 3)}, 5, seed=1)[0]["w"].shape
     torch.Size([2, 3])
     """
-    return _Probes(_normals, like, num, seed)
+    return _Probes(_normals, like, num, seed, "gaussian(like, num)")
 
 
-def each(function: Callable[[Tree], Any], probes: Iterable[Tree], batch_size: int = 1) -> Iterator[Any]:
+def each(function: Callable[[T], S], probes: Iterable[T], batch_size: int = 1) -> Iterator[S]:
     """``function(probe)`` for every probe, so many at a time under ``vmap``.
 
     >>> [float(x) for x in each(torch.sum, [torch.ones(2), torch.zeros(2), torch.ones(2)], batch_size=2)]
@@ -72,29 +74,30 @@ def each(function: Callable[[Tree], Any], probes: Iterable[Tree], batch_size: in
             yield tree.map(lambda x: x[i], results)  # noqa: B023
 
 
-class _Probes(Sequence[Tree]):
-    def __init__(self, draw: Draw, like: Tree, num: int, seed: int) -> None:
+class _Probes(Sequence[T]):
+    def __init__(self, draw: Draw, like: T, num: int, seed: int, call: str) -> None:
+        require_vector(like, "like", call)
+        if not hasattr(num, "__index__"):
+            raise InvalidInput(f"{call}: num is {kind(num)}, not a whole number")
         if num < 0 or seed < 0:
             raise InvalidInput(f"num={num} and seed={seed} must not be negative")
         if tree.numel(like) == 0:
             raise InvalidInput("the tree to draw for has no entries: there must be at least one parameter")
-        for name, leaf in zip(tree.names(like), tree.leaves(like), strict=True):
-            kind = leaf.dtype if isinstance(leaf, torch.Tensor) else type(leaf).__name__
-            if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-                raise InvalidInput(f"leaf {name!r} is {kind}: probes are drawn like floating-point tensors only")
+        if any(leaf.is_complex() for leaf in tree.leaves(like)):
+            raise InvalidInput(f"{call}: like has complex entries; give a tree like its real and imaginary parts")
         self._draw, self._seed, self._indices = draw, seed, range(num)
         # Shapes only: a lazy sequence must not keep the parameters alive.
         self._specs = [(leaf.shape, leaf.dtype, leaf.device, layout(leaf)) for leaf in tree.leaves(like)]
-        self._blank = tree.map(lambda leaf: 0, like)
+        self._blank: T = tree.map(lambda leaf: 0, like)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     @overload
-    def __getitem__(self, index: int) -> Tree: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Tree]: ...
-    def __getitem__(self, index: int | slice) -> Tree | Sequence[Tree]:
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
         if isinstance(index, slice):
             part = copy.copy(self)
             part._indices = self._indices[index]

@@ -6,24 +6,26 @@ sparse matrix or a SciPy operator S ``lambda v: torch.from_numpy(S @ v.numpy())`
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_matvec, require_vector, require_vectors
 from hessfn.core.dtensor import whole
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import EigenPair, EigenPairs, Tridiagonal
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.tree import MatVec, T
 from hessfn.estimators import krylov
-from hessfn.estimators.krylov import Space
+from hessfn.estimators.krylov import Space, Which
 from hessfn.estimators.thick_restart import thick_restart
 
-_ORDERS = ("LM", "LA", "SA", "BE")
 _RTOL = 1e-3  # what `converged` means where no tolerance was asked for
 
 
 def power_iter(
-    matvec: MatVec, v0: Tree, *, max_matvecs: int = 100, rtol: float | None = 1e-3, shift: float = 0.0
-) -> EigenPair:
+    matvec: MatVec[T], v0: T, *, max_matvecs: int = 100, rtol: float | None = 1e-3, shift: float = 0.0
+) -> EigenPair[T]:
     """The eigenvalue largest in magnitude, and its vector, by power iteration.
 
     ``v <- (A + shift I) v / ||(A + shift I) v||`` until ``||A v - value v|| <= rtol |value|``, ``value = v'Av``.
@@ -50,6 +52,7 @@ def power_iter(
     >>> power_iter(lambda v: A @ v, torch.ones(2)).value.round(decimals=4)
     tensor(3., dtype=torch.float64)
     """
+    _require_kinds(matvec, v0, "power_iter(matvec, v0)")
     if max_matvecs < 1:
         raise InvalidInput(f"max_matvecs={max_matvecs} must be at least 1")
     space = krylov.flatten(matvec, v0)
@@ -71,7 +74,7 @@ def power_iter(
     return EigenPair(value, space.unravel(v), residual, torch.tensor(count), converged)
 
 
-def lanczos(matvec: MatVec, v0: Tree, num_matvecs: int) -> Tridiagonal:
+def lanczos(matvec: MatVec[T], v0: T, num_matvecs: int) -> Tridiagonal[T]:
     """The Lanczos recurrence with full orthogonalisation: ``A Q = Q T + residual e_m'``, ``Q'Q = I``.
 
     T is tridiagonal with diagonal ``alpha`` and off-diagonal ``beta``. Where the Krylov space of ``v0`` ends early,
@@ -96,6 +99,7 @@ def lanczos(matvec: MatVec, v0: Tree, num_matvecs: int) -> Tridiagonal:
     >>> lanczos(lambda v: A @ v, torch.ones(2), 2).alpha
     tensor([2., 2.], dtype=torch.float64)
     """
+    _require_kinds(matvec, v0, "lanczos(matvec, v0, num_matvecs)")
     _require_between("num_matvecs", num_matvecs, tree.numel(v0))
     space = krylov.flatten(matvec, v0)
     alpha, beta, basis, residual = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
@@ -103,17 +107,17 @@ def lanczos(matvec: MatVec, v0: Tree, num_matvecs: int) -> Tridiagonal:
 
 
 def eigsh(
-    matvec: MatVec,
-    v0: Tree,
+    matvec: MatVec[T],
+    v0: T,
     k: int = 1,
     *,
-    which: str = "LM",
+    which: Which = "LM",
     rtol: float | None = 1e-3,
     max_matvecs: int | None = None,
     basis_size: int | None = None,
     basis_device: torch.device | str | None = None,
-    warm_start: Tree | None = None,
-) -> EigenPairs:
+    warm_start: T | None = None,
+) -> EigenPairs[T]:
     """k eigenpairs at the ends of the spectrum, by thick-restart Lanczos with full orthogonalisation.
 
     Args:
@@ -150,10 +154,14 @@ def eigsh(
     >>> eigsh(lambda v: A @ v, torch.ones(9), k=2).values.round(decimals=4)
     tensor([9., 8.], dtype=torch.float64)
     """
+    call = "eigsh(matvec, v0, k)"
+    _require_kinds(matvec, v0, call)
     n = tree.numel(v0)
     _require_between("k", k, n)
-    if which not in _ORDERS:
-        raise InvalidInput(f"which={which!r} must be one of {', '.join(_ORDERS)}")
+    if which not in get_args(Which):
+        raise InvalidInput(f"which={which!r} must be one of {', '.join(get_args(Which))}")
+    if warm_start is not None:
+        require_vectors(warm_start, "warm_start", call)
     space = krylov.flatten(matvec, v0)
     if rtol is None:
         if warm_start is not None:
@@ -184,7 +192,7 @@ def eigsh(
     )
 
 
-def _unrestarted(space: Space, v0: Tree, k: int, which: str, num_matvecs: int) -> EigenPairs:
+def _unrestarted(space: Space[T], v0: T, k: int, which: Which, num_matvecs: int) -> EigenPairs[T]:
     if num_matvecs < k:
         raise InvalidInput(f"max_matvecs={num_matvecs} must be at least k={k}")
     alpha, beta, basis, _ = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
@@ -201,6 +209,11 @@ def _unrestarted(space: Space, v0: Tree, k: int, which: str, num_matvecs: int) -
         torch.tensor(num_matvecs),
         residuals <= (_RTOL * values.abs()).clamp(min=floor),
     )
+
+
+def _require_kinds(matvec: MatVec[T], v0: T, call: str) -> None:
+    require_matvec(matvec, call)
+    require_vector(v0, "v0", call)
 
 
 def _require_between(name: str, value: int, n: int) -> None:

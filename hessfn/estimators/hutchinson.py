@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_eigenpairs, require_estimate, require_matvec, require_probes
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import each
 from hessfn.core.projection import complement_of
-from hessfn.core.results import Estimate
-from hessfn.core.tree import MatVec, Tree
-from hessfn.estimators import krylov
-
-_MIN_PROBES = 10  # a standard error from fewer is too uncertain to stop on
+from hessfn.core.results import EigenPairs, Estimate, S
+from hessfn.core.tree import MatVec, T, Tree
+from hessfn.estimators.running_mean import estimate, estimate_until
 
 
-def hutchinson(matvec: MatVec, probes: Iterable[Tree], *, rtol: float | None = None, batch_size: int = 1) -> Estimate:
+def hutchinson(
+    matvec: MatVec[T], probes: Iterable[T], *, rtol: float | None = None, batch_size: int = 1
+) -> Estimate[Tensor]:
     """The trace, as the mean of ``z'Az`` over the probes.
 
     A Rademacher probe has variance ``2 (||A||_F^2 - sum_i a_ii^2)``, a Gaussian one ``2 ||A||_F^2``.
@@ -48,11 +45,12 @@ def hutchinson(matvec: MatVec, probes: Iterable[Tree], *, rtol: float | None = N
     >>> hutchinson(lambda v: 3 * v, rademacher(torch.zeros(4), 10)).mean
     tensor(12., dtype=torch.float64)
     """
+    _require_kinds(matvec, probes, "hutchinson(matvec, probes)")
     samples = each(lambda z: _sample(matvec, z, rtol), probes, batch_size)
-    return estimate(samples) if rtol is None else _until(samples, rtol)
+    return estimate(samples) if rtol is None else estimate_until(samples, rtol)
 
 
-def hutchinson_per_leaf(matvec: MatVec, probes: Iterable[Tree], *, batch_size: int = 1) -> Estimate:
+def hutchinson_per_leaf(matvec: MatVec[T], probes: Iterable[T], *, batch_size: int = 1) -> Estimate[T]:
     """The trace of every leaf's diagonal block, all from the same products.
 
     The blocks between leaves drop out in the mean, yet add to the variance: ``restrict`` the matvec to one leaf
@@ -70,10 +68,15 @@ def hutchinson_per_leaf(matvec: MatVec, probes: Iterable[Tree], *, batch_size: i
     >>> hutchinson_per_leaf(lambda v: {"a": 2 * v["a"]}, rademacher({"a": torch.zeros(3)}, 2)).mean
     {'a': tensor(6., dtype=torch.float64)}
     """
-    return estimate(each(lambda z: tree.map(tree.dot, z, matvec(z)), probes, batch_size))
+    _require_kinds(matvec, probes, "hutchinson_per_leaf(matvec, probes)")
+
+    def blocks(z: T) -> T:
+        return tree.map(tree.dot, z, matvec(z))
+
+    return estimate(each(blocks, probes, batch_size))
 
 
-def hutchinson_per_sample(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
+def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
     """The trace of every sample's own matrix ``H_i``, where the matrix is their mean: block-diagonal, with ``H_i / B``.
 
     Such are activation Hessians in eval mode: ``B`` times the sum of ``z * Az`` over the entries of sample i. The mean
@@ -96,11 +99,12 @@ def hutchinson_per_sample(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     >>> hutchinson_per_sample(lambda v: d * v / 2, rademacher(torch.zeros(2, 2), 2)).mean
     tensor([3., 7.], dtype=torch.float64)
     """
+    _require_kinds(matvec, probes, "hutchinson_per_sample(matvec, probes)")
 
     def sums(z: Tensor, product: Tensor) -> Tensor:
         return len(z) * (tree.wide(z) * tree.wide(product)).flatten(1).sum(1)
 
-    def samples() -> Iterator[Tree]:
+    def samples() -> Iterator[T]:
         for z in probes:
             lengths = {name: tuple(x.shape[:1]) for name, x in zip(tree.names(z), tree.leaves(z), strict=True)}
             if len(set(lengths.values())) > 1 or () in lengths.values():
@@ -110,7 +114,7 @@ def hutchinson_per_sample(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     return estimate(samples())
 
 
-def hutchinson_diag(matvec: MatVec, probes: Iterable[Tree], *, batch_size: int = 1) -> Estimate:
+def hutchinson_diag(matvec: MatVec[T], probes: Iterable[T], *, batch_size: int = 1) -> Estimate[T]:
     """The diagonal, as the mean of ``z * Az`` over Rademacher probes.
 
     A probe has variance ``sum_{j != i} a_ij^2`` in entry i.
@@ -134,10 +138,15 @@ def hutchinson_diag(matvec: MatVec, probes: Iterable[Tree], *, batch_size: int =
     >>> hutchinson_diag(lambda v: d * v, rademacher(torch.zeros(2), 4)).mean
     tensor([3., 1.])
     """
-    return estimate(each(lambda z: tree.map(torch.mul, z, matvec(z)), probes, batch_size))
+    _require_kinds(matvec, probes, "hutchinson_diag(matvec, probes)")
+
+    def diagonal(z: T) -> T:
+        return tree.map(torch.mul, z, matvec(z))
+
+    return estimate(each(diagonal, probes, batch_size))
 
 
-def squared_row_norms(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
+def squared_row_norms(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
     """The squared norm of every row, ``sum_j a_ij^2``, as the mean of ``(Az)^2``; no estimate of a squared diagonal.
 
     Returns:
@@ -153,10 +162,15 @@ def squared_row_norms(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     >>> squared_row_norms(lambda v: d * v, rademacher(torch.zeros(2), 4)).mean
     tensor([9., 1.], dtype=torch.float64)
     """
-    return estimate(tree.map(lambda x: tree.wide(x).square(), matvec(z)) for z in probes)
+    _require_kinds(matvec, probes, "squared_row_norms(matvec, probes)")
+
+    def squares(product: T) -> T:
+        return tree.map(lambda x: tree.wide(x).square(), product)
+
+    return estimate(squares(matvec(z)) for z in probes)
 
 
-def squared_frobenius(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
+def squared_frobenius(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     """The squared Frobenius norm, ``sum_ij a_ij^2``, the sum of the squared eigenvalues, as the mean of ``||Az||^2``.
 
     Returns:
@@ -171,22 +185,26 @@ def squared_frobenius(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     >>> squared_frobenius(lambda v: 3 * v, rademacher(torch.zeros(4), 2)).mean
     tensor(36., dtype=torch.float64)
     """
+    _require_kinds(matvec, probes, "squared_frobenius(matvec, probes)")
     return estimate(tree.norm(matvec(z)).square() for z in probes)
 
 
-def mean_traces(traces: Estimate, like: Tree) -> Estimate:
+def mean_traces(traces: Estimate[S], like: Tree) -> Estimate[S]:
     """Traces per leaf divided by the leaf's number of entries: the mean curvature by which layers are given bits.
 
     Source: HAWQ-V2 (Dong et al., 2020).
     """
+    require_estimate(traces, "traces", "mean_traces(traces, like)")
 
-    def divided(values: Tree) -> Tree:
+    def divided(values: S) -> S:
         return tree.map(lambda value, leaf: value / max(leaf.numel(), 1), values, like)
 
     return Estimate(divided(traces.mean), divided(traces.stderr), traces.num_matvecs)
 
 
-def deflated_trace(matvec: MatVec, probes: Iterable[Tree], eigenpairs: Any, *, rtol: float | None = None) -> Estimate:
+def deflated_trace(
+    matvec: MatVec[T], probes: Iterable[T], eigenpairs: EigenPairs[T], *, rtol: float | None = None
+) -> Estimate[Tensor]:
     """The trace from eigenpairs one has already: their sum, plus Hutchinson on what they leave.
 
     ``sum_i value_i + E z'(I - QQ') A (I - QQ') z``: unbiased for any symmetric A, as long as the probes and the start
@@ -213,59 +231,21 @@ def deflated_trace(matvec: MatVec, probes: Iterable[Tree], eigenpairs: Any, *, r
     >>> deflated_trace(lambda v: A @ v, rademacher(torch.zeros(3), 10), pairs).mean.round(decimals=2)
     tensor(11., dtype=torch.float64)
     """
+    call = "deflated_trace(matvec, probes, eigenpairs)"
+    _require_kinds(matvec, probes, call)
+    require_eigenpairs(eigenpairs, call)
     outside, inside = complement_of(eigenpairs.vectors), eigenpairs.values.sum()
     samples = (inside + _sample(matvec, outside(z), rtol) for z in probes)
-    return estimate(samples) if rtol is None else _until(samples, rtol)
+    return estimate(samples) if rtol is None else estimate_until(samples, rtol)
 
 
-def estimate(samples: Iterable[Tree]) -> Estimate:
-    """Mean and standard error of independent trees, entry by entry, one at a time; in float32 at least."""
-    last = deque(_running(samples), maxlen=1)
-    if not last:
-        raise InvalidInput("there is no probe: rademacher(params, num) needs num >= 1")
-    return _of(*last[0])
+def _require_kinds(matvec: MatVec[T], probes: Iterable[T], call: str) -> None:
+    require_matvec(matvec, call)
+    require_probes(probes, call)
 
 
-def _running(samples: Iterable[Tree]) -> Iterator[tuple[int, Tree, Tree]]:
-    """Count, mean and root of the sum of squared deviations so far (Welford 1962); no square can overflow."""
-    mean = root = None
-    for count, sample in enumerate(samples, 1):
-        sample = tree.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), sample)
-        if count == 1:
-            mean, root = sample, tree.map(torch.zeros_like, sample)
-        else:
-            step = tree.map(torch.sub, sample, mean)
-            mean = tree.map(lambda m, d, c=count: m + d / c, mean, step)
-            root = tree.map(lambda r, d, c=count: torch.hypot(r, d * math.sqrt((c - 1) / c)), root, step)
-        yield count, mean, root
-
-
-def _of(count: int, mean: Tree, root: Tree) -> Estimate:
-    if count == 1:
-        stderr = tree.map(lambda r: torch.full_like(r, torch.inf), root)
-    else:
-        stderr = tree.map(lambda r: r / math.sqrt(count * (count - 1)), root)
-    return Estimate(mean, stderr, torch.tensor(count))
-
-
-def half_width(stderr: Any, num_samples: int, level: float = 0.95) -> Any:
-    """Half the width of the confidence interval around a mean of few samples, by Student's t."""
-    return stderr * float(stdtrit(num_samples - 1, 0.5 + level / 2))
-
-
-def _sample(matvec: MatVec, z: Tree, rtol: float | None) -> Tensor:
+def _sample(matvec: MatVec[T], z: T, rtol: float | None) -> Tensor:
     product = matvec(z)
     if rtol is not None:
         tree.require_finite(product, "a product of the matvec")
     return tree.dot(z, product)
-
-
-def _until(samples: Iterable[Tensor], rtol: float) -> Estimate:
-    """As many samples as the tolerance takes, at least ten where there are ten."""
-    result = None
-    for count, mean, squares in _running(samples):
-        krylov.number(mean, mean, count)
-        result = _of(count, mean, squares)
-        if count >= _MIN_PROBES and half_width(result.stderr, count) <= rtol * mean.abs():
-            break
-    return estimate([]) if result is None else result

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import NamedTuple  # typing's own cannot be generic before Python 3.11
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_state import known
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.tree import MatVec, T, Tree
 
 FlatMatVec = Callable[[Tensor], Tensor]
+Which = Literal["LM", "LA", "SA", "BE"]
 
 
-class Space(NamedTuple):
+class Space(NamedTuple, Generic[T]):
     """A matvec on flat vectors ``(n,)``, and the ways there and back."""
 
     matvec: FlatMatVec
-    ravel: Callable[[Tree], Tensor]
-    unravel: Callable[[Tensor], Tree]
+    ravel: Callable[[T], Tensor]
+    unravel: Callable[[Tensor], T]
     eps: float
 
 
-def flatten(matvec: MatVec, like: Tree) -> Space:
+def flatten(matvec: MatVec[T], like: T) -> Space[T]:
     """The matvec on flat vectors; half precision is widened to float32, where bases can be orthogonal."""
     if tree.numel(like) == 0:
         raise InvalidInput("the vectors have no entries: there must be at least one parameter")
     _, unravel = tree.ravel(like)
 
-    def ravel(v: Tree) -> Tensor:
+    def ravel(v: T) -> Tensor:
         flat, _ = tree.ravel(v)
         return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
@@ -170,7 +172,7 @@ def tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:
     return torch.diag_embed(alpha) + off + off.mT
 
 
-def select(values: Tensor, k: int, which: str) -> Tensor:
+def select(values: Tensor, k: int, which: Which) -> Tensor:
     """Positions of the wanted among ascending values ``(m,)``, in the order they are reported in."""
     positions = torch.arange(values.shape[-1], device=values.device)
     if which == "LM":

@@ -1,4 +1,7 @@
-"""Traces and diagonals from a low-rank sketch: few products where the spectrum decays."""
+"""Traces and diagonals from a low-rank sketch, each probe tested by a sketch that leaves it out.
+
+Where the spectrum decays, these take fewer products than Hutchinson for the same error.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,27 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_matvec, require_probes
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Estimate
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.tree import MatVec, T
 from hessfn.estimators import krylov
-from hessfn.estimators.hutchinson import estimate
+from hessfn.estimators.running_mean import estimate
 
 
-def hutchpp(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
-    """The trace by Hutch++: exact on a sketched subspace, Hutchinson on the rest.
+def hutchpp(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
+    """The trace by Hutch++: exact on the range of a sketch, Hutchinson on its complement.
 
     ``tr Q'AQ + mean of z'(I - QQ') A (I - QQ') z``, with Q a basis of A times the first half of the probes and z the
-    second half. Unbiased.
+    second half. The mean is unbiased.
 
     Args:
         probes: ``rademacher(params, p)``.
 
     Returns:
-        ``mean``, ``stderr`` (of the second part, the first has no error) and ``num_matvecs``.
+        ``mean``, ``stderr`` (of the second part; the first is exact) and ``num_matvecs``.
 
-    Cost: 3p/2 products; p/2 vectors kept, and three times that while they are orthogonalised.
+    Cost: 3p/2 products; p/2 vectors kept, three times that during the orthogonalisation.
 
     Raises:
         ValueError: there are fewer than two probes, or more than n, or a product is not finite.
@@ -41,7 +45,7 @@ def hutchpp(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     >>> hutchpp(low_rank, rademacher(torch.zeros(50), 4)).mean.round(decimals=2)
     tensor(50., dtype=torch.float64)
     """
-    space, probes = _open(matvec, probes)
+    space, probes = _open(matvec, probes, "hutchpp(matvec, probes)")
     half = len(probes) // 2
     q = _sketch(space, probes[:half]).q
     inside = torch.stack([tree.dot(row, space.matvec(row)) for row in q]).sum()
@@ -50,12 +54,12 @@ def hutchpp(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     return result._replace(num_matvecs=torch.tensor(half + len(probes)))
 
 
-def xtrace(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
-    """The trace by XTrace: Hutch++ with every probe left out of the sketch in turn, to test it.
+def xtrace(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
+    """The trace by XTrace: Hutch++ where every probe in turn is left out of the sketch and tests it.
 
     ``t_i = tr Q_i'AQ_i + z_i'P_i A P_i z_i (n - p + 1) / ||P_i z_i||^2``, with Q_i a basis of A times all probes but
-    the i-th and ``P_i = I - Q_i Q_i'``; the mean of the t_i is unbiased. They share their sketch, so they are
-    correlated. Leaving out two at a time gives their covariance without bias, and ``stderr`` counts it in.
+    the i-th and ``P_i = I - Q_i Q_i'``; the mean of the t_i is unbiased. The t_i are correlated, since
+    they share a sketch. Sketches without two probes estimate the covariance without bias; ``stderr`` includes it.
 
     Args:
         probes: ``gaussian(params, p)``, p <= n. Rademacher probes leave a bias, far below the standard error.
@@ -63,25 +67,25 @@ def xtrace(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     Returns:
         ``mean``, ``stderr`` and ``num_matvecs``.
 
-    Cost: 2p products; p vectors kept, and three times that while they are orthogonalised.
+    Cost: 2p products; p vectors kept, three times that during the orthogonalisation.
 
     Raises:
         ValueError: there are fewer than two probes, or more than n, or a product is not finite.
 
-    Source: Epperly, Tropp and Webber (2024), whose error estimate leaves the covariance out and is too small by up to
-    a half.
+    Source: Epperly, Tropp and Webber (2024), whose error estimate ignores the covariance and is too small by up to a
+    half.
 
     >>> from hessfn import rademacher
     >>> low_rank = lambda v: torch.ones(50) * v.sum()
     >>> xtrace(low_rank, rademacher(torch.zeros(50), 4)).mean.round(decimals=2)
     tensor(50., dtype=torch.float64)
     """
-    space, probes = _open(matvec, probes)
+    space, probes = _open(matvec, probes, "xtrace(matvec, probes)")
     p, n = len(probes), tree.numel(probes[0])
     q, r, s = _sketch(space, probes)
     h = tree.wide(torch.stack([q @ space.matvec(row) for row in q], dim=1))
     w = tree.wide(torch.stack([q @ space.ravel(z) for z in probes], dim=1))
-    # Columns belong to probes: w, x and r hold Q'z_i, Q'(I - P_i)z_i and Q'A z_i.
+    # Column i belongs to probe i: w has Q'z_i, x has Q'Q_i Q_i'z_i, r has Q'A z_i.
     x = w - s * (s * w).sum(0)
     hs, hx = h @ s, h @ x
     inside = h.trace() - (s * hs).sum(0)
@@ -91,7 +95,7 @@ def xtrace(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
 
     cosine, sine = _angles(s)
 
-    def along_u(products: Tensor) -> Tensor:  # u_ij'y_i from s_j'y_i, which stands at row j and column i
+    def along_u(products: Tensor) -> Tensor:  # takes s_j'y_i, at row j and column i, to u_ij'y_i
         return (products.mT - cosine * products.diagonal()[:, None]) / sine
 
     shs = s.mT @ hs
@@ -105,11 +109,11 @@ def xtrace(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     return Estimate(alone.mean, stderr, torch.tensor(2 * p))
 
 
-def xdiag(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
-    """The diagonal by XDiag: exact on a sketched subspace, ``z * Az`` on the rest, every probe left out in turn.
+def xdiag(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
+    """The diagonal by XDiag: exact on the range of a sketch, ``z * Az`` on its complement, probes left out in turn.
 
     ``d_i = diag(Q_i Q_i' A) + z_i * (I - Q_i Q_i') A z_i``, with Q_i a basis of A times all probes but the i-th; the
-    mean of the d_i is unbiased. The standard error counts their covariance in, as that of :func:`xtrace`.
+    mean of the d_i is unbiased. ``stderr`` includes their covariance, as that of :func:`xtrace` does.
 
     Args:
         probes: ``rademacher(params, p)``, p <= n.
@@ -117,7 +121,7 @@ def xdiag(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     Returns:
         ``mean`` and ``stderr``, trees like the probes, and ``num_matvecs``.
 
-    Cost: 2p products; 5p vectors kept, and p^2 of them worked through for the standard error.
+    Cost: 2p products; 5p vectors kept; the standard error takes p^2 operations on vectors.
 
     Raises:
         ValueError: there are fewer than two probes, or more than n, or a product is not finite.
@@ -129,21 +133,21 @@ def xdiag(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
     >>> xdiag(low_rank, rademacher(torch.zeros(50), 4)).mean[:3].round(decimals=3)
     tensor([1., 1., 1.])
     """
-    space, probes = _open(matvec, probes)
+    space, probes = _open(matvec, probes, "xdiag(matvec, probes)")
     p, z = len(probes), torch.stack([space.ravel(z) for z in probes])
     q, r, s = _sketch(space, probes)
     aq = torch.stack([space.matvec(row) for row in q])
     whole = (q * aq).sum(0)
-    out, image = s.mT.to(q.dtype) @ q, s.mT.to(q.dtype) @ aq  # what leaves the span with each probe, and A times it
+    out, image = s.mT.to(q.dtype) @ q, s.mT.to(q.dtype) @ aq  # row i: s_i as a vector, A s_i
     along = (s * r).sum(0).to(q.dtype)
     cosine, sine = (x.to(q.dtype) for x in _angles(s))
     alone = estimate(whole - out[i] * image[i] + z[i] * out[i] * along[i] for i in range(p))
 
-    def change(i: int, j: int) -> Tensor:  # of d_i, when j is left out as well
+    def change(i: int, j: int) -> Tensor:  # by how much d_i changes where probe j is left out too
         u, au = ((x[j] - cosine[i, j] * x[i]) / sine[i, j] for x in (out, image))
         return u * (au + z[i] * along[i] * cosine[i, j] / sine[i, j])
 
-    products = torch.zeros_like(tree.wide(whole))  # of squares
+    products = torch.zeros_like(tree.wide(whole))  # the sum over ordered pairs, in the unit of d^2
     for i, j in itertools.combinations(range(p), 2):
         products = products + 2 * tree.wide(change(i, j)) * tree.wide(change(j, i))
     stderr = _with_covariance(tree.wide(alone.stderr), products, p)
@@ -151,12 +155,12 @@ def xdiag(matvec: MatVec, probes: Iterable[Tree]) -> Estimate:
 
 
 class _Sketch(NamedTuple):
-    q: Tensor  # (p, n), orthonormal rows, or zero beyond the rank
+    q: Tensor  # (p, n), rows are an orthonormal basis of the sketch's range, and zero beyond its rank
     r: Tensor  # (p, p), sketch' = q' r
-    s: Tensor  # (p, p), column i: the direction that leaves the span with row i, or zero
+    s: Tensor  # (p, p), column i: unit vector, in the basis q, that the range loses without probe i; zero if deficient
 
 
-def _sketch(space: krylov.Space, probes: Sequence[Tree]) -> _Sketch:
+def _sketch(space: krylov.Space[T], probes: Sequence[T]) -> _Sketch:
     sketch = torch.stack([space.matvec(space.ravel(z)) for z in probes])
     for i, row in enumerate(sketch, 1):
         tree.require_finite(space.unravel(row), f"product {i} of the matvec")
@@ -171,7 +175,7 @@ def _sketch(space: krylov.Space, probes: Sequence[Tree]) -> _Sketch:
 
 
 def _angles(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines between s_i and s_j; leaving out j after i takes ``u_ij = (s_j - cosine s_i) / sine``."""
+    """Cosines and sines between s_i and s_j. Without both the range loses s_i and u_ij = (s_j - cosine s_i) / sine."""
     cosine = s.mT @ s
     cosine = cosine - cosine.diagonal().diag_embed()
     return cosine, (1 - cosine.square()).sqrt()
@@ -180,13 +184,15 @@ def _angles(s: Tensor) -> tuple[Tensor, Tensor]:
 def _with_covariance(stderr: Tensor, products: Tensor, p: int) -> Tensor:
     """The standard error of a mean of p correlated samples, from that of independent ones.
 
-    Given all other probes t_i has the same mean with j in the sketch or without. So, t_ij being t_i without j, the
-    covariance of t_i and t_j is the mean of ``(t_i - t_ij)(t_j - t_ji)``, whose sum over ordered pairs ``products`` is.
+    Let t_ij be t_i from a sketch without probe j. Given all probes but i, both have the same mean, so the covariance of
+    t_i and t_j is the mean of ``(t_i - t_ij)(t_j - t_ji)``. ``products`` is the sum of these over ordered pairs.
     """
     return (stderr.square() + products.clamp(min=0) / (p * (p - 1))).sqrt()
 
 
-def _open(matvec: MatVec, probes: Iterable[Tree]) -> tuple[krylov.Space, Sequence[Tree]]:
+def _open(matvec: MatVec[T], probes: Iterable[T], call: str) -> tuple[krylov.Space[T], Sequence[T]]:
+    require_matvec(matvec, call)
+    require_probes(probes, call)
     probes = probes if isinstance(probes, Sequence) else list(probes)
     if len(probes) < 2:
         raise InvalidInput(f"{len(probes)} probes leave nothing to test the sketch with: there must be at least 2")

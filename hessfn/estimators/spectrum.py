@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_function, require_matvec, require_probes, require_quadrature
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import each
 from hessfn.core.results import Band, Cumulative, Density, Estimate, Quadrature
-from hessfn.core.torch_state import known
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.tree import MatVec, T
 from hessfn.estimators import krylov
-from hessfn.estimators.hutchinson import estimate, half_width
+from hessfn.estimators.running_mean import estimate, half_width
+from hessfn.estimators.smoothing import smoothed
 
 
 def slq(
-    matvec: MatVec, probes: Iterable[Tree], num_matvecs: int, *, orthogonalize: bool = False, batch_size: int = 1
+    matvec: MatVec[T], probes: Iterable[T], num_matvecs: int, *, orthogonalize: bool = False, batch_size: int = 1
 ) -> Quadrature:
     """Stochastic Lanczos quadrature: a Gauss rule for the spectrum as every probe sees it.
 
@@ -50,8 +50,11 @@ def slq(
     >>> slq(lambda v: A @ v, gaussian(torch.zeros(2), 1), 2).nodes.round(decimals=4)
     tensor([[1., 3.]], dtype=torch.float64)
     """
+    call = "slq(matvec, probes, num_matvecs)"
+    require_matvec(matvec, call)
+    require_probes(probes, call)
 
-    def rule(probe: Tree) -> tuple[Tensor, Tensor]:
+    def rule(probe: T) -> tuple[Tensor, Tensor]:
         n = tree.numel(probe)
         if not 1 <= num_matvecs <= n:
             raise InvalidInput(f"num_matvecs={num_matvecs} must be between 1 and {n}, the number of entries in a probe")
@@ -95,7 +98,8 @@ def density(
     >>> round(float(torch.trapezoid(y, x)), 6)
     1.0
     """
-    grid, rows = _smoothed(quadrature, grid, sigma, linthresh)
+    require_quadrature(quadrature, "density(quadrature)")
+    grid, rows = smoothed(quadrature, grid, sigma, linthresh)
     return Density(grid, rows.mean(0))
 
 
@@ -123,9 +127,10 @@ def density_band(
     >>> bool((lower == upper).all())
     True
     """
+    require_quadrature(quadrature, "density_band(quadrature)")
     if len(quadrature.nodes) < 2:
         raise InvalidInput("one probe has no spread: a band takes the quadrature of two or more")
-    grid, rows = _smoothed(quadrature, grid, sigma, linthresh)
+    grid, rows = smoothed(quadrature, grid, sigma, linthresh)
     mean, stderr, _ = estimate(rows)
     half = half_width(stderr, len(rows), level)
     return Band(grid, (mean - half).clamp(min=0), mean + half)
@@ -143,6 +148,7 @@ def cumulative(quadrature: Quadrature, grid: Tensor | None = None) -> Cumulative
     >>> cumulative(Quadrature(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.3, 0.7]]))).values
     tensor([0.3000, 1.0000])
     """
+    require_quadrature(quadrature, "cumulative(quadrature)")
     nodes, order = quadrature.nodes.flatten().sort()
     steps = (quadrature.weights.flatten()[order] / len(quadrature.nodes)).cumsum(0)
     if grid is None:
@@ -161,14 +167,16 @@ def wasserstein(a: Quadrature, b: Quadrature | Tensor) -> Tensor:
     >>> float(wasserstein(Quadrature(torch.tensor([[1.0]]), torch.tensor([[1.0]])), torch.tensor([3.0, 3.0])))
     2.0
     """
+    require_quadrature(a, "wasserstein(a, b)")
     if isinstance(b, Tensor):
         b = Quadrature(b[None], torch.full_like(b[None], 1 / len(b)))
+    require_quadrature(b, "wasserstein(a, b)")
     at = torch.cat([a.nodes.flatten(), b.nodes.flatten().to(a.nodes)]).sort().values
     gap = (cumulative(a, at).values - cumulative(b, at.to(b.nodes)).values.to(at)).abs()
     return (gap[:-1] * at.diff()).sum()
 
 
-def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> Estimate:
+def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> Estimate[Tensor]:
     """``tr fn(A)`` for a function of the eigenvalues, from a quadrature.
 
     Args:
@@ -189,12 +197,15 @@ def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> 
     >>> trace_of(rule, torch.log, 2).mean
     tensor(1.0986)
     """
+    call = "trace_of(quadrature, fn, n)"
+    require_quadrature(quadrature, call)
+    require_function(fn, "fn", call)
     nodes, weights = quadrature
     result = estimate(n * (weights * fn(nodes)).sum(-1))
     return result._replace(num_matvecs=torch.tensor(nodes.numel()))
 
 
-def negative_share(quadrature: Quadrature) -> Estimate:
+def negative_share(quadrature: Quadrature) -> Estimate[Tensor]:
     """The share of the sum of all |eigenvalues| that is below zero: a ratio of means over the probes.
 
     Returns:
@@ -209,49 +220,3 @@ def negative_share(quadrature: Quadrature) -> Estimate:
     share = below.mean() / total.mean()
     spread = estimate((below - share * total) / total.mean())
     return Estimate(share, spread.stderr, torch.tensor(nodes.numel()))
-
-
-_MOST_WIDTHS = 1e7
-
-
-def _smoothed(
-    quadrature: Quadrature, grid: Tensor | None, sigma: float | None, linthresh: float | None
-) -> tuple[Tensor, Tensor]:
-    """Grid ``(g,)`` and the density of every probe ``(p, g)``."""
-    nodes, weights = quadrature
-    for name, value in (("sigma", sigma), ("linthresh", linthresh)):
-        if value is not None and value <= 0:
-            raise InvalidInput(f"{name}={value} must be positive: it is a width on the axis of the eigenvalues")
-    if linthresh is not None:
-        nodes = (nodes / linthresh).asinh()
-    low, high = nodes.min(), nodes.max()
-    resolved = max(nodes.shape[-1] - 1, 1) * math.sqrt(8 * math.log(3))  # widths in the range
-    if sigma is None:
-        # Nodes that differ by rounding have no range of their own: their size is the only scale there is.
-        size = torch.maximum(low.abs(), high.abs())
-        span = torch.where(high - low > 1e-6 * size, high - low, torch.where(size > 0, 1e-3 * size, 1.0))
-        width = span / resolved
-    else:
-        width = torch.as_tensor(sigma, dtype=nodes.dtype, device=nodes.device)
-        if grid is None:
-            if known(high > low) is None:
-                raise InvalidInput("how many points sigma takes depends on the range, which vmap hides: give grid")
-            resolved = float((high - low) / width)
-            if resolved > _MOST_WIDTHS:
-                raise InvalidInput(
-                    f"sigma={sigma:.3g} is {resolved:.1g} times within the range of the nodes, more than "
-                    f"{_MOST_WIDTHS:.0e}: a grid over all of it takes too many points; widen sigma, or give grid"
-                )
-    if grid is None:
-        steps = max(1024, math.ceil(2 * resolved) + 20)
-        unit = torch.linspace(0, 1, steps, dtype=nodes.dtype, device=nodes.device)
-        at = low - 5 * width + (high - low + 10 * width) * unit
-        grid = at if linthresh is None else at.sinh() * linthresh
-    at = grid if linthresh is None else (grid / linthresh).asinh()
-
-    def row(theta: Tensor, weight: Tensor) -> Tensor:
-        z = (at[:, None] - theta) / width
-        return (-0.5 * z.square()).exp() @ weight / (width * math.sqrt(2 * math.pi))
-
-    rows = torch.stack([row(theta, weight) for theta, weight in zip(nodes, weights, strict=True)])
-    return grid, rows if linthresh is None else rows / (grid.square() + linthresh**2).sqrt()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.estimators import krylov
-from hessfn.estimators.krylov import FlatMatVec, Space, select
+from hessfn.estimators.krylov import FlatMatVec, Space, Which, select
 
 
 class Found(NamedTuple):
@@ -31,7 +31,7 @@ def thick_restart(
     space: Space,
     starts: Tensor,
     k: int,
-    which: str,
+    which: Which,
     rtol: float,
     max_matvecs: int,
     basis_size: int,
@@ -117,7 +117,7 @@ def _ritz(H: Tensor, done: int, pending: int, eps: float) -> Ritz:
     return Ritz(values, vectors, torch.linalg.vector_norm(residuals, dim=0), 10 * eps * float(values.abs().max()))
 
 
-def _repeats_change_nothing(H: Tensor, ritz: Ritz, segment: int, k: int, which: str) -> bool:
+def _repeats_change_nothing(H: Tensor, ritz: Ritz, segment: int, k: int, which: Which) -> bool:
     """Whether the wanted stay the same should all that the last fresh direction has seen be there once more."""
     last = torch.linalg.eigvalsh(H[segment : len(ritz.values), segment : len(ritz.values)], UPLO="U")
     doubled = torch.cat([ritz.values, last]).sort().values

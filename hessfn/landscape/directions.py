@@ -8,23 +8,25 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_state import known
-from hessfn.core.tree import Tree
-from hessfn.landscape.slices import Loss
+from hessfn.core.tree import T
+from hessfn.landscape.slices import Loss, require_kinds
 
 
-def random_direction(params: Tree, *, seed: int = 0) -> Tree:
+def random_direction(params: T, *, seed: int = 0) -> T:
     """A direction of unit norm, uniform on the sphere, in the shape of ``params``; the same for the same seed.
 
     >>> round(float(tree.norm(random_direction(torch.zeros(5)))), 6)
     1.0
     """
+    require_vector(params, "params", "random_direction(params)")
     return _unit(gaussian(params, 1, seed=seed)[0])
 
 
-def gradient_direction(loss: Loss, params: Tree, *args: Any) -> Tree:
+def gradient_direction(loss: Loss, params: T, *args: Any) -> T:
     """The gradient of the loss, at unit norm: the direction of steepest ascent.
 
     Raises:
@@ -33,10 +35,11 @@ def gradient_direction(loss: Loss, params: Tree, *args: Any) -> Tree:
     >>> gradient_direction(lambda w: w.square().sum(), torch.tensor([3.0, 4.0]))
     tensor([0.6000, 0.8000])
     """
+    require_kinds(loss, params, "gradient_direction(loss, params, ...)", floating=True)
     return _unit(torch.func.grad(loss)(params, *args))
 
 
-def direction_to(params: Tree, other: Tree) -> Tree:
+def direction_to(params: T, other: T) -> T:
     """What leads from the parameters (step 0) to another checkpoint's (step 1), at its full length.
 
     Only parameters are interpolated. Buffers, such as the running statistics of BatchNorm, stay those of the model the
@@ -47,14 +50,16 @@ def direction_to(params: Tree, other: Tree) -> Tree:
 
     Source: Goodfellow, Vinyals and Saxe (2015).
 
+    >>> from hessfn import line
     >>> start, end = torch.tensor([1.0]), torch.tensor([3.0])
     >>> line(lambda w: w.square().sum(), start, direction_to(start, end), [0.0, 0.5, 1.0])
     tensor([1., 4., 9.])
     """
+    require_vector(params, "params", "direction_to(params, other)", floating=False)
     return tree.add(tree.aligned(other, params, "the other checkpoint"), params, -1.0)
 
 
-def filter_normalized(direction: Tree, params: Tree, *, keep_vectors: bool = False) -> Tree:
+def filter_normalized(direction: T, params: T, *, keep_vectors: bool = False) -> T:
     """The direction with every filter as long as the same filter of ``params``, so that nets of unlike scale compare.
 
     A filter is a slice along the first axis: of a convolution what makes one channel, of a matrix one row.
@@ -72,6 +77,7 @@ def filter_normalized(direction: Tree, params: Tree, *, keep_vectors: bool = Fal
     tensor([[1.5000, 1.5000, 1.5000, 1.5000],
             [1.5000, 1.5000, 1.5000, 1.5000]])
     """
+    require_vector(params, "params", "filter_normalized(direction, params)", floating=False)
 
     def rescale(d: Tensor, p: Tensor) -> Tensor:
         if p.dim() < 2 and not keep_vectors:
@@ -85,7 +91,7 @@ def filter_normalized(direction: Tree, params: Tree, *, keep_vectors: bool = Fal
     return tree.map(rescale, tree.aligned(direction, params, "the direction"), params)
 
 
-def _unit(direction: Tree) -> Tree:
+def _unit(direction: T) -> T:
     length = tree.norm(tree.require_finite(direction, "the direction"))
     if known((length > 0) & length.isfinite()) is False:
         raise InvalidInput(f"a direction of norm {float(length)} cannot be scaled to norm 1")

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_matvec, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Curvature
-from hessfn.core.tree import MatVec, Tree
-from hessfn.landscape.slices import Loss, line
+from hessfn.core.tree import MatVec, T
+from hessfn.landscape.slices import Loss, line, require_kinds
 
 
-def slice_curvature(loss: Loss, params: Tree, direction: Tree, *args: Any) -> Curvature:
+def slice_curvature(loss: Loss, params: T, direction: T, *args: Any) -> Curvature:
     """The second derivative of the loss along a direction, from its values alone: what ``v'Hv`` must be equal to.
 
     ``(f(h) - 2 f(0) + f(-h)) / h^2`` at the step h, between 0.1 and 0.1 sqrt(eps) of the parameters' norm, that is most
@@ -31,6 +32,9 @@ def slice_curvature(loss: Loss, params: Tree, direction: Tree, *args: Any) -> Cu
     >>> round(float(value), 6), bool(error < 1e-6)
     (1.0, True)
     """
+    call = "slice_curvature(loss, params, direction)"
+    require_kinds(loss, params, call, floating=True)
+    require_vector(direction, "direction", call)
     size, length = tree.norm(params), tree.norm(direction)
     first = 0.1 * torch.where(size > 0, size, 1.0) / torch.where(length > 0, length, 1.0)
     eps = tree.eps(params)
@@ -46,9 +50,7 @@ def slice_curvature(loss: Loss, params: Tree, direction: Tree, *args: Any) -> Cu
     return Curvature(bends.gather(0, best)[0], (contradicted + rounding).gather(0, best)[0])
 
 
-def check_slice(
-    matvec: MatVec, loss: Loss, params: Tree, direction: Tree, *args: Any, rtol: float | None = None
-) -> None:
+def check_slice(matvec: MatVec[T], loss: Loss, params: T, direction: T, *args: Any, rtol: float | None = None) -> None:
     """Asks whether a matvec is the Hessian of this loss here, along one direction: ``v'Hv`` against the slice's bend.
 
     Args:
@@ -64,8 +66,11 @@ def check_slice(
     >>> check_slice(lambda v: 6 * v, lambda w: (w**3).sum(), w, w)
     >>> check_slice(lambda v: 5 * v, lambda w: (w**3).sum(), w, w)
     Traceback (most recent call last):
-    ValueError: v'Av = 10 along this direction, but the loss curves by 12 +- ...
+    hessfn.core.errors.InvalidInput: v'Av = 10 along this direction, but the loss curves by 12 +- ...
     """
+    call = "check_slice(matvec, loss, params, direction)"
+    require_matvec(matvec, call)
+    require_kinds(loss, params, call)
     value, error = slice_curvature(loss, params, direction, *args)
     product = tree.dot(direction, matvec(direction))
     if rtol is None:

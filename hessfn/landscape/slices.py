@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_loss, require_pair, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import each
 from hessfn.core.torch_state import is_differentiated
-from hessfn.core.tree import Tree
+from hessfn.core.tree import T, Tree
 
 Loss = Callable[..., Tensor]
 
 
 def line(
-    loss: Loss, params: Tree, direction: Tree, steps: Iterable[float] | Tensor, *args: Any, batch_size: int = 1
+    loss: Loss, params: T, direction: T, steps: Iterable[float] | Tensor, *args: Any, batch_size: int = 1
 ) -> Tensor:
     """The losses ``loss(params + s direction, *args)`` for every ``s`` in ``steps``: a tensor ``(len(steps),)``.
 
@@ -42,14 +43,15 @@ def line(
     >>> line(lambda w: w.square().sum(), torch.ones(2), torch.tensor([1.0, 0.0]), [-1.0, 0.0, 1.0])
     tensor([1., 2., 5.])
     """
+    require_kinds(loss, params, "line(loss, params, direction, steps)")
     direction = tree.aligned(direction, params, "the direction")
     return _losses(loss, params, [direction], _numbers(steps, params)[:, None], args, batch_size)
 
 
 def plane(
     loss: Loss,
-    params: Tree,
-    directions: tuple[Tree, Tree],
+    params: T,
+    directions: Sequence[T],
     steps_x: Iterable[float] | Tensor,
     steps_y: Iterable[float] | Tensor,
     *args: Any,
@@ -64,10 +66,18 @@ def plane(
     tensor([[0., 1., 4.],
             [1., 2., 5.]])
     """
+    call = "plane(loss, params, directions, steps_x, steps_y)"
+    require_kinds(loss, params, call)
+    pair = require_pair(directions, "directions", call)
     names = ("the first direction", "the second direction")
-    along = [tree.aligned(d, params, name) for d, name in zip(directions, names, strict=True)]
+    along = [tree.aligned(d, params, name) for d, name in zip(pair, names, strict=True)]
     x, y = _numbers(steps_x, params), _numbers(steps_y, params)
     return _losses(loss, params, along, torch.cartesian_prod(x, y), args, batch_size).reshape(len(x), len(y))
+
+
+def require_kinds(loss: Loss, params: Tree, call: str, *, floating: bool = False) -> None:
+    require_loss(loss, params, call)
+    require_vector(params, "params", call, floating=floating)
 
 
 def _losses(

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_sequence
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Trajectory
 from hessfn.core.torch_state import known
-from hessfn.core.tree import Tree
+from hessfn.core.tree import T, Tree
 
 _CHUNK = 2**16  # entries of each checkpoint worked on at a time
 
 
-def principal_directions(checkpoints: Sequence[Tree], k: int = 2, *, origin: Tree | None = None) -> Trajectory:
+def principal_directions(checkpoints: Sequence[T], k: int = 2, *, origin: T | None = None) -> Trajectory[T]:
     """The plane through one point that a training trajectory keeps closest to: principal directions and coordinates.
 
     The first k singular vectors of the rows ``checkpoint - origin``, from their Gram matrix ``(T, T)``: for
@@ -45,6 +46,7 @@ def principal_directions(checkpoints: Sequence[Tree], k: int = 2, *, origin: Tre
     >>> principal_directions(path, k=1).coordinates.T
     tensor([[2., 1., 0.]], dtype=torch.float64)
     """
+    require_sequence(checkpoints, "checkpoints", "principal_directions(checkpoints)")
     if len(checkpoints) == 0:
         raise InvalidInput("there is no checkpoint: the sequence is empty")
     origin = checkpoints[-1] if origin is None else origin

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_forward, require_pair
 from hessfn.core.torch_state import torch_state_lock
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.tree import MatVec, T, Tree
 from hessfn.engine.op_definitions import by_definition
 from hessfn.products.modes import vjp
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _says_what_is_missing(make: Callable[P, R]) -> Callable[P, R]:
+    """A loss and its parameters, as for ``hvp``, are one argument too few: what the first is tells more than that."""
+
+    @functools.wraps(make)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        given: dict[str, Any] = dict(zip(("forward", "criterion", "params", "batch"), args, strict=False)) | kwargs
+        if given.keys() == {"forward", "criterion", "params"}:
+            require_forward(**given, call=_call(make))
+        return make(*args, **kwargs)
+
+    return checked
+
+
+def _call(make: Callable[..., Any]) -> str:
+    return f"{make.__name__}(forward, criterion, params, batch)"
+
+
+@_says_what_is_missing
 def ggnvp(
-    forward: Callable[[Tree, Any], Any], criterion: Callable[[Any, Any], Tensor], params: Tree, batch: Any
-) -> MatVec:
+    forward: Callable[[T, Any], Any], criterion: Callable[[Any, Any], Tensor], params: T, batch: Any
+) -> MatVec[T]:
     """Products with the generalized Gauss-Newton matrix ``J' H_out J``.
 
     ``J`` is the Jacobian of the outputs by the parameters, ``H_out`` the Hessian of the criterion by the outputs. It is
@@ -31,6 +54,10 @@ def ggnvp(
         params: a tree of tensors.
         batch: ``(inputs, targets)``.
 
+    Raises:
+        ValueError: an argument is of another kind, such as a loss where the model's outputs are wanted, or a vector
+            does not match ``params``.
+
     Source: Schraudolph (2002).
 
     >>> x = torch.tensor([[1.0, 2.0]])
@@ -38,16 +65,17 @@ def ggnvp(
     >>> matvec(torch.tensor([1.0, 0.0]))
     tensor([2., 4.])
     """
-    inputs, targets = batch
+    require_forward(forward, criterion, params, _call(ggnvp))
+    inputs, targets = require_pair(batch, "batch (inputs, targets)", _call(ggnvp))
 
     def loss_of(out: Any) -> Tensor:
         return criterion(out, targets)
 
-    def matvec(v: Tree) -> Tree:
+    def matvec(v: T) -> T:
         v = tree.aligned(v, params)
         defined = by_definition(forward)
 
-        def outputs(p: Tree) -> Any:
+        def outputs(p: T) -> Any:
             return defined(p, inputs)
 
         with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
@@ -59,9 +87,8 @@ def ggnvp(
     return matvec
 
 
-def fvp(
-    forward: Callable[[Tree, Any], Any], criterion: Callable[[Any, Any], Tensor], params: Tree, batch: Any
-) -> MatVec:
+@_says_what_is_missing
+def fvp(forward: Callable[[T, Any], Any], criterion: Callable[[Any, Any], Tensor], params: T, batch: Any) -> MatVec[T]:
     """Products with the empirical Fisher matrix ``1/B sum_i g_i g_i'``, ``g_i`` the gradient of sample ``i``'s loss.
 
     Arguments as :func:`ggnvp`. Samples lie along the first axis of outputs and targets, and the output of a sample must
@@ -74,17 +101,18 @@ def fvp(
     >>> matvec(torch.tensor([1.0, 0.0]))
     tensor([2., 4.])
     """
-    inputs, targets = batch
+    require_forward(forward, criterion, params, _call(fvp))
+    inputs, targets = require_pair(batch, "batch (inputs, targets)", _call(fvp))
 
     def alone(output: Any, target: Any) -> Tensor:
         one = tree.map(lambda leaf: leaf.unsqueeze(0), (output, target))
         return criterion(*one)
 
-    def matvec(v: Tree) -> Tree:
+    def matvec(v: T) -> T:
         v = tree.aligned(v, params)
         defined = by_definition(forward)
 
-        def losses(p: Tree) -> Tensor:
+        def losses(p: T) -> Tensor:
             return torch.func.vmap(alone)(defined(p, inputs), targets)
 
         with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_batches, require_loss, require_vector
 from hessfn.core.errors import Untraceable
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.tree import MatVec, T
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.batches import Weights, mean
@@ -17,7 +18,7 @@ from hessfn.products.loss_checks import Loss, check_loss
 from hessfn.products.modes import ModeName, differentiating, product_of
 
 
-def hvp(loss: Loss, params: Tree, *args: Any, mode: ModeName = "auto") -> MatVec:
+def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto") -> MatVec[T]:
     """Hessian-vector products of ``loss(params, *args)`` by its first argument, forward-over-reverse.
 
     ``H v = d/dt grad loss(params + t v)`` at ``t = 0``. Nothing is kept between products.
@@ -40,23 +41,26 @@ def hvp(loss: Loss, params: Tree, *args: Any, mode: ModeName = "auto") -> MatVec
         A matvec on trees like ``params``.
 
     Raises:
-        ValueError: the loss is not one finite number, or draws random numbers, or a vector does not match ``params``.
+        ValueError: an argument is of another kind, such as a model for the loss; or, at the first product, the loss is
+            not one finite number, or draws random numbers, or a vector does not match ``params``.
 
     Source: Pearlmutter (1994).
 
+    >>> import torch
     >>> matvec = hvp(lambda w: (w**3).sum(), torch.tensor([1.0, 2.0]))
     >>> matvec(torch.tensor([1.0, 1.0]))
     tensor([ 6., 12.])
     """
+    _require_kinds(loss, params, "hvp(loss, params, ...)")
     product = product_of(loss, mode)
 
-    def matvec(v: Tree) -> Tree:
+    def matvec(v: T) -> T:
         return product(params, args, tree.aligned(v, params))
 
     return matvec
 
 
-def linearized_hvp(loss: Loss, params: Tree, *args: Any, compile: bool = False) -> MatVec:
+def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False) -> MatVec[T]:
     """The products of :func:`hvp`, with all that does not depend on the vector computed once, here: the fastest ones.
 
     A product costs about 2 gradients instead of 3. Kept in memory are the intermediate results of one gradient, and on
@@ -76,12 +80,14 @@ def linearized_hvp(loss: Loss, params: Tree, *args: Any, compile: bool = False) 
 
     Raises:
         Untraceable: one trace cannot stand for this loss, and why (it branches on values, say): take :func:`hvp`.
-        ValueError: the loss is not one finite number.
+        ValueError: an argument is of another kind, or the loss is not one finite number.
 
+    >>> import torch
     >>> matvec = linearized_hvp(lambda w: (w**3).sum(), torch.tensor([1.0, 2.0]))
     >>> matvec(torch.tensor([1.0, 1.0]))
     tensor([ 6., 12.])
     """
+    _require_kinds(loss, params, "linearized_hvp(loss, params, ...)")
     # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new.
     params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
     job = pipeline.Job(by_definition(loss), params, args, linearized=True, compile=compile)
@@ -93,7 +99,7 @@ def linearized_hvp(loss: Loss, params: Tree, *args: Any, compile: bool = False) 
             raise Untraceable(f"{error}; hvp finds another way") from error
     product = pipeline.linear_product(module, job)
 
-    def matvec(v: Tree) -> Tree:
+    def matvec(v: T) -> T:
         return tree.unflatten(product(*tree.leaves(tree.aligned(v, params))), params)
 
     return matvec
@@ -101,13 +107,13 @@ def linearized_hvp(loss: Loss, params: Tree, *args: Any, compile: bool = False) 
 
 def mean_hvp(
     loss: Loss,
-    params: Tree,
+    params: T,
     batches: Iterable[Any],
     *,
     weights: Weights = None,
     microbatch: int | None = None,
     mode: ModeName = "auto",
-) -> MatVec:
+) -> MatVec[T]:
     """Products with the mean Hessian over batches, ``sum_b w_b H_b v / sum_b w_b``; one batch is in memory at a time.
 
     Args:
@@ -122,14 +128,18 @@ def mean_hvp(
         mode: as for :func:`hvp`.
 
     Raises:
-        ValueError: there is no batch, ``batches`` can be run through only once, shuffles, or changes between products,
-            or a product is not finite: the message names the batch and the leaf.
+        ValueError: an argument is of another kind, there is no batch, ``batches`` can be run through only once,
+            shuffles, or changes between products, or a product is not finite: the message names the batch and the leaf.
 
+    >>> import torch
     >>> batches = [torch.ones(3, 1), torch.zeros(1, 1)]
     >>> matvec = mean_hvp(lambda w, x: (w * x).square().sum(1).mean(), torch.ones(1), batches)
     >>> matvec(torch.ones(1))
     tensor([1.5000])
     """
+    call = "mean_hvp(loss, params, batches)"
+    _require_kinds(loss, params, call)
+    require_batches(batches, call)
     product = product_of(loss, mode)
     averaged = mean(
         lambda v, batch: tree.require_finite(product(params, (batch,), v), "the product"),
@@ -139,3 +149,8 @@ def mean_hvp(
         device=next((leaf.device for leaf in tree.leaves(params)), None),
     )
     return lambda v: averaged(tree.aligned(v, params))
+
+
+def _require_kinds(loss: Loss, params: T, call: str) -> None:
+    require_loss(loss, params, call)
+    require_vector(params, "params", call)

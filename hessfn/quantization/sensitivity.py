@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_batches, require_model
 from hessfn.core.errors import InvalidInput, Untraceable
 from hessfn.core.probes import rademacher
-from hessfn.core.results import Estimate, Sensitivities
-from hessfn.core.tree import MatVec, Tree
-from hessfn.losses.activation import activation_loss, joint_loss
+from hessfn.core.results import Estimate, S, Sensitivities
+from hessfn.core.tree import MatVec
+from hessfn.losses.activation import Edge, activation_loss, joint_loss
 from hessfn.losses.batches import Weights, length, mean, share_of
 from hessfn.losses.functional import bare
 from hessfn.losses.layer_selection import Layers
 from hessfn.products.hessian import hvp, linearized_hvp
 
 Criterion = Callable[[Any, Any], Tensor]
-Probes = Callable[[Tree], Sequence[Tree]]
-Transform = Callable[[MatVec], MatVec]
+ByName = dict[str, Tensor]
+Probes = Callable[[ByName], Sequence[ByName]]
+Transform = Callable[[MatVec[ByName]], MatVec[ByName]]
 
 
 def activation_traces(
@@ -32,13 +34,13 @@ def activation_traces(
     layers: Layers,
     num_probes: int,
     *,
-    at: str = "input",
+    at: Edge = "input",
     blockwise: bool = False,
     seed: int = 0,
     weights: Weights = None,
     microbatch: int | None = None,
     transform: Transform = lambda matvec: matvec,
-) -> Estimate:
+) -> Estimate[ByName]:
     """The trace of each layer's activation Hessian, over all samples of all batches: the mean of the samples' traces.
 
     Args:
@@ -69,8 +71,9 @@ def activation_traces(
     >>> torch.allclose(trace, 2 * net[0].weight.double() ** 2)
     True
     """
+    _require_kinds(model, batches, "activation_traces(model, criterion, batches, layers, num_probes)")
 
-    def samples(batch: Any, probes: Probes) -> Tree:
+    def samples(batch: Any, probes: Probes) -> ByName:
         loss, shifts = activation_loss(model, criterion, batch, layers, at=at)
         parts = [{name: shift} for name, shift in shifts.items()] if blockwise else [shifts]
         return {name: x for part in parts for name, x in _dots(loss, part, probes, transform).items()}
@@ -86,7 +89,7 @@ def sensitivities(
     layers: Layers | None = None,
     num_probes: int = 50,
     *,
-    at: str = "input",
+    at: Edge = "input",
     seed: int = 0,
     weights: Weights = None,
     microbatch: int | None = None,
@@ -120,18 +123,19 @@ def sensitivities(
     >>> found.weight_numel, found.activation_numel
     ({'0': 6, '2': 2}, {'0': 3, '2': 2})
     """
+    _require_kinds(model, batches, "sensitivities(model, criterion, batches)")
     model = bare(model)
     modules, params = dict(model.named_modules()), dict(model.named_parameters())
     names = {id(p): name for name, p in params.items()}
     joint = joint_loss(model, criterion, has_matrix if layers is None else layers, at, strict=layers is not None)
 
-    def samples(batch: Any, probes: Probes) -> Tree:
+    def samples(batch: Any, probes: Probes) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         loss, shifts = joint(batch)
         layer_of = {flow: _layer_of(flow, modules) for flow in shifts}
         weight_of = {layer: names[id(_weight(layer, modules))] for layer in layer_of.values()}
         point = {**{f"weight {w}": params[w].detach() for w in weight_of.values()}, **shifts}
 
-        def both(point: Tree) -> Tensor:
+        def both(point: ByName) -> Tensor:
             return loss({w: point[f"weight {w}"] for w in weight_of.values()}, {flow: point[flow] for flow in shifts})
 
         dots = _dots(both, point, probes, transform)
@@ -147,7 +151,7 @@ def sensitivities(
 
     result = _over(batches, samples, num_probes, seed, weights, microbatch, model)
 
-    def part(i: int) -> Estimate:
+    def part(i: int) -> Estimate[ByName]:
         mean, stderr = ({layer: x[i] for layer, x in found.items()} for found in (result.mean, result.stderr))
         return Estimate(mean, stderr, result.num_matvecs)
 
@@ -156,21 +160,26 @@ def sensitivities(
     return Sensitivities(part(0), part(1), weight_numel, activation_numel)
 
 
+def _require_kinds(model: nn.Module, batches: Iterable[Any], call: str) -> None:
+    require_model(model, call)
+    require_batches(batches, call)
+
+
 def _over(
     batches: Iterable[Any],
-    samples: Callable[[Any, Probes], Tree],
+    samples: Callable[[Any, Probes], S],
     num_probes: int,
     seed: int,
     weights: Weights,
     microbatch: int | None,
     model: nn.Module,
-) -> Estimate:
+) -> Estimate[S]:
     """The estimate from samples ``(num_probes,)`` of every batch, each with probes of its own."""
     if num_probes < 1:
         raise InvalidInput(f"num_probes={num_probes} must be at least 1")
     numbers = itertools.count(*share_of(batches))
 
-    def of_batch(batch: Any) -> Tree:
+    def of_batch(batch: Any) -> S:
         start = next(numbers) * num_probes
         return samples(batch, lambda point: rademacher(point, start + num_probes, seed=seed)[start:])
 
@@ -183,7 +192,7 @@ def _over(
     )
 
 
-def _dots(loss: Callable[[Tree], Tensor], point: Tree, probes: Probes, transform: Transform) -> dict[str, Tensor]:
+def _dots(loss: Callable[[ByName], Tensor], point: ByName, probes: Probes, transform: Transform) -> ByName:
     """``z * Hz`` summed over each leaf, for every probe."""
     try:
         matvec = linearized_hvp(loss, point)

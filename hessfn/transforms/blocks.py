@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from hessfn.core import tree
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.arguments import require_matvec, require_vector
+from hessfn.core.tree import MatVec, T
 
 
-def restrict(matvec: MatVec, like: Tree, names: str | Iterable[str]) -> MatVec:
+def restrict(matvec: MatVec[T], like: T, names: str | Iterable[str]) -> MatVec[dict[str, Tensor]]:
     """The diagonal block of a matrix that belongs to some of the leaves: zero-pad in, select out.
 
     Args:
@@ -28,10 +30,12 @@ def restrict(matvec: MatVec, like: Tree, names: str | Iterable[str]) -> MatVec:
     >>> restrict(whole, {"a": torch.zeros(()), "b": torch.zeros(())}, "b")({"b": torch.tensor(1.0)})
     {'b': tensor(3.)}
     """
-    return block(matvec, like, names, names)
+    return _block(matvec, like, names, names, "restrict(matvec, like, names)")
 
 
-def block(matvec: MatVec, like: Tree, rows: str | Iterable[str], columns: str | Iterable[str]) -> MatVec:
+def block(
+    matvec: MatVec[T], like: T, rows: str | Iterable[str], columns: str | Iterable[str]
+) -> MatVec[dict[str, Tensor]]:
     """Any block of a matrix, such as that between two layers: zero-pad in by columns, select out by rows.
 
     Args:
@@ -50,10 +54,18 @@ def block(matvec: MatVec, like: Tree, rows: str | Iterable[str], columns: str | 
     >>> block(whole, {"a": torch.zeros(()), "b": torch.zeros(())}, "a", "b")({"b": torch.tensor(1.0)})
     {'a': tensor(1.)}
     """
+    return _block(matvec, like, rows, columns, "block(matvec, like, rows, columns)")
+
+
+def _block(
+    matvec: MatVec[T], like: T, rows: str | Iterable[str], columns: str | Iterable[str], call: str
+) -> MatVec[dict[str, Tensor]]:
+    require_matvec(matvec, call)
+    require_vector(like, "like", call, floating=False)
     entering, leaving = tree.select(like, columns), tree.select(like, rows)
     known = tree.names(like)
 
-    def product(v: Tree) -> Tree:
+    def product(v: dict[str, Tensor]) -> dict[str, Tensor]:
         v = tree.aligned(v, entering)
         blank = zip(known, tree.leaves(like), strict=True)
         padded = [v[name] if name in entering else torch.zeros_like(x) for name, x in blank]

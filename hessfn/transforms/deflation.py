@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from hessfn.core.arguments import require_matvec, require_vectors
 from hessfn.core.projection import complement_of
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.tree import MatVec, T
 
 
-def deflate(matvec: MatVec, vectors: Tree) -> MatVec:
+def deflate(matvec: MatVec[T], vectors: T) -> MatVec[T]:
     """``(I - QQ') A (I - QQ')``: the matrix with the span of some vectors taken out.
 
     Args:
         vectors: a tree whose leaves carry a leading axis of k vectors, as ``eigsh(...).vectors``. They need not be
             orthonormal; a QR factorisation makes them so, once.
 
+    >>> import torch
     >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     >>> deflate(lambda v: A @ v, torch.eye(3)[:1])(torch.ones(3))
     tensor([0., 2., 1.])
     """
+    call = "deflate(matvec, vectors)"
+    require_matvec(matvec, call)
+    require_vectors(vectors, "vectors", call)
     outside = complement_of(vectors)
     return lambda v: outside(matvec(outside(v)))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_matvec, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import gaussian
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.tree import MatVec, T
 
 
-def check_matvec(matvec: MatVec, like: Tree, *, seed: int = 0, rtol: float | None = None) -> None:
+def check_matvec(matvec: MatVec[T], like: T, *, seed: int = 0, rtol: float | None = None) -> None:
     """Asks a matvec whether it is one: the same for the same vector, linear, symmetric. Four products.
 
     Args:
@@ -20,11 +21,15 @@ def check_matvec(matvec: MatVec, like: Tree, *, seed: int = 0, rtol: float | Non
     Raises:
         ValueError: it is not, with the size of the error and what usually causes it.
 
+    >>> import torch
     >>> check_matvec(lambda v: 2 * v, torch.zeros(3))
     >>> check_matvec(lambda v: v.abs(), torch.zeros(3))
     Traceback (most recent call last):
-    ValueError: the matvec is not linear: ...
+    hessfn.core.errors.InvalidInput: the matvec is not linear: ...
     """
+    call = "check_matvec(matvec, like)"
+    require_matvec(matvec, call)
+    require_vector(like, "like", call)
     x, y = gaussian(like, 2, seed=seed)
     if rtol is None:
         rtol = tree.eps(like) ** (1 / 3)

@@ -1,0 +1,67 @@
+"""The mean of independent samples with its standard error, one sample in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.errors import InvalidInput
+from hessfn.core.results import Estimate, S
+from hessfn.core.tree import Tree
+from hessfn.estimators import krylov
+
+_MIN_PROBES = 10  # a standard error from fewer is too uncertain to stop on
+
+
+def estimate(samples: Iterable[S]) -> Estimate[S]:
+    """Mean and standard error of independent trees, entry by entry, one at a time; in float32 at least."""
+    last = deque(_running(samples), maxlen=1)
+    if not last:
+        raise InvalidInput("there is no probe: rademacher(params, num) needs num >= 1")
+    return _of(*last[0])
+
+
+def estimate_until(samples: Iterable[Tensor], rtol: float) -> Estimate[Tensor]:
+    """As many samples as the tolerance takes, at least ten where there are ten."""
+    result = None
+    for count, mean, squares in _running(samples):
+        krylov.number(mean, mean, count)
+        result = _of(count, mean, squares)
+        if count >= _MIN_PROBES and half_width(result.stderr, count) <= rtol * mean.abs():
+            break
+    return estimate([]) if result is None else result
+
+
+def half_width(stderr: Any, num_samples: int, level: float = 0.95) -> Any:
+    """Half the width of the confidence interval around a mean of few samples, by Student's t."""
+    return stderr * float(stdtrit(num_samples - 1, 0.5 + level / 2))
+
+
+def _running(samples: Iterable[S]) -> Iterator[tuple[int, S, S]]:
+    """Count, mean and root of the sum of squared deviations so far (Welford 1962); no square can overflow."""
+    mean: Tree = None
+    root: Tree = None
+    for count, sample in enumerate(samples, 1):
+        wider = tree.map(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), sample)
+        if count == 1:
+            mean, root = wider, tree.map(torch.zeros_like, wider)
+        else:
+            step = tree.map(torch.sub, wider, mean)
+            mean = tree.map(lambda m, d, c=count: m + d / c, mean, step)
+            root = tree.map(lambda r, d, c=count: torch.hypot(r, d * math.sqrt((c - 1) / c)), root, step)
+        yield count, mean, root
+
+
+def _of(count: int, mean: S, root: S) -> Estimate[S]:
+    if count == 1:
+        stderr = tree.map(lambda r: torch.full_like(r, torch.inf), root)
+    else:
+        stderr = tree.map(lambda r: r / math.sqrt(count * (count - 1)), root)
+    return Estimate(mean, stderr, torch.tensor(count))
