@@ -294,7 +294,7 @@ def test_nobody_waits_for_the_compiler_but_who_needs_it(compiler: Any, tmp_path:
     assert lives(tmp_path) == 1
 
 
-REST = ["trace_graph", "recorder", "memory_plan", "products", "operations", "compose", "reassociation", "journal"]
+REST = ["trace_graph", "recorder", "memory_plan", "products", "operations", "reassociation", "journal"]
 
 
 @pytest.mark.slow
