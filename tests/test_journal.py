@@ -449,6 +449,11 @@ def test_a_journal_takes_plain_tensors_only(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_journal_is_of_a_function(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"journal\(matvec, folder\): matvec is .*, not a function"):
+        hf.journal(torch.eye(3), tmp_path)  # type: ignore[arg-type]
+
+
 def test_what_has_no_bytes_is_no_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'model' is a Linear: only tensors"):
         hf.journal(lambda v: v, tmp_path, key={"net": {"model": torch.nn.Linear(1, 1)}})(torch.ones(1))

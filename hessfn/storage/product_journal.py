@@ -16,20 +16,21 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_function
 from hessfn.core.config import numerics
 from hessfn.core.errors import InvalidInput, JournalError
 from hessfn.core.fingerprints import fingerprint, kind
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_private import is_functorch_wrapped_tensor
-from hessfn.core.tree import MatVec, Tree
+from hessfn.core.tree import MatVec, T, Tree
 from hessfn.storage import records
 
 _RECORD = re.compile(r"[0-9a-f]{64}-\d+")
 
 
 def journal(
-    matvec: MatVec, folder: str | os.PathLike[str], *, key: Mapping[str, Any] | None = None, resume: bool = True
-) -> MatVec:
+    matvec: MatVec[T], folder: str | os.PathLike[str], *, key: Mapping[str, Any] | None = None, resume: bool = True
+) -> MatVec[T]:
     """The same products, each written to disk: a run that was killed is started again and reads those it had made.
 
     Routines are pure. With the same arguments they ask for the same vectors, so any of them goes on where it was and
@@ -58,7 +59,8 @@ def journal(
     Cost: a hash of the vector and of the product. On disk, the bytes of one vector a product.
 
     Raises:
-        ValueError: at a product: the journal is of another matrix, or a file is damaged; the message says what to do.
+        ValueError: ``matvec`` is no function; or, at a product, the journal is of another matrix, or a file is damaged:
+            the message says what to do.
         OSError: another process uses the folder, or it cannot be written, as on a full disk. Products already there
             stay good.
 
@@ -73,11 +75,12 @@ def journal(
     hessfn.core.errors.JournalError: the journal in ... is of another matrix: it has another 'w'. ...
     >>> folder.cleanup()
     """
+    require_function(matvec, "matvec", "journal(matvec, folder)")
     path = Path(folder)
     opened: dict[int, _Opened] = {}  # by process: a fork has none of its parent's holds
     asked: defaultdict[str, set[int]] = defaultdict(set)
 
-    def opened_here(v: Tree) -> _Opened:
+    def opened_here(v: T) -> _Opened:
         process = os.getpid()
         if process not in opened:
             path.mkdir(parents=True, exist_ok=True)
@@ -91,7 +94,7 @@ def journal(
                     opened[process] = _Opened(path, hold, hold.identity)
         return opened[process]
 
-    def journaled(v: Tree) -> Tree:
+    def journaled(v: T) -> T:
         _require_plain(v)
         here, vector = opened_here(v), fingerprint(v)
         with here.hold.turn:
@@ -111,7 +114,7 @@ class _Opened(NamedTuple):
     hold: records.Hold
     of: str
 
-    def product(self, name: str, matvec: MatVec, v: Tree) -> Tree:
+    def product(self, name: str, matvec: MatVec[T], v: T) -> T:
         """The product on the disk, or a new one, which then is. Other threads wait for the disk, not for the matvec."""
         file = self.path / name
         with self.hold.turn:
