@@ -11,6 +11,8 @@ from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
+from hessfn.reporting.options import Options
+
 project = "hessfn"
 author = copyright = "the hessfn developers"
 version = release = importlib.metadata.version("hessfn")
@@ -56,7 +58,8 @@ def _math(self: Any, node: Any) -> None:
 def _aliases(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
     """Names of types inside of others are shown as names too, and any arguments as ``Callable[..., T]``."""
     named = [text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns)]
-    return tuple(text and text.replace("Callable[[...],", "Callable[...,") for text in named)
+    named = [text and text.replace("Callable[[...],", "Callable[...,") for text in named]
+    return tuple(text and re.sub(r"\bOptions\.(\w+)", lambda m: repr(getattr(Options, m[1])), text) for text in named)
 
 
 def _fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

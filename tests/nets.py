@@ -31,7 +31,7 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 
 needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile and tiles.c need a compiler"
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile and kernel.c need a compiler"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any, ClassVar
 
 import pytest
@@ -205,3 +206,122 @@ def test_batches_of_what_a_trace_cannot_see_into_are_not_taken_for_each_other(wr
     exact = hf.dense(hf.mean_hvp(plain, params, pairs, mode="double_backward"), params)
     found = hf.dense(hf.mean_hvp(loss, params, [(wrapped(x), y) for x, y in pairs]), params)
     torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+
+# The first product is held against gradients of the loss itself
+
+
+def norms_squared(w: torch.Tensor) -> torch.Tensor:
+    return (w[:2] - 1).square().sum() + 0.5 * w[2:].norm() ** 2
+
+
+def inverse_of_cholesky(w: torch.Tensor) -> torch.Tensor:
+    a = w.reshape(3, 3)
+    return torch.cholesky_inverse(torch.linalg.cholesky(a @ a.T + torch.eye(3).to(w))).square().sum()
+
+
+def product_by_scattering(w: torch.Tensor) -> torch.Tensor:
+    return torch.ones(2).to(w).scatter_reduce(0, torch.tensor([0, 0, 1, 1]), w, "prod").square().sum()
+
+
+def determinant(w: torch.Tensor) -> torch.Tensor:
+    return torch.det(w.reshape(2, 2)).square()
+
+
+WRONG_RULES = {
+    "norm squared at zero": (norms_squared, [0.5, -0.3, 0.0, 0.0], "vector_norm"),
+    "cholesky_inverse": (inverse_of_cholesky, [0.7, -0.2, 0.4, 1.1, 0.3, -0.9, 0.5, 0.8, -0.6], "cholesky_inverse"),
+    "scatter_reduce, prod": (product_by_scattering, [2.0, 3.0, 4.0, 0.5], "scatter_reduce"),
+}
+
+
+def by_differences(loss: Any, w: torch.Tensor) -> torch.Tensor:
+    """The Hessian by central differences of gradients."""
+    columns = []
+    for e in torch.eye(len(w), dtype=w.dtype):
+        grads = [torch.autograd.grad(loss(x := (w + c * e).requires_grad_()), x)[0] for c in (1e-6, -1e-6)]
+        columns.append((grads[0] - grads[1]) / 2e-6)
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("name", WRONG_RULES)
+def test_a_wrong_rule_of_torch_is_found_named_and_got_round(name: str) -> None:
+    loss, point, operation = WRONG_RULES[name]
+    w = torch.tensor(point, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=f"v'Hv = .* where its gradients give .*{operation}.*Taken is mode"):
+        found = hf.dense(hf.hvp(loss, w), w)
+    torch.testing.assert_close(found, by_differences(loss, w), rtol=1e-5, atol=1e-5)
+    # Products by scattering look at values: they are not traced at all.
+    with pytest.raises(hf.Untraceable, match=f"({operation}|value of a tensor).*hvp finds another way"):
+        hf.linearized_hvp(loss, w)
+
+
+def test_the_determinant_of_an_orthogonal_matrix_is_right_or_warned_of() -> None:
+    w = torch.tensor([0.6, 0.8, -0.8, 0.6], dtype=torch.float64)
+    exact = by_differences(determinant, w)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = hf.dense(hf.hvp(determinant, w), w)
+    assert said or torch.allclose(found, exact, atol=1e-6)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda w: w.abs().sum() + w.square().sum(), lambda w: w.norm() + w.square().sum(), lambda w: w.relu().sum()],
+)
+def test_a_kink_right_here_is_said(loss: Any) -> None:
+    w = torch.zeros(4, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="a kink, or jumps, at these very parameters"):
+        hf.hvp(loss, w)(torch.tensor([1.0, -2.0, 0.5, 3.0]).double())
+
+
+def test_a_mode_that_was_asked_for_is_kept_and_warned_of() -> None:
+    w = torch.tensor([0.5, -0.3, 0.0, 0.0], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="mode 'traced' is not the curvature"):
+        hf.hvp(norms_squared, w, mode="traced")(torch.ones_like(w))
+
+
+def test_nothing_is_said_where_nobody_can_or_should_be_told() -> None:
+    w = torch.tensor([0.5, -0.3, 0.0, 0.0], dtype=torch.float64)
+    hf.hvp(norms_squared, w, check=False)(torch.ones_like(w))
+    hf.linearized_hvp(norms_squared, w, check=False)(torch.ones_like(w))
+    torch.func.vmap(hf.hvp(norms_squared, w))(torch.eye(4).double())
+    torch.func.grad(lambda w: hf.hvp(lambda w: w.relu().pow(3).sum(), w)(torch.ones_like(w)).sum())(w)
+
+
+def test_a_loss_is_checked_once_for_its_shapes_however_many_products_are_made_of_it() -> None:
+    calls = []
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        calls.append(w.dtype)
+        return w.pow(4).sum()
+
+    w = torch.linspace(0.1, 1.0, 5)
+    hf.hvp(loss, w)(torch.ones(5))
+    checked = calls.count(torch.float64)
+    assert 1 <= checked <= 4
+    for _ in range(3):
+        hf.hvp(loss, w + 1)(torch.ones(5))
+    assert calls.count(torch.float64) == checked
+    hf.hvp(loss, torch.ones(6))(torch.ones(6))
+    assert calls.count(torch.float64) == 2 * checked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_not_taken_for_an_error(dtype: torch.dtype) -> None:
+    model = net(4, 30, 30, 3).to(dtype)
+    x, y = batch(40)
+    loss, params = hf.functionalize(model, lambda out, y: F.cross_entropy(out.float(), y))
+    hf.hvp(loss, params, (x.to(dtype), y))(hf.gaussian(params, 1)[0])
+
+
+def test_constants_that_a_loss_detaches_or_computes_without_derivatives_are_held_fast() -> None:
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = w.norm()
+        return (w**3).sum() / (w.detach().sum() * scale)
+
+    w = torch.arange(1.0, 4.0, dtype=torch.float64)
+    found = hf.hvp(loss, w, mode="double_backward")(torch.ones_like(w))
+    torch.testing.assert_close(found, 6 * w / (w.sum() * w.norm()), rtol=1e-12, atol=0.0)

@@ -109,8 +109,8 @@ LOSS: tuple[Stage, ...] = (
 PRODUCT: tuple[Stage, ...] = (
     Stage(
         "differentiate",
-        "Forward-over-reverse: the graph of the loss becomes that of the product; zeros, common subexpressions and dead "
-        "code are left out.",
+        "Forward-over-reverse: the graph of the loss becomes that of the product; zeros, common subexpressions and "
+        "dead code are left out.",
         _differentiate,
     ),
     Stage(

@@ -1,1 +1,1 @@
-"""Make: from a loss to a matvec. Which way a loss is differentiated twice, and what is asked of it before."""
+"""Make: from a loss to a matvec. In which mode a loss is differentiated twice, and what is asked of it before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,15 +11,18 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.arguments import require_batches, require_loss, require_vector
 from hessfn.core.errors import Untraceable
+from hessfn.core.probes import gaussian
+from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import MatVec, T
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.batches import Weights, mean
+from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, is_checked, verdict
 from hessfn.products.loss_checks import Loss, check_loss
-from hessfn.products.modes import ModeName, differentiating, product_of
+from hessfn.products.modes import ModeName, blame, differentiating, product_of, shapes_of
 
 
-def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto") -> MatVec[T]:
+def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto", check: bool = True) -> MatVec[T]:
     """Hessian-vector products of ``loss(params, *args)`` by its first argument, forward-over-reverse.
 
     ``H v = d/dt grad loss(params + t v)`` at ``t = 0``. Nothing is kept between products.
@@ -27,7 +31,7 @@ def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto") -> MatVec[T]
         loss: a function to a scalar tensor.
         params: a tree of floating-point tensors, where the Hessian is taken.
         args: what else the loss takes, such as a batch.
-        mode: how. ``"auto"`` takes the first way of this list that the loss's operations allow, and says so in one
+        mode: how. ``"auto"`` takes the first mode of this list that the loss's operations allow, and says so in one
             warning where it is not exact forward-over-reverse:
 
             - ``"traced"``: forward-over-reverse through one cleaned trace of the loss, made at the first product (see
@@ -36,9 +40,14 @@ def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto") -> MatVec[T]
             - ``"reverse"``: ``vjp`` of the gradient, exact as well, with the whole graph in memory.
             - ``"double_backward"``: ``torch.autograd.grad`` twice, for what ``torch.func`` refuses.
             - ``"difference"``: central differences of gradients, for what has no second derivative in torch.
+        check: whether the first product of this loss, in these shapes, is held against differences of gradients of the
+            loss itself, in float64 where it runs in that; it costs two gradients, once. Where they disagree, the next
+            mode that agrees is taken and a warning says so, or that the loss has a kink right here. It is silent
+            under ``vmap``, autograd and ``torch.compile``.
 
     Returns:
-        A matvec on trees like ``params``.
+        A matvec on trees like ``params``. What it keeps of the loss is its graph: numbers and tensors that the loss
+        closes over are those of the first product.
 
     Raises:
         ValueError: an argument is of another kind, such as a model for the loss; or, at the first product, the loss is
@@ -52,7 +61,7 @@ def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto") -> MatVec[T]
     tensor([ 6., 12.])
     """
     _require_kinds(loss, params, "hvp(loss, params, ...)")
-    product = product_of(loss, mode)
+    product = product_of(loss, mode, check)
 
     def matvec(v: T) -> T:
         return product(params, args, tree.aligned(v, params))
@@ -60,26 +69,29 @@ def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto") -> MatVec[T]
     return matvec
 
 
-def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False) -> MatVec[T]:
+def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, check: bool = True) -> MatVec[T]:
     """The products of :func:`hvp`, with all that does not depend on the vector computed once, here: the fastest ones.
 
     A product costs about 2 gradients instead of 3. Kept in memory are the intermediate results of one gradient, and on
     the CPU the memory for those of a product, for which threads take turns. The matrix is that of the parameters and
     data as they are now, also if they change in place later.
 
-    On the CPU, convolutions by 3 x 3 in float32 are computed in C, if a compiler is found (``CXX``, g++ or clang++);
-    products of ResNet20 take half as long again without one. So are those of :func:`hvp`.
+    On the CPU, convolutions by 3 x 3 in float32 are computed in C, if a compiler is found (``CXX``, g++, clang++ or
+    c++), once on a machine; products of ResNet20 take half as long again without one. So are those of :func:`hvp`.
+    ``HESSFN_NATIVE=0`` switches it off, and :func:`hessfn.show_config` says what is in use.
 
     Args:
         loss, params, args: as for :func:`hvp`.
         compile: put the products through ``torch.compile`` and compare one with the uncompiled product: tens of seconds
             once, then up to a tenth less time each; on small nets none.
+        check: as for :func:`hvp`, along a random direction.
 
     Returns:
         A matvec on trees like ``params``; it can be put under ``vmap``.
 
     Raises:
-        Untraceable: one trace cannot stand for this loss, and why (it branches on values, say): take :func:`hvp`.
+        Untraceable: one trace cannot stand for this loss, and why (it branches on values, say), or the check has found
+            its product to be wrong: take :func:`hvp`.
         ValueError: an argument is of another kind, or the loss is not one finite number.
 
     >>> import torch
@@ -92,7 +104,7 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False) -> 
     params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
     job = pipeline.Job(by_definition(loss), params, args, linearized=True, compile=compile)
     with differentiating():
-        check_loss(loss, params, args)
+        value = check_loss(loss, params, args)
         try:
             module = pipeline.run(pipeline.LOSS + pipeline.PRODUCT, None, job)
         except Untraceable as error:
@@ -102,7 +114,24 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False) -> 
     def matvec(v: T) -> T:
         return tree.unflatten(product(*tree.leaves(tree.aligned(v, params))), params)
 
+    if check and not is_checked(loss, ("linearized", *shapes_of((params, args)))):
+        _hold(loss, params, args, value, matvec)
     return matvec
+
+
+def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: MatVec[T]) -> None:
+    """Raises where the linearized product is not what gradients of the loss say."""
+    v = gaussian(params, 1)[0]
+    seen = None if is_observed(*tree.leaves((params, args))) else evidence(loss, params, args, v, value)
+    if seen is None:
+        return
+    found = matvec(v)
+    said = verdict(found, seen)
+    wrong = disagreement("linearized", found, seen, v) if said in ("wrong", "kink") else ""
+    if said == "kink":
+        warnings.warn(f"{wrong}. {AT_A_KINK}", stacklevel=3)
+    elif wrong:
+        raise Untraceable(f"{wrong}{blame(by_definition(loss), params, args)}; hvp finds another way")
 
 
 def mean_hvp(
@@ -113,6 +142,7 @@ def mean_hvp(
     weights: Weights = None,
     microbatch: int | None = None,
     mode: ModeName = "auto",
+    check: bool = True,
 ) -> MatVec[T]:
     """Products with the mean Hessian over batches, ``sum_b w_b H_b v / sum_b w_b``; one batch is in memory at a time.
 
@@ -125,7 +155,7 @@ def mean_hvp(
             the batch (length of its first tensor), so that the result is the Hessian of the mean over all samples.
         microbatch: cut batches into parts of so many samples, for less memory and the same product; for losses in
             which samples do not meet (not BatchNorm in training mode). ``weights`` as a function then sees the parts.
-        mode: as for :func:`hvp`.
+        mode, check: as for :func:`hvp`.
 
     Raises:
         ValueError: an argument is of another kind, there is no batch, ``batches`` can be run through only once,
@@ -140,7 +170,7 @@ def mean_hvp(
     call = "mean_hvp(loss, params, batches)"
     _require_kinds(loss, params, call)
     require_batches(batches, call)
-    product = product_of(loss, mode)
+    product = product_of(loss, mode, check)
     averaged = mean(
         lambda v, batch: tree.require_finite(product(params, (batch,), v), "the product"),
         batches,

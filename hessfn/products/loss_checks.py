@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,19 @@ Loss = Callable[..., Tensor]
 
 
 def check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tensor:
-    """The loss at these parameters, once it is found to be a function of them: one finite real number, not random.
+    """The loss at these parameters, once it is found to be a function of them: one finite real number, not random."""
+    return inspect(loss, params, args).value
 
-    It is computed once, with a graph, whose leaves show what else it depends on.
-    """
+
+class Inspected(NamedTuple):
+    """What one evaluation of a loss has shown."""
+
+    value: Tensor
+    has_custom_backward: bool  # an autograd.Function, which means what its backward says, whatever its forward does
+
+
+def inspect(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Inspected:
+    """As :func:`check_loss`. The loss is computed once, with a graph, whose leaves show what else it depends on."""
     if tree.numel(params) == 0:
         raise InvalidInput("the parameters have no entries: there must be at least one to differentiate by")
     before = _random_states((params, args))
@@ -44,7 +53,8 @@ def check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tensor:
         raise InvalidInput(f"the loss is {value.item()} at these parameters: curvature needs a finite one")
     if leaves:
         _require_dependence(value, leaves, tree.names(params))
-    return value.detach()
+    custom = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes(value))
+    return Inspected(value.detach(), custom)
 
 
 def _with_graph(loss: Loss, params: Tree, args: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
@@ -102,7 +112,8 @@ def refuse_once_differentiable(loss: Loss, params: Tree, args: tuple[Any, ...]) 
         function = getattr(type(node), "_forward_cls", None)
         code = getattr(getattr(function, "backward", None), "__code__", None)
         if code is not None and code.co_filename == once_differentiable.__code__.co_filename:
-            raise NoDerivative(f"the backward of {function.__name__} has no derivative: it is once_differentiable")
+            name = getattr(function, "__name__", "it")
+            raise NoDerivative(f"the backward of {name} has no derivative: it is once_differentiable")
 
 
 def _random_states(arguments: Any) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import enum
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,18 +16,20 @@ from hessfn.core import tree
 from hessfn.core.errors import InvalidInput, NoDerivative, Untraceable
 from hessfn.core.probes import gaussian
 from hessfn.core.results import Mode
-from hessfn.core.torch_state import is_differentiated, torch_state_lock
+from hessfn.core.torch_state import is_differentiated, is_observed, torch_state_lock
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.trace import tensors
+from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, is_checked, is_generic, verdict
 from hessfn.products.loss_checks import (
     Loss,
-    check_loss,
+    inspect,
     plain_gradient,
     refuse_once_differentiable,
     two_differences,
 )
+from hessfn.products.wrong_operation import wrong_operation
 
 vjp: Callable[..., Any] = torch.func.vjp  # as it is annotated, it always returns an auxiliary output too
 Product = Callable[[Tree, tuple[Any, ...], Tree], Tree]
@@ -108,40 +110,47 @@ def differentiating() -> Iterator[None]:
 
 
 def find_mode(loss: Loss, params: Tree, *args: Any) -> Mode:
-    """The mode that ``hvp(mode="auto")`` takes for this loss, and why; at the cost of one product.
+    """The mode that ``hvp(mode="auto")`` takes for this loss, and why; at the cost of one product and two gradients.
 
     >>> find_mode(lambda w: (w**4).sum(), torch.ones(3))
     Mode(mode='traced', reason='', error=0.0)
     """
     v = gaussian(params, 1)[0]  # not of ones, which nets with norms are often blind to
-    return _first(loss, params, args, v, "auto")[1]
+    return _first(loss, params, args, v, "auto", check=True).mode
 
 
-def product_of(loss: Loss, mode: ModeName) -> Product:
-    """The product in a mode, which is found at the first call for arguments of their shapes."""
+def product_of(loss: Loss, mode: ModeName, check: bool = True) -> Product:
+    """The product in a mode, which is found, and checked, at the first call for arguments of their shapes."""
     if mode not in get_args(ModeName):
         raise InvalidInput(f"mode={mode!r} must be 'auto' or one of {', '.join(map(repr, MODES))}")
     found: dict[Any, Product] = {}
     said: set[str] = set()
 
+    def say(message: str) -> None:
+        if message not in said:
+            said.add(message)
+            warnings.warn(message, stacklevel=4)
+
     def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
         if torch.compiler.is_compiling():
             with sdpa_kernel(SDPBackend.MATH):
                 return MODES["forward" if mode == "auto" else mode](loss)(params, args, v)
-        shapes = (is_differentiated(params, args), *_shapes((params, args)))
+        shapes = (is_differentiated(params, args), *shapes_of((params, args)))
         if shapes in found:
             with differentiating():
                 return found[shapes](params, args, v)
-        found[shapes], chosen, result = _first(loss, params, args, v, mode)
-        if chosen.reason and chosen.mode not in {"traced", "forward", *said}:
-            said.add(chosen.mode)
-            warnings.warn(_announce(chosen), stacklevel=3)
-        return result
+        first = _first(loss, params, args, v, mode, check and not is_checked(loss, (mode, *shapes)))
+        found[shapes] = first.product
+        if first.finding:
+            say(first.finding)
+        elif first.mode.reason and first.mode.mode not in {"traced", "forward"}:
+            say(_announce(first.mode))
+        return first.result
 
     return product
 
 
-def _shapes(arguments: Any) -> Any:
+def shapes_of(arguments: Any) -> Any:
     """What a product is good for: the structure, the shapes and dtypes of tensors, the values of what has one.
 
     Of other objects the type: a product that has seen into them, as a trace would, is not made.
@@ -160,29 +169,66 @@ _KNOWN_BY_VALUE = (
 )  # fmt: skip
 
 
-def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str) -> tuple[Product, Mode, Tree]:
-    """The ladder: the product of the first mode that works, what it is, and the product with v."""
+class _First(NamedTuple):
+    """What the ladder has found at the first product."""
+
+    product: Product
+    mode: Mode
+    result: Tree
+    finding: str  # of the check, for the user
+
+
+def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str, check: bool) -> _First:
+    """The ladder: the first mode that works, and that agrees with the gradients of the loss itself."""
     with differentiating():
-        check_loss(loss, params, args)
-    reasons: list[str] = []
-    loss = by_definition(loss)
-    for name in (("forward", "reverse") if is_differentiated(params, args) else MODES) if mode == "auto" else (mode,):
+        inspected = inspect(loss, params, args)
+    differentiated = is_differentiated(params, args)
+    seen, along = None, v
+    if check and not (is_observed(*tree.leaves((params, args, v))) or inspected.has_custom_backward):
+        along = v if is_generic(v) else gaussian(params, 1)[0]
+        seen = evidence(loss, params, args, along, inspected.value)
+    defined, reasons, finding = by_definition(loss), [], ""
+    for name in (("forward", "reverse") if differentiated else MODES) if mode == "auto" else (mode,):
         try:
-            product = MODES[name](loss, params, args)
+            product = MODES[name](defined, params, args)
             with differentiating():
-                result, apart = two_differences(loss, params, args, v) if name == "difference" else (None, 0.0)
-                result = product(params, args, v) if result is None else result
-        except (RuntimeError, NotImplementedError) as error:
+                if name == "difference":
+                    result, apart = two_differences(defined, params, args, v)
+                else:
+                    result, apart = product(params, args, v), torch.zeros(())
+        except Exception as error:
             if mode != "auto":
                 raise
-            reasons.append(f"{name}: {str(error).splitlines()[0]}")
+            reasons.append(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}")
             continue
-        return product, Mode(name, "; ".join(reasons), float(apart)), result
+        found = Mode(name, "; ".join(reasons), float(apart))
+        taken = f"{finding}. Taken is mode {name!r}, which agrees" if finding else ""
+        if seen is None or name == "difference":
+            return _First(product, found, result, taken)
+        with differentiating():
+            held = result if along is v else product(params, args, along)
+        said = verdict(held, seen)
+        if said in ("agrees", "unknown"):
+            return _First(product, found, result, taken)
+        wrong = disagreement(name, held, seen, along)
+        if said == "kink":
+            return _First(product, found, result, f"{wrong}. {AT_A_KINK}")
+        if mode != "auto":
+            return _First(product, found, result, wrong)
+        finding = finding or wrong + (blame(defined, params, args) if name == "traced" else "")
+        reasons.append(f"{name}: not what gradients of the loss say")
     raise NoDerivative("this loss cannot be differentiated twice in any way:\n" + "\n".join(reasons))
+
+
+def blame(loss: Loss, params: Tree, args: tuple[Any, ...]) -> str:
+    """Which operation it is that a trace of the loss differentiates wrongly, where that can be told."""
+    with differentiating():
+        operation = wrong_operation(pipeline.run(pipeline.LOSS, None, pipeline.Job(loss, params, args)), params, args)
+    return f" (wrong is torch's rule for {operation})" if operation else ""
 
 
 def _announce(chosen: Mode) -> str:
     exact = "is exact (of an autograd.Function, the derivative of its backward) but may cost more"
-    if chosen.error:
+    if chosen.mode == "difference":
         exact = f"is not exact: its relative error is about {chosen.error:.1g}"
     return f"Hessian-vector products in mode {chosen.mode!r}, which {exact}. Not possible were: {chosen.reason}"

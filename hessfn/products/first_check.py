@@ -1,0 +1,138 @@
+"""The first product of a loss is held against plain gradients of the untouched loss, in float64 where it runs in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.dtensor import layout
+from hessfn.core.tree import Tree
+from hessfn.products.loss_checks import Loss
+from hessfn.products.wide import Tape, widened
+
+Gradient = Callable[[float], list[Tensor]]  # of the loss at params + c v
+Verdict = Literal["agrees", "wrong", "kink", "unknown"]
+
+
+class Evidence(NamedTuple):
+    """What gradients along a vector say of the product with it."""
+
+    difference: Callable[[float], list[Tensor]]  # central, with a step so many times smaller
+    product: list[Tensor]  # that with the step itself
+    error: float  # how far its norm may be off by rounding
+    tolerance: float  # how much of its norm a right product may differ, by its own rounding
+
+
+def evidence(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, value: Tensor) -> Evidence | None:
+    """Two gradients; None where no difference tells anything.
+
+    In float64 the step is so small that hardly a unit of a net has its kink within it. A loss that takes its own dtype
+    only is differenced in that, and only what is grossly wrong shows.
+
+    Args:
+        value: the loss at ``params``, in its own dtype: how far float64 is from it says how exact it is.
+    """
+    given = [x for x in tree.leaves((params, args, v)) if isinstance(x, Tensor)]
+    if any(layout(x) or x.is_meta or x.is_complex() or x.device.type == "mps" for x in given):
+        return None
+    if not float(tree.norm(v)) > 0:
+        return None
+    narrow = 50 * tree.eps(params)
+    for wide in (True, False):
+        at, rest, along = tree.map(widened, (params, args, v)) if wide else (params, args, v)
+        tape = Tape(wide)
+        try:
+            with tape.recording(), torch.enable_grad():
+                exact = loss(at, *rest)
+            rounding = float((exact.detach() - value).abs() / value.abs().clamp(min=1e-30))
+            if rounding < 1e-2:
+                seen = _evidence(_along(loss, tape, at, rest, along), at, along, 1e-8 if wide else tree.eps(at) ** 0.25)
+                return seen._replace(tolerance=narrow + (0.02 + 30 * rounding**0.5 if wide else 0.3))
+        except Exception:  # it takes its own dtype only, or its gradient cannot be had alone: the modes will tell
+            continue
+    return None
+
+
+def _along(loss: Loss, tape: Tape, params: Tree, args: tuple[Any, ...], v: Tree) -> Gradient:
+    def gradient(c: float) -> list[Tensor]:
+        leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(tree.add(params, v, c))]
+        with tape.playing(), torch.enable_grad():
+            value = loss(tree.unflatten(leaves, params), *args)
+            return list(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
+
+    return gradient
+
+
+def _evidence(gradient: Gradient, params: Tree, v: Tree, relative: float) -> Evidence:
+    step = relative * (float(tree.norm(params)) or 1.0) / float(tree.norm(v))
+    plus, minus = gradient(step), gradient(-step)
+
+    def difference(smaller: float) -> list[Tensor]:
+        h = step / smaller
+        pairs = zip(plus, minus, strict=True) if smaller == 1 else zip(gradient(h), gradient(-h), strict=True)
+        return [(p - m) / (2 * h) for p, m in pairs]
+
+    # A gradient is right to some tens of roundings; the step is exact to one.
+    error = 30 * tree.eps(params) * float(tree.norm(plus)) / step
+    return Evidence(difference, difference(1), error, 0.0)
+
+
+def verdict(found: Tree, seen: Evidence) -> Verdict:
+    """Whether a product is what the gradients say. Where it seems not, a ten times smaller step is asked as well."""
+    if _agrees(found, seen.product, seen.tolerance, seen.error):
+        return "agrees"
+    finer = seen.difference(10)
+    if _agrees(found, finer, seen.tolerance, 10 * seen.error):
+        return "agrees"  # the step was too long for this loss
+    if float(tree.norm(finer)) > 5 * float(tree.norm(seen.product)) + 10 * seen.error:
+        return "kink"  # a jump of the gradient, over 2h
+    steady = _agrees(finer, seen.product, seen.tolerance, 10 * seen.error)
+    return "wrong" if steady else "unknown"
+
+
+def _agrees(found: Tree, expected: list[Tensor], tolerance: float, error: float) -> bool:
+    leaves = [x.detach().to(e.dtype) for x, e in zip(tree.leaves(found), expected, strict=True)]
+    size = max(float(tree.norm(leaves)), float(tree.norm(expected)))
+    if not math.isfinite(size):
+        return not math.isfinite(float(tree.norm(expected)))
+    return float(tree.norm(tree.add(leaves, expected, -1.0))) <= tolerance * size + error
+
+
+def is_checked(loss: Loss, key: Any) -> bool:
+    """Whether a product of this loss in these shapes and this mode was checked before; from now on it was."""
+    try:
+        seen = _CHECKED.setdefault(loss, set())
+    except TypeError:  # no weak references to it
+        return False
+    before = key in seen
+    seen.add(key)
+    return before
+
+
+_CHECKED: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
+
+
+def is_generic(v: Tree) -> bool:
+    """Whether a vector has something in every leaf, so that what is wrong in one of them shows."""
+    return all(int((leaf != 0).sum()) * 2 > leaf.numel() for leaf in tree.leaves(v) if leaf.numel())
+
+
+def disagreement(mode: str, found: Tree, seen: Evidence, v: Tree) -> str:
+    """What is wrong, with both numbers."""
+    along, ours, theirs = ([x.detach().double() for x in tree.leaves(p)] for p in (v, found, seen.product))
+    return (
+        f"the product in mode {mode!r} is not the curvature of the loss: v'Hv = {float(tree.dot(along, ours)):.6g}, "
+        f"where its gradients give {float(tree.dot(along, theirs)):.6g}"
+    )
+
+
+AT_A_KINK = (
+    "The gradient has a jump within a tiny step from here, so the loss has a kink, or jumps, at these very parameters, "
+    "and no second derivative: the product is that of one side"
+)

@@ -1,0 +1,89 @@
+"""A loss in float64, with what it takes for constants held fast: what differences of its gradients are taken of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from hessfn.core import tree
+
+
+def widened(x: Any) -> Any:
+    """A tensor or a dtype in double precision; anything else as it is."""
+    if isinstance(x, Tensor) and x.dtype in _WIDE:
+        return x.to(_WIDE[x.dtype])
+    return _WIDE.get(x, x) if isinstance(x, torch.dtype) else x
+
+
+class Tape:
+    """Records what a loss detaches, or computes where derivatives are off, and plays it back at other parameters.
+
+    A derivative takes these for constants; differences would see them move.
+
+    Args:
+        wide: whether every tensor is in float64, also those that the loss closes over or makes on the way.
+    """
+
+    def __init__(self, wide: bool) -> None:
+        self.wide, self.constants = wide, []  # type: ignore[var-annotated]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        self.constants.clear()
+        with _Mode(self, None):
+            yield
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        with _Mode(self, iter(self.constants)):
+            yield
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, tape: Tape, kept: Iterator[Any] | None) -> None:
+        super().__init__()
+        self.tape, self.kept = tape, kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tuple(args), dict(kwargs or {})
+        if self.tape.wide:
+            if func in _CASTS:
+                return args[0]
+            args, kwargs = tree.map(widened, (args, kwargs))
+        if func is F.embedding and (args[2:3] or (kwargs.get("padding_idx"),))[0] is not None:
+            args, kwargs = self._with_padding(*args, **kwargs)
+        if func in _CUTS or not torch.is_grad_enabled():
+            return self._constant(func, args, kwargs)
+        return self._wide(func(*args, **kwargs))
+
+    def _wide(self, out: Any) -> Any:
+        return tree.map(widened, out) if self.tape.wide else out
+
+    def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = self._wide(func(*args, **kwargs))  # run in any case: what switches derivatives on again is a call too
+        if not any(isinstance(x, Tensor) for x in tree.leaves(out)):
+            return out
+        if self.kept is not None:
+            return next(self.kept)
+        self.tape.constants.append(tree.map(lambda x: x.clone() if isinstance(x, Tensor) else x, out))
+        return out
+
+    def _with_padding(self, input: Tensor, weight: Tensor, padding_idx: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The row of the padding is a constant, as torch's gradient has it."""
+        padding = torch.arange(len(weight), device=weight.device) == padding_idx % len(weight)
+        fixed = self._constant(Tensor.detach, (weight,), {})
+        return (input, torch.where(padding[:, None], fixed, weight), None, *args), kwargs
+
+
+_CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_WIDE = {
+    **dict.fromkeys([torch.float16, torch.bfloat16, torch.float32], torch.float64),
+    torch.complex64: torch.complex128,
+}
