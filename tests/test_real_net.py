@@ -36,6 +36,7 @@ def all_cores():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_cores")
 def test_top_eigenvalues_and_trace():
     loss, params, batch, _ = resnet20(200)
@@ -152,6 +153,7 @@ print(*peaks)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_cores")
 def test_memory_is_flat():
     script = MEMORY.format(folder=str(Path(__file__).parent))

@@ -192,10 +192,11 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str, 
         try:
             product = MODES[name](defined, params, args)
             with differentiating():
+                apart: Any = 0.0
                 if name == "difference":
                     result, apart = two_differences(defined, params, args, v)
                 else:
-                    result, apart = product(params, args, v), torch.zeros(())
+                    result = product(params, args, v)
         except Exception as error:
             if mode != "auto":
                 raise
