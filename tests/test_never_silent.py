@@ -325,3 +325,106 @@ def test_constants_that_a_loss_detaches_or_computes_without_derivatives_are_held
     w = torch.arange(1.0, 4.0, dtype=torch.float64)
     found = hf.hvp(loss, w, mode="double_backward")(torch.ones_like(w))
     torch.testing.assert_close(found, 6 * w / (w.sum() * w.norm()), rtol=1e-12, atol=0.0)
+
+
+# A trace is good for the numbers and tensors that it saw
+
+
+class Annealed:
+    beta = 0.0
+
+    def __call__(self, out: Any, y: Any) -> Any:
+        return F.cross_entropy(out, y) + self.beta * out.square().mean()
+
+
+class AnnealedModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {"beta": 0.0, "target": torch.zeros(3).double()}
+
+    def forward(self, out: Any, y: Any) -> Any:
+        return F.cross_entropy(out, y) + self.settings["beta"] * (out - self.settings["target"]).square().mean()
+
+
+def set_attribute(criterion: Any) -> None:
+    criterion.beta = 1.0
+
+
+def set_entry(criterion: Any) -> None:
+    criterion.settings["beta"] = 0.5
+
+
+def rebind_tensor(criterion: Any) -> None:
+    criterion.settings = {"beta": 0.5, "target": torch.ones(3).double()}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "change"), [(Annealed, set_attribute), (AnnealedModule, set_entry), (AnnealedModule, rebind_tensor)]
+)
+def test_what_a_criterion_holds_may_change_between_products(criterion: Any, change: Any) -> None:
+    criterion = criterion()
+    loss, params = hf.functionalize(net(4, 3), criterion)
+    matvec, v = hf.hvp(loss, params, batch()), hf.gaussian(params, 1)[0]
+    before = matvec(v)
+    change(criterion)
+    after, exact = matvec(v), hf.hvp(loss, params, batch(), mode="double_backward")(v)
+    assert hf.find_mode(loss, params, batch()).mode == "traced"
+    assert hf.tree.norm(hf.tree.add(after, before, -1.0)) > 0.01 * hf.tree.norm(before)
+    assert hf.tree.norm(hf.tree.add(after, exact, -1.0)) < 1e-10 * hf.tree.norm(exact)
+
+
+def test_what_a_function_closes_over_may_change_between_products() -> None:
+    w, scale, target = normal(3), 1.0, normal(3, seed=1)
+    weights = [1.0, torch.ones(3).double()]
+
+    def loss(w: torch.Tensor, *, power: int = 4) -> torch.Tensor:
+        return scale * ((w - target).pow(power) * weights[1]).sum() * weights[0]
+
+    matvec = hf.hvp(loss, w)
+
+    def expected() -> torch.Tensor:
+        return scale * weights[0] * 12 * (w - target) ** 2 * weights[1]
+
+    ones = torch.ones_like(w)
+    torch.testing.assert_close(matvec(ones), expected())
+    scale = 2.0
+    torch.testing.assert_close(matvec(ones), expected())
+    target = normal(3, seed=2)
+    torch.testing.assert_close(matvec(ones), expected())
+    target.add_(1.0)
+    torch.testing.assert_close(matvec(ones), expected())
+    weights[0] = 3.0
+    torch.testing.assert_close(matvec(ones), expected())
+    weights[1].mul_(2.0)
+    torch.testing.assert_close(matvec(ones), expected())
+
+
+def test_statistics_that_a_model_goes_on_collecting_are_those_of_now() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)))
+    x, y = batch()
+    loss, params = hf.functionalize(model.eval(), nn.CrossEntropyLoss())
+    matvec, v = hf.hvp(loss, params, (x, y)), hf.gaussian(params, 1)[0]
+    matvec(v)
+    model.train()(3 * x + 1)
+    exact = hf.hvp(loss, params, (x, y), mode="double_backward")(v)
+    assert hf.tree.norm(hf.tree.add(matvec(v), exact, -1.0)) < 1e-10 * hf.tree.norm(exact)
+
+
+def test_an_optimiser_that_steps_leads_to_no_new_trace() -> None:
+    model, calls = net(4, 3), []
+
+    def criterion(out: Any, y: Any) -> Any:
+        calls.append(out.shape)
+        return F.cross_entropy(out, y)
+
+    loss, params = hf.functionalize(model, criterion)
+    matvec, v = hf.hvp(loss, params, batch()), hf.gaussian(params, 1)[0]
+    matvec(v)
+    traced = len(calls)
+    for p in model.parameters():
+        p.data.add_(0.1)
+    exact = hf.hvp(loss, params, batch(), mode="double_backward", check=False)
+    calls.clear()
+    found = matvec(v)
+    assert traced > 0 and not calls
+    assert hf.tree.norm(hf.tree.add(found, exact(v), -1.0)) < 1e-10 * hf.tree.norm(found)

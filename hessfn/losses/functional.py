@@ -116,6 +116,11 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
         with nullcontext() if torch.compiler.is_compiling() else one_at_a_time, within(skeleton):
             return torch.func.functional_call(skeleton, state, args, kwargs, tie_weights=False)
 
+    def closes_over(params: Params) -> list[Any]:
+        """What a trace takes for constants: the skeleton is ours alone, and the parameters are given."""
+        return [*buffers.values(), *(p for name, p in everything.items() if name not in params)]
+
+    run.closes_over = closes_over  # type: ignore[attr-defined]
     return everything, run
 
 

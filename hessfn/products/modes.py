@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.trace import tensors
 from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, is_checked, is_generic, verdict
+from hessfn.products.guards import PLAIN, Snapshot, is_unchanged, snapshot
 from hessfn.products.loss_checks import (
     Loss,
     inspect,
@@ -41,7 +41,7 @@ ModeName = Literal["auto", "traced", "forward", "reverse", "double_backward", "d
 
 def _traced(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Product:
     for name, leaf in zip(tree.names(args), tree.leaves(args), strict=True):
-        if not isinstance(leaf, (Tensor, *_KNOWN_BY_VALUE)):
+        if not isinstance(leaf, (Tensor, *PLAIN)):
             raise Untraceable(f"a trace cannot see into {name!r} of the batch, a {type(leaf).__name__}")
     job = pipeline.Job(loss, params, args)
     with differentiating():
@@ -123,7 +123,7 @@ def product_of(loss: Loss, mode: ModeName, check: bool = True) -> Product:
     """The product in a mode, which is found, and checked, at the first call for arguments of their shapes."""
     if mode not in get_args(ModeName):
         raise InvalidInput(f"mode={mode!r} must be 'auto' or one of {', '.join(map(repr, MODES))}")
-    found: dict[Any, Product] = {}
+    found: dict[Any, tuple[Product, Snapshot | None]] = {}
     said: set[str] = set()
 
     def say(message: str) -> None:
@@ -136,11 +136,13 @@ def product_of(loss: Loss, mode: ModeName, check: bool = True) -> Product:
             with sdpa_kernel(SDPBackend.MATH):
                 return MODES["forward" if mode == "auto" else mode](loss)(params, args, v)
         shapes = (is_differentiated(params, args), *shapes_of((params, args)))
-        if shapes in found:
+        known, guard = found.get(shapes, (None, None))
+        if known is not None and (guard is None or is_unchanged(guard, snapshot(loss, params))):
             with differentiating():
-                return found[shapes](params, args, v)
+                return known(params, args, v)
+        guard = snapshot(loss, params)
         first = _first(loss, params, args, v, mode, check and not is_checked(loss, (mode, *shapes)))
-        found[shapes] = first.product
+        found[shapes] = first.product, guard if first.mode.mode == "traced" else None  # the others run the loss anew
         if first.finding:
             say(first.finding)
         elif first.mode.reason and first.mode.mode not in {"traced", "forward"}:
@@ -161,12 +163,7 @@ def shapes_of(arguments: Any) -> Any:
 def _kind(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.shape, x.dtype, x.device
-    return type(x), repr(x) if isinstance(x, _KNOWN_BY_VALUE) else ""
-
-
-_KNOWN_BY_VALUE = (
-    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, slice, range,
-)  # fmt: skip
+    return type(x), repr(x) if isinstance(x, PLAIN) else ""
 
 
 class _First(NamedTuple):
