@@ -16,13 +16,16 @@ def complement_of(vectors: T) -> Callable[[T], T]:
 
     Args:
         vectors: a tree whose leaves carry a leading axis of k vectors, orthonormal or not. Half precision is widened.
+            Their leaves and those of v meet by name.
     """
-    rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(tree.map(whole, vectors))
+    everywhere = tree.map(whole, vectors)
+    one = tree.map(lambda x: x[0], everywhere)
+    rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(everywhere)
     basis = torch.linalg.qr(rows.T.to(torch.promote_types(rows.dtype, torch.float32))).Q
 
     def outside(v: T) -> T:
-        flat, unravel = tree.ravel(v)
+        flat, unravel = tree.ravel(tree.matched(v, one, "the vector", "the vectors to take out"))
         flat = flat.to(basis.dtype)
-        return unravel(flat - basis @ (basis.T @ flat))
+        return tree.matched(unravel(flat - basis @ (basis.T @ flat)), v, "the projection", "the vector")
 
     return outside

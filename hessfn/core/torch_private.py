@@ -28,6 +28,7 @@ with warnings.catch_warnings():
 # The transforms of torch.func that are under way. Without: a graph made under vmap would hold one batch's values.
 from torch._C._functorch import TransformType as _TransformType
 from torch._C._functorch import get_interpreter_stack as _get_interpreter_stack
+from torch._C._functorch import get_unwrapped as _get_unwrapped
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stack
 
@@ -53,6 +54,19 @@ def under_derivative() -> bool:
     """Whether one of those transforms takes a derivative."""
     stack = _get_interpreter_stack() or ()
     return any(level.key() in (_TransformType.Grad, _TransformType.Jvp) for level in stack)
+
+
+def under_forward_derivative() -> bool:
+    """Whether one of those transforms takes a derivative in forward mode."""
+    return any(level.key() == _TransformType.Jvp for level in _get_interpreter_stack() or ())
+
+
+def levels(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor as each transform of ``torch.func`` sees it, from within. Without: vmap hides what is differentiated."""
+    while is_functorch_wrapped_tensor(x):
+        yield x
+        x = _get_unwrapped(x)
+    yield x
 
 
 def current_dispatch_mode() -> Any:
@@ -108,9 +122,11 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_mutable",
     "is_view",
+    "levels",
     "python_meta_kernel",
     "pytree",
     "under_derivative",
+    "under_forward_derivative",
     "under_functorch",
     "weight_norm",
     "without_onednn",

@@ -7,9 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from hessfn.core.torch_private import current_dispatch_mode, pytree, under_derivative, under_functorch
+from hessfn.core.torch_private import (
+    current_dispatch_mode,
+    is_functorch_wrapped_tensor,
+    levels,
+    pytree,
+    under_derivative,
+    under_forward_derivative,
+    under_functorch,
+)
 
 
 def torch_state_lock() -> AbstractContextManager[Any]:
@@ -32,6 +41,19 @@ def is_differentiated(*arguments: Any) -> bool:
         return True
     leaves = pytree.tree_leaves(arguments)
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
+
+
+def carries_derivative(*results: Any) -> bool:
+    """Whether these have a derivative by something, in any mode, also where a ``vmap`` hides it.
+
+    In forward mode under ``torch.func`` a tensor does not tell, so that all that a transform has seen may have one.
+    """
+    tensors = [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(level.requires_grad for x in tensors for level in levels(x)):
+        return True
+    if under_forward_derivative():
+        return any(is_functorch_wrapped_tensor(x) for x in tensors)
+    return any(fwAD.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def is_observed(*inputs: Any) -> bool:

@@ -64,13 +64,14 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def dot(x: T, y: T) -> Tensor:
-    """Inner product of two trees of one structure: a scalar, multiplied and summed in float64, a block at a time.
+    """Inner product of two trees of the same leaves: a scalar, multiplied and summed in float64, a block at a time.
 
-    So no float32 can make it overflow or underflow.
+    So no float32 can make it overflow or underflow. Leaves meet by name; other leaves or shapes are refused.
 
     >>> dot({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(2), "b": 2 * torch.ones(1)})
     tensor(4., dtype=torch.float64)
     """
+    y = matched(y, x, "the second tree", "the first")
     if any(layout(a) for a in leaves(x)):
         return over_ranks(dot, torch.sum, leaves(x), leaves(y))
     pairs = zip(leaves(x), leaves(y), strict=True)
@@ -95,8 +96,8 @@ def norm(x: Tree) -> Tensor:
 
 
 def add(x: T, y: T, alpha: float | Tensor = 1.0) -> T:
-    """``x + alpha y``, each leaf in its own dtype."""
-    return map(lambda a, b: a + (alpha * b).to(a.dtype), x, y)
+    """``x + alpha y``, each leaf in its own dtype; leaves meet by name."""
+    return map(lambda a, b: a + (alpha * b).to(a.dtype), x, matched(y, x, "the second tree", "the first"))
 
 
 def scale(c: float | Tensor, x: T) -> T:
@@ -150,41 +151,55 @@ def select(tree: Tree, patterns: str | Iterable[str]) -> dict[str, Tensor]:
     return {name: leaf for name, leaf in chosen if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
 
 
+def matched(x: Tree, like: T, what: str, other: str) -> T:
+    """``x`` in the leaf order of ``like``, once its names and shapes are found to be the same; dtypes may differ.
+
+    Dicts may come in any order of keys: this is the one place where the leaves of two trees are paired.
+
+    >>> matched({"b": torch.zeros(1), "a": torch.ones(2)}, {"a": torch.zeros(2), "b": torch.zeros(1)}, "x", "y")
+    {'a': tensor([1., 1.]), 'b': tensor([0.])}
+    """
+    given, structure = pytree.tree_flatten(x)
+    wanted, order = pytree.tree_flatten(like)
+    if structure != order:
+        given = _in_order(dict(zip(names(x), given, strict=True)), len(given), names(like), what, other)
+    if any(not isinstance(a, Tensor) or a.shape != b.shape for a, b in zip(given, wanted, strict=True)):
+        for name, a, b in zip(names(like), given, wanted, strict=True):
+            if not isinstance(a, Tensor):
+                raise InvalidInput(f"leaf {name!r} of {what} is a {type(a).__name__}, not a tensor")
+            if a.shape != b.shape:
+                raise InvalidInput(f"leaf {name!r} of {what} has shape {tuple(a.shape)}, {other} {tuple(b.shape)}")
+    return x if structure == order else pytree.tree_unflatten(given, order)
+
+
+def _in_order(by_name: dict[str, Any], count: int, expected: list[str], what: str, other: str) -> list[Any]:
+    missing = [name for name in expected if name not in by_name]
+    extra = [name for name in by_name if name not in set(expected)]
+    if missing or extra:
+        raise InvalidInput(
+            f"{what} is a tree of other leaves than {other}: missing {missing[:4]}, unexpected {extra[:4]}"
+        )
+    if not len(by_name) == count == len(expected):  # as {"a": {"b": x}, "a.b": y}
+        raise InvalidInput(f"two leaves of {what} have the same dotted name, and cannot be told apart")
+    return [by_name[name] for name in expected]
+
+
 def aligned(vector: Tree, like: T, what: str = "the vector") -> T:
     """``vector`` in the leaf order of ``like``, once its names, shapes and dtypes are found to be the same.
 
     Dicts may come in any order of keys. Raises ``ValueError`` that names the first leaf that differs.
     """
-    given, wanted = leaves(vector), leaves(like)
-    if pytree.tree_structure(vector) != pytree.tree_structure(like):
-        by_name = dict(zip(names(vector), given, strict=True))
-        expected = names(like)
-        missing = [name for name in expected if name not in by_name]
-        extra = [name for name in by_name if name not in set(expected)]
-        if missing or extra:
-            raise InvalidInput(
-                f"{what} is a tree of other leaves than the parameters: missing {missing[:4]}, unexpected {extra[:4]}"
-            )
-        given = [by_name[name] for name in expected]
-    for name, a, b in zip(names(like), given, wanted, strict=True) if _differ(given, wanted) else ():
-        if not isinstance(a, Tensor):
-            raise InvalidInput(f"leaf {name!r} of {what} is a {type(a).__name__}, not a tensor")
-        if a.shape != b.shape:
-            raise InvalidInput(
-                f"leaf {name!r} of {what} has shape {tuple(a.shape)}, the parameters have {tuple(b.shape)}"
-            )
-        if a.dtype != b.dtype:
-            raise InvalidInput(f"leaf {name!r} of {what} is {a.dtype}, the parameters are {b.dtype}: cast it first")
-        if a.device != b.device:
-            raise InvalidInput(f"leaf {name!r} of {what} is on {a.device}, the parameters on {b.device}: move it first")
-    return pytree.tree_unflatten(given, pytree.tree_structure(like))
-
-
-def _differ(given: Sequence[Any], wanted: Sequence[Tensor]) -> bool:
-    return any(
-        not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device
-        for a, b in zip(given, wanted, strict=True)
-    )
+    vector = matched(vector, like, what, "the parameters")
+    pairs = zip(leaves(vector), leaves(like), strict=True)
+    if any(a.dtype != b.dtype or a.device != b.device for a, b in pairs):
+        for name, a, b in zip(names(like), leaves(vector), leaves(like), strict=True):
+            if a.dtype != b.dtype:
+                raise InvalidInput(f"leaf {name!r} of {what} is {a.dtype}, the parameters are {b.dtype}: cast it first")
+            if a.device != b.device:
+                raise InvalidInput(
+                    f"leaf {name!r} of {what} is on {a.device}, the parameters on {b.device}: move it first"
+                )
+    return vector
 
 
 def require_finite(x: T, what: str) -> T:
@@ -192,13 +207,19 @@ def require_finite(x: T, what: str) -> T:
     if any(layout(leaf) for leaf in leaves(x)):
         sums = [norm(x).isfinite()]
     else:
-        sums = [leaf.sum(dtype=torch.promote_types(leaf.dtype, torch.float32)).isfinite() for leaf in leaves(x)]
+        parts = [leaf.detach() for leaf in leaves(x)]
+        sums = [part.sum(dtype=torch.promote_types(part.dtype, torch.float32)).isfinite() for part in parts]
     if sums and known(torch.stack(sums).all()) is False:
         bad = [name for name, leaf in zip(names(x), leaves(x), strict=True) if not whole(leaf).isfinite().all()]
         if bad:  # else only the sum overflows
-            others = f" and {len(bad) - 1} more of {len(sums)} leaves" if len(bad) > 1 else ""
-            where = f" in leaf {bad[0]!r}{others}" if bad[0] else ""
-            half = any(leaf.dtype == torch.float16 for leaf in leaves(x))
-            cause = "float16 ends at 65504, take float32" if half else "are the loss and its curvature finite there?"
-            raise InvalidInput(f"{what} is not finite{where}: {cause}")
+            raise not_finite(what, bad, x)
     return x
+
+
+def not_finite(what: str, bad: list[str], like: Tree) -> InvalidInput:
+    """The error that names the first of some bad leaves of a tree, and the likely cause."""
+    count, half = len(names(like)), any(leaf.dtype == torch.float16 for leaf in leaves(like))
+    others = f" and {len(bad) - 1} more of {count} leaves" if len(bad) > 1 else ""
+    where = f" in leaf {bad[0]!r}{others}" if bad and bad[0] else ""
+    cause = "float16 ends at 65504, take float32" if half else "are the loss and its curvature finite there?"
+    return InvalidInput(f"{what} is not finite{where}: {cause}")

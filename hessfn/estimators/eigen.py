@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.core.arguments import require_matvec, require_vector, require_vectors
@@ -16,6 +17,7 @@ from hessfn.core.dtensor import whole
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import EigenPair, EigenPairs, Tridiagonal
 from hessfn.core.tree import MatVec, T
+from hessfn.core.watched import refuse_derivative
 from hessfn.estimators import krylov
 from hessfn.estimators.krylov import Space, Which
 from hessfn.estimators.thick_restart import thick_restart
@@ -55,7 +57,7 @@ def power_iter(
     _require_kinds(matvec, v0, "power_iter(matvec, v0)")
     if max_matvecs < 1:
         raise InvalidInput(f"max_matvecs={max_matvecs} must be at least 1")
-    space = krylov.flatten(matvec, v0)
+    space = krylov.flatten(matvec, v0, tolerance=rtol is not None)
     following = krylov.unit(space.ravel(v0))
     for count in range(1, max_matvecs + 1):
         v = following
@@ -71,6 +73,7 @@ def power_iter(
         # A vector that A takes to zero is an eigenvector; there is no way on from it.
         image = torch.where(tree.norm(image.detach()) == 0, v, image)
         following = image / tree.norm(image).to(v.dtype)
+    value, residual = space.finished((value, residual))
     return EigenPair(value, space.unravel(v), residual, torch.tensor(count), converged)
 
 
@@ -102,7 +105,9 @@ def lanczos(matvec: MatVec[T], v0: T, num_matvecs: int) -> Tridiagonal[T]:
     _require_kinds(matvec, v0, "lanczos(matvec, v0, num_matvecs)")
     _require_between("num_matvecs", num_matvecs, tree.numel(v0))
     space = krylov.flatten(matvec, v0)
-    alpha, beta, basis, residual = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
+    alpha, beta, basis, residual = space.finished(
+        krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
+    )
     return Tridiagonal(alpha, beta[:-1], space.unravel(basis), space.unravel(residual))
 
 
@@ -162,16 +167,15 @@ def eigsh(
         raise InvalidInput(f"which={which!r} must be one of {', '.join(get_args(Which))}")
     if warm_start is not None:
         require_vectors(warm_start, "warm_start", call)
-    space = krylov.flatten(matvec, v0)
+    space = krylov.flatten(matvec, v0, tolerance=rtol is not None)
     if rtol is None:
         if warm_start is not None:
             raise InvalidInput("rtol=None starts from one vector: give the sum of those of warm_start as v0")
         if max_matvecs is None:
             raise InvalidInput("rtol=None asks for a fixed number of products: give it as max_matvecs")
         return _unrestarted(space, v0, k, which, min(max_matvecs, n))
-    starts = space.ravel(v0)[None] if warm_start is None else torch.func.vmap(space.ravel)(tree.map(whole, warm_start))
-    if starts.shape[1] != n:
-        raise InvalidInput(f"the vectors of warm_start have {starts.shape[1]} entries, v0 has {n}")
+    refuse_derivative(v0, warm_start)
+    starts = space.ravel(v0)[None] if warm_start is None else _starts(space, v0, warm_start)
     least = max(k, len(starts)) + 2
     size = min(n, max(2 * k + 20, least) if basis_size is None else basis_size)
     if size < min(n, least):
@@ -192,10 +196,15 @@ def eigsh(
     )
 
 
+def _starts(space: Space[T], v0: T, vectors: T) -> Tensor:
+    """Several vectors as rows, their leaves in the order of those of ``v0``."""
+    return torch.func.vmap(lambda v: space.ravel(tree.matched(v, v0, "warm_start", "v0")))(tree.map(whole, vectors))
+
+
 def _unrestarted(space: Space[T], v0: T, k: int, which: Which, num_matvecs: int) -> EigenPairs[T]:
     if num_matvecs < k:
         raise InvalidInput(f"max_matvecs={num_matvecs} must be at least k={k}")
-    alpha, beta, basis, _ = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
+    alpha, beta, basis, _ = space.finished(krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps))
     values, vectors = krylov.decompose(alpha, beta[:-1])
     # The recurrence knows of no rounding: its residuals fall below what the products can tell.
     floor = (10 * space.eps + num_matvecs * torch.finfo(values.dtype).eps) * values.detach().abs().max()

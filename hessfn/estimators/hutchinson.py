@@ -13,7 +13,9 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import each
 from hessfn.core.projection import complement_of
 from hessfn.core.results import EigenPairs, Estimate, S
+from hessfn.core.torch_state import carries_derivative
 from hessfn.core.tree import MatVec, T, Tree
+from hessfn.core.watched import Watched
 from hessfn.estimators.running_mean import estimate, estimate_until
 
 
@@ -37,7 +39,7 @@ def hutchinson(
     Cost: one product a probe; one vector kept.
 
     Raises:
-        ValueError: there is no probe, or (with ``rtol``) a product is not finite.
+        ValueError: there is no probe, or a product is not finite.
 
     Source: Hutchinson (1989).
 
@@ -46,8 +48,9 @@ def hutchinson(
     tensor(12., dtype=torch.float64)
     """
     _require_kinds(matvec, probes, "hutchinson(matvec, probes)")
-    samples = each(lambda z: _sample(matvec, z, rtol), probes, batch_size)
-    return estimate(samples) if rtol is None else estimate_until(samples, rtol)
+    product = Watched(matvec, tolerance=rtol is not None)
+    samples = each(lambda z: tree.dot(z, product(z)), probes, batch_size)
+    return _finished(product, estimate(samples) if rtol is None else estimate_until(samples, rtol))
 
 
 def hutchinson_per_leaf(matvec: MatVec[T], probes: Iterable[T], *, batch_size: int = 1) -> Estimate[T]:
@@ -62,7 +65,7 @@ def hutchinson_per_leaf(matvec: MatVec[T], probes: Iterable[T], *, batch_size: i
     Cost: one product a probe; one vector kept.
 
     Raises:
-        ValueError: there is no probe.
+        ValueError: there is no probe, or a product is not finite.
 
     >>> from hessfn import rademacher
     >>> hutchinson_per_leaf(lambda v: {"a": 2 * v["a"]}, rademacher({"a": torch.zeros(3)}, 2)).mean
@@ -70,10 +73,12 @@ def hutchinson_per_leaf(matvec: MatVec[T], probes: Iterable[T], *, batch_size: i
     """
     _require_kinds(matvec, probes, "hutchinson_per_leaf(matvec, probes)")
 
-    def blocks(z: T) -> T:
-        return tree.map(tree.dot, z, matvec(z))
+    product = Watched(matvec)
 
-    return estimate(each(blocks, probes, batch_size))
+    def blocks(z: T) -> T:
+        return tree.map(tree.dot, z, product(z))
+
+    return _finished(product, estimate(each(blocks, probes, batch_size)))
 
 
 def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
@@ -92,7 +97,8 @@ def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]
     Cost: one product a probe; one vector kept.
 
     Raises:
-        ValueError: there is no probe, or the leaves differ in the length of their first axis.
+        ValueError: there is no probe, a product is not finite, or the leaves differ in the length of their first
+            axis.
 
     >>> from hessfn import rademacher
     >>> d = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -101,17 +107,19 @@ def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]
     """
     _require_kinds(matvec, probes, "hutchinson_per_sample(matvec, probes)")
 
-    def sums(z: Tensor, product: Tensor) -> Tensor:
-        return len(z) * (tree.wide(z) * tree.wide(product)).flatten(1).sum(1)
+    product = Watched(matvec)
+
+    def sums(z: Tensor, image: Tensor) -> Tensor:
+        return len(z) * (tree.wide(z) * tree.wide(image)).flatten(1).sum(1)
 
     def samples() -> Iterator[T]:
         for z in probes:
             lengths = {name: tuple(x.shape[:1]) for name, x in zip(tree.names(z), tree.leaves(z), strict=True)}
             if len(set(lengths.values())) > 1 or () in lengths.values():
                 raise InvalidInput(f"samples must lie along the first axis of every leaf, but these have {lengths}")
-            yield tree.map(sums, z, matvec(z))
+            yield tree.map(sums, z, product(z))
 
-    return estimate(samples())
+    return _finished(product, estimate(samples()))
 
 
 def hutchinson_diag(matvec: MatVec[T], probes: Iterable[T], *, batch_size: int = 1) -> Estimate[T]:
@@ -129,7 +137,7 @@ def hutchinson_diag(matvec: MatVec[T], probes: Iterable[T], *, batch_size: int =
     Cost: one product a probe; two vectors kept.
 
     Raises:
-        ValueError: there is no probe.
+        ValueError: there is no probe, or a product is not finite.
 
     Source: Bekas, Kokiopoulou and Saad (2007).
 
@@ -140,10 +148,12 @@ def hutchinson_diag(matvec: MatVec[T], probes: Iterable[T], *, batch_size: int =
     """
     _require_kinds(matvec, probes, "hutchinson_diag(matvec, probes)")
 
-    def diagonal(z: T) -> T:
-        return tree.map(torch.mul, z, matvec(z))
+    product = Watched(matvec)
 
-    return estimate(each(diagonal, probes, batch_size))
+    def diagonal(z: T) -> T:
+        return tree.map(torch.mul, z, product(z))
+
+    return _finished(product, estimate(each(diagonal, probes, batch_size)))
 
 
 def squared_row_norms(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
@@ -155,7 +165,7 @@ def squared_row_norms(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
     Cost: one product a probe; two vectors kept, in float64.
 
     Raises:
-        ValueError: there is no probe.
+        ValueError: there is no probe, or a product is not finite.
 
     >>> from hessfn import rademacher
     >>> d = torch.tensor([3.0, 1.0])
@@ -164,10 +174,12 @@ def squared_row_norms(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
     """
     _require_kinds(matvec, probes, "squared_row_norms(matvec, probes)")
 
-    def squares(product: T) -> T:
-        return tree.map(lambda x: tree.wide(x).square(), product)
+    product = Watched(matvec, square=False)
 
-    return estimate(squares(matvec(z)) for z in probes)
+    def squares(image: T) -> T:
+        return tree.map(lambda x: tree.wide(x).square(), image)
+
+    return _finished(product, estimate(squares(product(z)) for z in probes))
 
 
 def squared_frobenius(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
@@ -179,14 +191,15 @@ def squared_frobenius(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor
     Cost: one product a probe; one vector kept.
 
     Raises:
-        ValueError: there is no probe.
+        ValueError: there is no probe, or a product is not finite.
 
     >>> from hessfn import rademacher
     >>> squared_frobenius(lambda v: 3 * v, rademacher(torch.zeros(4), 2)).mean
     tensor(36., dtype=torch.float64)
     """
     _require_kinds(matvec, probes, "squared_frobenius(matvec, probes)")
-    return estimate(tree.norm(matvec(z)).square() for z in probes)
+    product = Watched(matvec, square=False)
+    return _finished(product, estimate(tree.norm(product(z)).square() for z in probes))
 
 
 def mean_traces(traces: Estimate[S], like: Tree) -> Estimate[S]:
@@ -221,7 +234,7 @@ def deflated_trace(
     Cost: one product a probe; the k eigenvectors, once more as a matrix.
 
     Raises:
-        ValueError: there is no probe, or (with ``rtol``) a product is not finite.
+        ValueError: there is no probe, or a product is not finite.
 
     Source: deflation as in Hutch++ (Meyer, Musco, Musco and Woodruff, 2021), with Ritz vectors for the sketch.
 
@@ -235,8 +248,20 @@ def deflated_trace(
     _require_kinds(matvec, probes, call)
     require_eigenpairs(eigenpairs, call)
     outside, inside = complement_of(eigenpairs.vectors), eigenpairs.values.sum()
-    samples = (inside + _sample(matvec, outside(z), rtol) for z in probes)
-    return estimate(samples) if rtol is None else estimate_until(samples, rtol)
+    product = Watched(matvec, tolerance=rtol is not None)
+
+    def sample(z: T) -> Tensor:
+        rest = outside(z)
+        image = product(rest)
+        if carries_derivative(image) and not carries_derivative(inside):
+            raise InvalidInput(
+                "the products of deflated_trace have a derivative and its eigenpairs have none, so that their part of "
+                "it would be missing: take them inside, by eigsh(..., rtol=None, max_matvecs=m), or take hutchinson"
+            )
+        return inside + tree.dot(rest, image)
+
+    samples = map(sample, probes)
+    return _finished(product, estimate(samples) if rtol is None else estimate_until(samples, rtol))
 
 
 def _require_kinds(matvec: MatVec[T], probes: Iterable[T], call: str) -> None:
@@ -244,8 +269,7 @@ def _require_kinds(matvec: MatVec[T], probes: Iterable[T], call: str) -> None:
     require_probes(probes, call)
 
 
-def _sample(matvec: MatVec[T], z: T, rtol: float | None) -> Tensor:
-    product = matvec(z)
-    if rtol is not None:
-        tree.require_finite(product, "a product of the matvec")
-    return tree.dot(z, product)
+def _finished(product: Watched[T], result: Estimate[S]) -> Estimate[S]:
+    """The estimate, when all products are finite; the error of a single probe is infinite, and is not asked."""
+    product.finished(result.mean)
+    return result

@@ -15,6 +15,7 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_state import known
 from hessfn.core.tree import MatVec, T, Tree
+from hessfn.core.watched import Watched
 
 FlatMatVec = Callable[[Tensor], Tensor]
 Which = Literal["LM", "LA", "SA", "BE"]
@@ -27,22 +28,24 @@ class Space(NamedTuple, Generic[T]):
     ravel: Callable[[T], Tensor]
     unravel: Callable[[Tensor], T]
     eps: float
+    finished: Callable[[Tree], Tree]  # the result, when all products are finite
 
 
-def flatten(matvec: MatVec[T], like: T) -> Space[T]:
+def flatten(matvec: MatVec[T], like: T, *, tolerance: bool = False) -> Space[T]:
     """The matvec on flat vectors; half precision is widened to float32, where bases can be orthogonal."""
     if tree.numel(like) == 0:
         raise InvalidInput("the vectors have no entries: there must be at least one parameter")
     _, unravel = tree.ravel(like)
+    watched = Watched(matvec, tolerance=tolerance)
 
     def ravel(v: T) -> Tensor:
         flat, _ = tree.ravel(v)
         return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
     def product(flat: Tensor) -> Tensor:
-        return ravel(tree.aligned(matvec(unravel(flat)), like, "the product"))
+        return ravel(tree.aligned(watched(unravel(flat)), like, "the product"))
 
-    return Space(product, ravel, unravel, tree.eps(like))
+    return Space(product, ravel, unravel, tree.eps(like), watched.finished)
 
 
 def unit(v: Tensor, name: str = "v0") -> Tensor:

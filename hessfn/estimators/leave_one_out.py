@@ -51,6 +51,7 @@ def hutchpp(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     inside = torch.stack([tree.dot(row, space.matvec(row)) for row in q]).sum()
     rest = (z - (q @ z) @ q for z in map(space.ravel, probes[half:]))
     result = estimate(inside + tree.dot(z, space.matvec(z)) for z in rest)
+    space.finished(result.mean)
     return result._replace(num_matvecs=torch.tensor(half + len(probes)))
 
 
@@ -83,7 +84,7 @@ def xtrace(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     space, probes = _open(matvec, probes, "xtrace(matvec, probes)")
     p, n = len(probes), tree.numel(probes[0])
     q, r, s = _sketch(space, probes)
-    h = tree.wide(torch.stack([q @ space.matvec(row) for row in q], dim=1))
+    h = space.finished(tree.wide(torch.stack([q @ space.matvec(row) for row in q], dim=1)))
     w = tree.wide(torch.stack([q @ space.ravel(z) for z in probes], dim=1))
     # Column i belongs to probe i: w has Q'z_i, x has Q'Q_i Q_i'z_i, r has Q'A z_i.
     x = w - s * (s * w).sum(0)
@@ -136,7 +137,7 @@ def xdiag(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
     space, probes = _open(matvec, probes, "xdiag(matvec, probes)")
     p, z = len(probes), torch.stack([space.ravel(z) for z in probes])
     q, r, s = _sketch(space, probes)
-    aq = torch.stack([space.matvec(row) for row in q])
+    aq = space.finished(torch.stack([space.matvec(row) for row in q]))
     whole = (q * aq).sum(0)
     out, image = s.mT.to(q.dtype) @ q, s.mT.to(q.dtype) @ aq  # row i: s_i as a vector, A s_i
     along = (s * r).sum(0).to(q.dtype)
@@ -162,8 +163,7 @@ class _Sketch(NamedTuple):
 
 def _sketch(space: krylov.Space[T], probes: Sequence[T]) -> _Sketch:
     sketch = torch.stack([space.matvec(space.ravel(z)) for z in probes])
-    for i, row in enumerate(sketch, 1):
-        tree.require_finite(space.unravel(row), f"product {i} of the matvec")
+    space.finished(sketch)  # before its factorisation, which takes no NaN
     q, triangle = torch.linalg.qr(sketch.mT)
     u, sigma, vh = torch.linalg.svd(tree.wide(triangle))
     kept = sigma > len(sketch) * torch.finfo(sketch.dtype).eps * sigma[0]

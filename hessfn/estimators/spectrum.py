@@ -60,7 +60,7 @@ def slq(
             raise InvalidInput(f"num_matvecs={num_matvecs} must be between 1 and {n}, the number of entries in a probe")
         space = krylov.flatten(matvec, probe)
         steps = krylov.expand if orthogonalize else krylov.recur
-        alpha, beta = steps(space.matvec, space.ravel(probe), num_matvecs, space.eps)[:2]
+        alpha, beta = space.finished(steps(space.matvec, space.ravel(probe), num_matvecs, space.eps)[:2])
         theta, vectors = krylov.decompose(alpha, beta[:-1])
         return theta, vectors[0].square()
 

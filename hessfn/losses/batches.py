@@ -14,7 +14,10 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import checksum, fingerprint
 from hessfn.core.torch_state import known, torch_state_lock
 from hessfn.core.tree import Tree
+from hessfn.losses.samples import length, rows, tensors
+from hessfn.losses.weights import Weigher
 from hessfn.parallel.all_reduce import Group, ShardedBatches, across, require_same
+from hessfn.parallel.same_problem import require_same_problem
 
 Weights = Sequence[float] | Callable[[Any], float | Tensor] | None
 
@@ -31,6 +34,7 @@ def mean(
     weights: Weights = None,
     microbatch: int | None = None,
     device: torch.device | None = None,
+    state: Tree = None,
 ) -> Callable[..., Tree]:
     """``function(*args, batch)`` averaged over batches, as a function of ``args``.
 
@@ -38,12 +42,14 @@ def mean(
         function: to a tensor or a tree of them.
         batches: an iterable that gives the same batches each time; more than one pass must be possible. Of batches
             dealt out to processes each takes its own, and all get the mean over all.
-        weights: one number a batch or a function of the batch; by default the length of its first tensor.
+        weights: one number a batch or a function of the batch; by default the length of its first tensor. What weighs
+            nothing is left out.
         microbatch: at most so many samples at once: each batch is cut along the first axis of its tensors.
         device: where to move the batches.
+        state: what the function depends on besides, which processes that share the batches must have the same.
 
     Raises:
-        ValueError: there is no batch, only one pass is possible, or two passes differ.
+        ValueError: there is no batch, only one pass is possible, or two passes differ, or processes do.
 
     >>> mean(lambda c, x: c * x.mean(), [torch.ones(3), torch.tensor([5.0])])(2.0)
     tensor(4.)
@@ -59,6 +65,10 @@ def mean(
         raise InvalidInput(f"this DataLoader shuffles: {_SAME_DATA}")
     if microbatch is not None and microbatch < 1:
         raise InvalidInput(f"microbatch={microbatch} must be at least 1")
+    # With a single batch the weights do not count.
+    weigher = weights if isinstance(weights, Weigher) else None
+    if microbatch is None and isinstance(batches, Sized) and len(batches) == 1:
+        weigher = None
     first_pass: list[Tensor] = []
 
     def averaged(*args: Any) -> tuple[Tree | None, float | Tensor]:
@@ -70,7 +80,11 @@ def mean(
                 continue
             batch = tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
             this_pass.append(checksum(batch))
+            if weigher:
+                weigher.look_at(batch, microbatch)
             for weight, part in _parts(batch, index, weights, microbatch):
+                if known(torch.as_tensor(weight) == 0):
+                    continue  # a mean over nothing is 0 / 0
                 try:
                     value = function(*args, part)
                 except ValueError as error:
@@ -80,16 +94,26 @@ def mean(
         if total is None:
             if dealt:
                 return None, 0.0  # fewer batches than processes
+            if this_pass:
+                raise InvalidInput("the weights of all batches are 0: there is no data")
             raise InvalidInput("there is no batch: the iterable of batches is empty")
         if not first_pass:
             first_pass.extend(this_pass)
         _check_same(first_pass, this_pass)
         return tree.scale(1 / total_weight, total), total_weight
 
-    if dealt:
-        average = across(dealt.group)
-        return lambda *args: average(lambda: averaged(*args), args)
-    return lambda *args: averaged(*args)[0]
+    if not dealt:
+        return lambda *args: averaged(*args)[0]
+    average = across(dealt.group)
+    agreed: list[bool] = []
+
+    def shared(*args: Any) -> Tree:
+        if dealt.check and not agreed:
+            require_same_problem(state, lambda: map(fingerprint, map(tensors, _iterate(batches))), dealt.group)
+            agreed.append(True)
+        return average(lambda: averaged(*args), args)
+
+    return shared
 
 
 def share_of(batches: Iterable[Any]) -> tuple[int, int]:
@@ -103,12 +127,8 @@ def deal(batches: Iterable[Any], state: Tree, group: Group) -> ShardedBatches:
     Costs one pass over the batches.
     """
     require_same(fingerprint(state), "other parameters", group)
-    require_same([fingerprint(_tensors(batch)) for batch in _iterate(batches)], "other data", group)
-    return ShardedBatches(batches, group)
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    return [x for x in tree.leaves(batch) if isinstance(x, Tensor)]
+    require_same([fingerprint(tensors(batch)) for batch in _iterate(batches)], "other data", group)
+    return ShardedBatches(batches, group, check=False)
 
 
 def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
@@ -122,7 +142,7 @@ def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
 def _parts(batch: Any, index: int, weights: Weights, microbatch: int | None) -> Iterator[tuple[float | Tensor, Any]]:
     size = length(batch)
     for start in range(0, size, microbatch or size):
-        part = batch if microbatch is None else _rows(batch, start, start + microbatch)
+        part = batch if microbatch is None else rows(batch, start, start + microbatch)
         if callable(weights):
             weight = weights(part)  # a count of tokens is an integer tensor, whose inverse would be float32
             yield tree.wide(weight) if isinstance(weight, Tensor) else weight, part
@@ -132,18 +152,6 @@ def _parts(batch: Any, index: int, weights: Weights, microbatch: int | None) -> 
             yield weights[index] * length(part) / size, part
         else:
             raise InvalidInput(f"weights has {len(weights)} entries, but there is a batch {index}: give one for each")
-
-
-def length(batch: Any) -> int:
-    first = next(iter(_tensors(batch)), None)
-    if first is None or first.dim() == 0 or len(first) == 0:
-        found = "no tensor" if first is None else f"a first tensor of shape {tuple(first.shape)}"
-        raise InvalidInput(f"a batch must have samples along the first axis of its tensors, but this one has {found}")
-    return len(first)
-
-
-def _rows(batch: Any, start: int, stop: int) -> Any:
-    return tree.map(lambda x: x[start:stop] if isinstance(x, Tensor) and x.dim() else x, batch)
 
 
 def _check_same(first_pass: list[Tensor], this_pass: list[Tensor]) -> None:

@@ -25,9 +25,12 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 
 def sharded_loss(
-    model: nn.Module, chosen: list[str], of_batch: Callable[[nn.Module, Any], Tensor], size: Callable[[Any], int]
+    model: nn.Module,
+    chosen: list[str],
+    of_batch: Callable[[nn.Module, Any], Tensor],
+    weight_of: Callable[[Any], float | Tensor],
 ) -> Callable[[dict[str, Tensor], Any], Tensor]:
-    """``loss(params, batch)``: the mean over ranks, each with a batch of its own, weighed by their sizes.
+    """``loss(params, batch)``: the mean over ranks, each with a batch of its own, weighed by ``weight_of`` it.
 
     The model gathers a layer at a time by hooks of its own, which know no parameters but its own. So these are written
     over while the loss runs, and written back, to the bit; there is a gradient, and no second derivative.
@@ -59,7 +62,7 @@ def sharded_loss(
             _write(params, leaves)
             gathered_anew()
             with torch.set_grad_enabled(with_gradient):
-                value, weight = of_batch(model, batch), size(batch)
+                value, weight = of_batch(model, batch), weight_of(batch)
                 both = torch.stack(
                     [weight * value.detach().double(), torch.as_tensor(weight).to(value.device).double()]
                 )

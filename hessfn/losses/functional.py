@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from hessfn.core.errors import InvalidInput
 from hessfn.core.torch_private import BatchStatistics, Dropout
-from hessfn.losses.batches import length
 from hessfn.losses.fsdp import is_fully_sharded, sharded_loss
+from hessfn.losses.samples import length
+from hessfn.losses.weights import MeanOver, mean_over, sum_refused
 
 Params = dict[str, Tensor]
 Choice = str | Iterable[str] | Callable[[str, Tensor], bool]
@@ -33,7 +34,9 @@ def functionalize(
             ones alone. A model under ``fully_shard`` is the exception: it is written over while the loss runs, and
             restored to the bit; each rank gives its own batch, the loss is the mean over all, and products are
             differences of gradients.
-        criterion: ``criterion(outputs, targets)`` to a scalar, a mean over the batch if batches are to be averaged.
+        criterion: ``criterion(outputs, targets)`` to a scalar, a mean over the batch if batches are to be averaged. Of
+            torch's own it is known what they are means over, such as the class weights of targets that are not
+            ignored: ``loss.mean_over.weight_of(batch)`` is what a batch weighs.
         params: which parameters the loss is a function of: a glob pattern or several (``"features.*"``), or a
             predicate ``(name, tensor) -> bool`` such as ``lambda name, p: p.requires_grad``. The rest are constants.
 
@@ -62,7 +65,15 @@ def functionalize(
         inputs, targets = pair(batch)
         return criterion(forward(params, inputs), targets)
 
+    loss.mean_over = about(model, criterion)  # type: ignore[attr-defined]
     return loss, chosen
+
+
+def about(model: nn.Module, criterion: Callable[[Any, Any], Tensor]) -> MeanOver:
+    """What the loss of a model and a criterion is a mean over, as far as that is known."""
+    model = bare(model)
+    tensors = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
+    return mean_over(model, criterion, lambda batch: pair(batch)[1], tensors)
 
 
 def _of_parts(
@@ -77,7 +88,10 @@ def _of_parts(
         args, kwargs = _arguments(inputs)
         return criterion(model(*args, **kwargs), targets)
 
-    return sharded_loss(model, list(chosen), of_batch, length), chosen
+    known = about(model, criterion)
+    if known.summed:
+        raise sum_refused(known.summed)
+    return sharded_loss(model, list(chosen), of_batch, known.weight_of or length), chosen
 
 
 def stateless(model: nn.Module, *, params: Choice = "*") -> tuple[Callable[[Params, Any], Any], Params]:

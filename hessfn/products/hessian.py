@@ -17,6 +17,7 @@ from hessfn.core.tree import MatVec, T
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.batches import Weights, mean
+from hessfn.losses.weights import Weigher, of_loss, refuse_parts
 from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, is_checked, verdict
 from hessfn.products.loss_checks import Loss, check_loss
 from hessfn.products.modes import ModeName, blame, differentiating, product_of, shapes_of
@@ -147,19 +148,25 @@ def mean_hvp(
     """Products with the mean Hessian over batches, ``sum_b w_b H_b v / sum_b w_b``; one batch is in memory at a time.
 
     Args:
-        loss: ``loss(params, batch)``, a mean over its batch.
+        loss: ``loss(params, batch)``, a mean over its batch. With BatchNorm in training mode samples meet, and the
+            result is the mean over batches of the losses that these have as they are, by their sizes.
         params: a tree of tensors. Batches are moved to its device.
         batches: gives the same batches at each pass: a list, a ``DataLoader`` that does not shuffle; or
             :class:`hessfn.ShardedBatches`, of which each process of a group takes its share.
-        weights: one number a batch, or a function of the batch, such as its number of tokens. By default the size of
-            the batch (length of its first tensor), so that the result is the Hessian of the mean over all samples.
+        weights: one number a batch, or a function of the batch, such as its number of tokens; a batch of weight 0 is
+            left out. By default the result is the Hessian of the mean over all samples: of torch's own criteria it is known
+            what they are divided by (the class weights of targets that are not ignored), of Hugging Face's models it is
+            the labels that count, and for all others it is the number of samples, length of the first tensor.
         microbatch: cut batches into parts of so many samples, for less memory and the same product; for losses in
             which samples do not meet (not BatchNorm in training mode). ``weights`` as a function then sees the parts.
-        mode, check: as for :func:`hvp`.
+        mode, check: as for :func:`hvp`. The check also holds the loss of the first batch, unless it is known or
+            ``weights`` are given, against the mean of those of two parts of it, once for a loss.
 
     Raises:
         ValueError: an argument is of another kind, there is no batch, ``batches`` can be run through only once,
             shuffles, or changes between products, or a product is not finite: the message names the batch and the leaf.
+            Or the loss is no mean over samples by these weights, or samples meet in parts of a batch, or processes
+            that share the batches have other ones or other parameters.
 
     >>> import torch
     >>> batches = [torch.ones(3, 1), torch.zeros(1, 1)]
@@ -170,13 +177,18 @@ def mean_hvp(
     call = "mean_hvp(loss, params, batches)"
     _require_kinds(loss, params, call)
     require_batches(batches, call)
-    product = product_of(loss, mode, check)
+    product, about = product_of(loss, mode, check), of_loss(loss)
+    if microbatch is not None:
+        refuse_parts(about)
+    if weights is None:
+        weights = Weigher(lambda batch: loss(params, batch), about, loss, check)
     averaged = mean(
         lambda v, batch: tree.require_finite(product(params, (batch,), v), "the product"),
         batches,
         weights=weights,
         microbatch=microbatch,
         device=next((leaf.device for leaf in tree.leaves(params)), None),
+        state=(params, about.state),
     )
     return lambda v: averaged(tree.aligned(v, params))
 

@@ -16,9 +16,11 @@ from hessfn.core.probes import rademacher
 from hessfn.core.results import Estimate, S, Sensitivities
 from hessfn.core.tree import MatVec
 from hessfn.losses.activation import Edge, activation_loss, joint_loss
-from hessfn.losses.batches import Weights, length, mean, share_of
-from hessfn.losses.functional import bare
+from hessfn.losses.batches import Weights, mean, share_of
+from hessfn.losses.functional import about, bare, pair, private
 from hessfn.losses.layer_selection import Layers
+from hessfn.losses.samples import length
+from hessfn.losses.weights import Weigher, refuse_parts
 from hessfn.products.hessian import hvp, linearized_hvp
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -78,7 +80,7 @@ def activation_traces(
         parts = [{name: shift} for name, shift in shifts.items()] if blockwise else [shifts]
         return {name: x for part in parts for name, x in _dots(loss, part, probes, transform).items()}
 
-    result = _over(batches, samples, num_probes, seed, weights, microbatch, model)
+    result = _over(batches, samples, num_probes, seed, weights, microbatch, model, criterion)
     return result._replace(num_matvecs=result.num_matvecs * (len(result.mean) if blockwise else 1))
 
 
@@ -149,7 +151,7 @@ def sensitivities(
             for layer in weight_of
         }
 
-    result = _over(batches, samples, num_probes, seed, weights, microbatch, model)
+    result = _over(batches, samples, num_probes, seed, weights, microbatch, model, criterion)
 
     def part(i: int) -> Estimate[ByName]:
         mean, stderr = ({layer: x[i] for layer, x in found.items()} for found in (result.mean, result.stderr))
@@ -173,10 +175,16 @@ def _over(
     weights: Weights,
     microbatch: int | None,
     model: nn.Module,
+    criterion: Criterion,
 ) -> Estimate[S]:
     """The estimate from samples ``(num_probes,)`` of every batch, each with probes of its own."""
     if num_probes < 1:
         raise InvalidInput(f"num_probes={num_probes} must be at least 1")
+    known = about(model, criterion)
+    if microbatch is not None:
+        refuse_parts(known)
+    if weights is None:
+        weights = Weigher(_values(model, criterion), known, None)
     numbers = itertools.count(*share_of(batches))
 
     def of_batch(batch: Any) -> S:
@@ -184,12 +192,22 @@ def _over(
         return samples(batch, lambda point: rademacher(point, start + num_probes, seed=seed)[start:])
 
     device = next((p.device for p in model.parameters()), None)
-    found = mean(of_batch, batches, weights=weights, microbatch=microbatch, device=device)()
+    found = mean(of_batch, batches, weights=weights, microbatch=microbatch, device=device, state=(known.state,))()
     return Estimate(
         tree.map(torch.mean, found),
         tree.map(lambda x: x.std() / num_probes**0.5 if num_probes > 1 else torch.full_like(x[0], torch.inf), found),
         torch.tensor(num_probes),
     )
+
+
+def _values(model: nn.Module, criterion: Criterion) -> Callable[[Any], Tensor]:
+    _, run = private(model)
+
+    def value_of(batch: Any) -> Tensor:
+        inputs, targets = pair(batch)
+        return criterion(run({}, inputs), targets)
+
+    return value_of
 
 
 def _dots(loss: Callable[[ByName], Tensor], point: ByName, probes: Probes, transform: Transform) -> ByName:
