@@ -179,7 +179,7 @@ def test_one_probe_says_nothing_of_its_error_and_none_nothing_at_all(estimator):
 
 
 def test_a_product_that_is_not_finite_is_refused():
-    with pytest.raises(ValueError, match="product of the matvec is not finite"):
+    with pytest.raises(ValueError, match="product 1 of the matvec is not finite"):
         hutchinson(lambda v: v / 0, rademacher(FLAT, 10), rtol=0.1)
 
 

@@ -165,10 +165,11 @@ def matched(x: Tree, like: T, what: str, other: str) -> T:
         given = _in_order(dict(zip(names(x), given, strict=True)), len(given), names(like), what, other)
     if any(not isinstance(a, Tensor) or a.shape != b.shape for a, b in zip(given, wanted, strict=True)):
         for name, a, b in zip(names(like), given, wanted, strict=True):
+            part = f"leaf {name!r} of {what}" if name else what
             if not isinstance(a, Tensor):
-                raise InvalidInput(f"leaf {name!r} of {what} is a {type(a).__name__}, not a tensor")
+                raise InvalidInput(f"{part} is a {type(a).__name__}, not a tensor")
             if a.shape != b.shape:
-                raise InvalidInput(f"leaf {name!r} of {what} has shape {tuple(a.shape)}, {other} {tuple(b.shape)}")
+                raise InvalidInput(f"{part} has shape {tuple(a.shape)}, where {other} has {tuple(b.shape)}")
     return x if structure == order else pytree.tree_unflatten(given, order)
 
 
@@ -212,14 +213,14 @@ def require_finite(x: T, what: str) -> T:
     if sums and known(torch.stack(sums).all()) is False:
         bad = [name for name, leaf in zip(names(x), leaves(x), strict=True) if not whole(leaf).isfinite().all()]
         if bad:  # else only the sum overflows
-            raise not_finite(what, bad, x)
+            raise InvalidInput(why_not_finite(what, bad, x))
     return x
 
 
-def not_finite(what: str, bad: list[str], like: Tree) -> InvalidInput:
-    """The error that names the first of some bad leaves of a tree, and the likely cause."""
+def why_not_finite(what: str, bad: list[str], like: Tree) -> str:
+    """Names the first of some bad leaves of a tree, and the likely cause."""
     count, half = len(names(like)), any(leaf.dtype == torch.float16 for leaf in leaves(like))
     others = f" and {len(bad) - 1} more of {count} leaves" if len(bad) > 1 else ""
     where = f" in leaf {bad[0]!r}{others}" if bad and bad[0] else ""
     cause = "float16 ends at 65504, take float32" if half else "are the loss and its curvature finite there?"
-    return InvalidInput(f"{what} is not finite{where}: {cause}")
+    return f"{what} is not finite{where}: {cause}"

@@ -17,7 +17,6 @@ from hessfn.core.dtensor import whole
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import EigenPair, EigenPairs, Tridiagonal
 from hessfn.core.tree import MatVec, T
-from hessfn.core.watched import refuse_derivative
 from hessfn.estimators import krylov
 from hessfn.estimators.krylov import Space, Which
 from hessfn.estimators.thick_restart import thick_restart
@@ -35,7 +34,7 @@ def power_iter(
     Args:
         v0: where to start, as ``gaussian(params, 1)[0]``.
         rtol: None for exactly ``max_matvecs`` products, under ``vmap`` and autograd too; ``converged`` is then judged
-            by 1e-3.
+            by 1e-3. With a tolerance there is no derivative, and to ask for one is an error.
         shift: moves the spectrum where its ends are nearly opposite and the iteration would swing between them: of the
             size of the largest eigenvalue it makes the largest algebraic one win, and negated the smallest.
 
@@ -46,7 +45,8 @@ def power_iter(
     Cost: ``num_matvecs`` products, three vectors.
 
     Raises:
-        ValueError: ``v0`` is zero, or a product is not finite (with ``rtol``), or ``max_matvecs`` < 1.
+        ValueError: ``v0`` is zero, a product is not finite, ``max_matvecs`` < 1, or (with ``rtol``) a product has a
+            derivative.
 
     Source: von Mises and Pollaczek-Geiringer (1929).
 
@@ -58,7 +58,8 @@ def power_iter(
     if max_matvecs < 1:
         raise InvalidInput(f"max_matvecs={max_matvecs} must be at least 1")
     space = krylov.flatten(matvec, v0, tolerance=rtol is not None)
-    following = krylov.unit(space.ravel(v0))
+    # What a tolerance ends at depends on no start.
+    following = krylov.unit(space.ravel(v0 if rtol is None else tree.map(Tensor.detach, v0)))
     for count in range(1, max_matvecs + 1):
         v = following
         product = space.matvec(v)
@@ -73,7 +74,7 @@ def power_iter(
         # A vector that A takes to zero is an eigenvector; there is no way on from it.
         image = torch.where(tree.norm(image.detach()) == 0, v, image)
         following = image / tree.norm(image).to(v.dtype)
-    value, residual = space.finished((value, residual))
+    space.finished(value)
     return EigenPair(value, space.unravel(v), residual, torch.tensor(count), converged)
 
 
@@ -94,7 +95,7 @@ def lanczos(matvec: MatVec[T], v0: T, num_matvecs: int) -> Tridiagonal[T]:
     Cost: m products, m vectors kept (twice that while they grow).
 
     Raises:
-        ValueError: ``v0`` is zero, or m is not between 1 and n.
+        ValueError: ``v0`` is zero, m is not between 1 and n, or a product is not finite.
 
     Source: Lanczos (1950); Parlett (1980) for the orthogonalisation.
 
@@ -105,9 +106,7 @@ def lanczos(matvec: MatVec[T], v0: T, num_matvecs: int) -> Tridiagonal[T]:
     _require_kinds(matvec, v0, "lanczos(matvec, v0, num_matvecs)")
     _require_between("num_matvecs", num_matvecs, tree.numel(v0))
     space = krylov.flatten(matvec, v0)
-    alpha, beta, basis, residual = space.finished(
-        krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
-    )
+    alpha, beta, basis, residual = space.finished(krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps))
     return Tridiagonal(alpha, beta[:-1], space.unravel(basis), space.unravel(residual))
 
 
@@ -131,7 +130,8 @@ def eigsh(
         which: ``"LM"`` largest magnitude, ``"LA"`` / ``"SA"`` largest / smallest algebraic, ``"BE"`` both ends (one
             more of the high end where k is odd).
         rtol: the relative residual asked of every pair. None for exactly ``max_matvecs`` products with no restart,
-            under ``vmap`` and autograd too; ``converged`` is then judged by 1e-3.
+            under ``vmap`` and autograd too; ``converged`` is then judged by 1e-3. With a tolerance there is no
+            derivative: where the products have one, by live parameters or under a transform, that is an error.
         max_matvecs: the most products spent; by default ten times ``basis_size``.
         basis_size: the most vectors kept, by default 2k + 20. Fewer cost more products.
         basis_device: where they are kept, such as ``"cpu"``; by default where the entries of ``v0`` are.
@@ -151,7 +151,7 @@ def eigsh(
 
     Raises:
         ValueError: k, ``which``, ``basis_size`` or ``max_matvecs`` is out of range, ``v0`` is zero, ``warm_start``
-            without ``rtol``, or (with ``rtol``) a product is not finite.
+            without ``rtol``, a product is not finite, or (with ``rtol``) has a derivative.
 
     Source: Wu and Simon (2000); the form with one dense projected matrix is Stewart's (2001).
 
@@ -174,7 +174,6 @@ def eigsh(
         if max_matvecs is None:
             raise InvalidInput("rtol=None asks for a fixed number of products: give it as max_matvecs")
         return _unrestarted(space, v0, k, which, min(max_matvecs, n))
-    refuse_derivative(v0, warm_start)
     starts = space.ravel(v0)[None] if warm_start is None else _starts(space, v0, warm_start)
     least = max(k, len(starts)) + 2
     size = min(n, max(2 * k + 20, least) if basis_size is None else basis_size)
@@ -204,7 +203,8 @@ def _starts(space: Space[T], v0: T, vectors: T) -> Tensor:
 def _unrestarted(space: Space[T], v0: T, k: int, which: Which, num_matvecs: int) -> EigenPairs[T]:
     if num_matvecs < k:
         raise InvalidInput(f"max_matvecs={num_matvecs} must be at least k={k}")
-    alpha, beta, basis, _ = space.finished(krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps))
+    alpha, beta, basis, _ = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
+    space.finished(alpha)
     values, vectors = krylov.decompose(alpha, beta[:-1])
     # The recurrence knows of no rounding: its residuals fall below what the products can tell.
     floor = (10 * space.eps + num_matvecs * torch.finfo(values.dtype).eps) * values.detach().abs().max()

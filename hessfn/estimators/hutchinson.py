@@ -29,7 +29,8 @@ def hutchinson(
     Args:
         probes: ``rademacher(params, num)``, or any iterable of independent trees with ``E zz' = I``.
         rtol: stop once half the width of the 95 % confidence interval (Student's t) is at most ``rtol |mean|``, after
-            10 probes at least. None takes all probes, and then runs under ``vmap`` and autograd.
+            10 probes at least. None takes all probes, and then runs under ``vmap`` and autograd. With a tolerance
+            there is no derivative: where the products have one, that is an error.
         batch_size: so many products at a time, under ``vmap``: for GPUs that one product leaves idle. On a CPU nothing
             is won by it.
 
@@ -234,7 +235,8 @@ def deflated_trace(
     Cost: one product a probe; the k eigenvectors, once more as a matrix.
 
     Raises:
-        ValueError: there is no probe, or a product is not finite.
+        ValueError: there is no probe, a product is not finite, or the products have a derivative and the eigenpairs
+            none (those of ``eigsh(..., rtol=None)`` do), since their part of it would be missing.
 
     Source: deflation as in Hutch++ (Meyer, Musco, Musco and Woodruff, 2021), with Ritz vectors for the sketch.
 

@@ -60,7 +60,8 @@ def slq(
             raise InvalidInput(f"num_matvecs={num_matvecs} must be between 1 and {n}, the number of entries in a probe")
         space = krylov.flatten(matvec, probe)
         steps = krylov.expand if orthogonalize else krylov.recur
-        alpha, beta = space.finished(steps(space.matvec, space.ravel(probe), num_matvecs, space.eps)[:2])
+        alpha, beta = steps(space.matvec, space.ravel(probe), num_matvecs, space.eps)[:2]
+        space.finished(alpha)
         theta, vectors = krylov.decompose(alpha, beta[:-1])
         return theta, vectors[0].square()
 
@@ -68,6 +69,7 @@ def slq(
     if not rules:
         raise InvalidInput("there is no probe: gaussian(params, num) needs num >= 1")
     nodes, weights = (torch.stack(rows) for rows in zip(*rules, strict=True))
+    tree.require_finite(nodes, "a product of the matvec")  # of groups nothing was known before
     return Quadrature(nodes, weights)
 
 

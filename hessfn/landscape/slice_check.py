@@ -10,7 +10,9 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_matvec, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Curvature
+from hessfn.core.torch_state import carries_derivative
 from hessfn.core.tree import MatVec, T
+from hessfn.core.watched import Watched
 from hessfn.landscape.slices import Loss, line, require_kinds
 
 
@@ -24,7 +26,12 @@ def slice_curvature(loss: Loss, params: T, direction: T, *args: Any) -> Curvatur
         ``value`` and ``error``. A loss with kinks (ReLU) bends at them too, where no Hessian sees it: over steps that
         cross many the value is another one. Steps small enough to cross none take float64.
 
+    There is no derivative of it: the errors of the differences, which cancel here, do not in theirs.
+
     Cost: 39 forward passes.
+
+    Raises:
+        ValueError: the loss, the parameters or the direction are being differentiated.
 
     Source: the choice of the step is Lepski's (1991).
 
@@ -40,6 +47,11 @@ def slice_curvature(loss: Loss, params: T, direction: T, *args: Any) -> Curvatur
     eps = tree.eps(params)
     steps = first * eps ** torch.linspace(0, 0.5, 19, dtype=first.dtype, device=first.device)
     losses = line(loss, params, direction, torch.cat([steps, -steps, torch.zeros_like(steps[:1])]), *args)
+    if carries_derivative(losses):
+        raise InvalidInput(
+            f"{call} has no derivative, since its differences would be of rounding: differentiate v'Hv with "
+            "hvp(loss, params, batch); or, where no derivative is wanted, use torch.no_grad()"
+        )
     above, below, middle = (tree.wide(part) for part in losses.split([len(steps), len(steps), 1]))
     bends = ((above - middle) + (below - middle)) / steps.square()
     # What the smallest steps see is rounding, which grows as 1/h^2.
@@ -71,8 +83,12 @@ def check_slice(matvec: MatVec[T], loss: Loss, params: T, direction: T, *args: A
     call = "check_slice(matvec, loss, params, direction)"
     require_matvec(matvec, call)
     require_kinds(loss, params, call)
-    value, error = slice_curvature(loss, params, direction, *args)
-    product = tree.dot(direction, matvec(direction))
+    direction = tree.aligned(direction, params, "the direction")
+    with torch.no_grad():
+        value, error = slice_curvature(loss, params, direction, *args)
+    product = tree.dot(direction, Watched(matvec)(direction)).detach()
+    if not product.isfinite():
+        tree.require_finite(product, "a product of the matvec")
     if rtol is None:
         rtol = tree.eps(params) ** (1 / 3)
     curve = f"{float(value):.6g} +- {float(error):.1g}"

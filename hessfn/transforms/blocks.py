@@ -69,7 +69,8 @@ def _block(
         v = tree.aligned(v, entering)
         blank = zip(known, tree.leaves(like), strict=True)
         padded = [v[name] if name in entering else torch.zeros_like(x) for name, x in blank]
-        whole = dict(zip(known, tree.leaves(matvec(tree.unflatten(padded, like))), strict=True))
+        image = tree.matched(matvec(tree.unflatten(padded, like)), like, "the product", "like")
+        whole = dict(zip(known, tree.leaves(image), strict=True))
         return {name: whole[name] for name in leaving}
 
     return product

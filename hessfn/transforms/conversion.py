@@ -10,13 +10,17 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.arguments import require_matvec, require_vector
 from hessfn.core.tree import MatVec, T
+from hessfn.core.watched import Watched
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 
 def dense(matvec: MatVec[T], like: T) -> Tensor:
-    """The whole matrix ``(n, n)``, column by column: n matvecs and n^2 numbers, for small n.
+    """The whole matrix ``(n, n)``, column by column: n matvecs and n^2 numbers, for small n. Differentiable.
+
+    Raises:
+        ValueError: a product is not finite, or a tree of other leaves than ``like``.
 
     >>> dense(lambda v: 2 * v, torch.zeros(2))
     tensor([[2., 0.],
@@ -24,14 +28,18 @@ def dense(matvec: MatVec[T], like: T) -> Tensor:
     """
     _require_kinds(matvec, like, "dense(matvec, like)")
     flat, unravel = tree.ravel(like)
-    columns = [
-        tree.ravel(matvec(unravel(unit)))[0] for unit in torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
-    ]
-    return torch.stack(columns, dim=1)
+    product = Watched(matvec)
+    units = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
+    return product.finished(torch.stack([tree.ravel(product(unravel(unit)))[0] for unit in units], dim=1))
 
 
 def as_linear_operator(matvec: MatVec[T], like: T) -> LinearOperator:
     """The matrix as SciPy knows it, for ``scipy.sparse.linalg``: flat NumPy vectors, in the entries' order of ``like``.
+
+    A complex vector takes two products, of its real and its imaginary part. Half precision comes out as float32.
+
+    Raises:
+        ValueError: at a product: it is not finite, or a tree of other leaves than ``like``.
 
     >>> import numpy, scipy.sparse.linalg
     >>> operator = as_linear_operator(lambda v: 2 * v, torch.zeros(3, dtype=torch.float64))
@@ -42,13 +50,25 @@ def as_linear_operator(matvec: MatVec[T], like: T) -> LinearOperator:
 
     _require_kinds(matvec, like, "as_linear_operator(matvec, like)")
     flat, unravel = tree.ravel(like)
-    kind = torch.empty((), dtype=flat.dtype).numpy().dtype
+    seen = _seen_by_numpy(flat.dtype)
+    kind = torch.empty((), dtype=seen).numpy().dtype
+    watched = Watched(matvec)
+
+    def real(v: Any) -> Any:
+        # A copy: SciPy's vectors may run backwards, or be read-only.
+        vector = torch.from_numpy(v.reshape(-1).copy()).to(device=flat.device, dtype=flat.dtype)
+        image = watched.finished(tree.ravel(watched(unravel(vector)))[0])
+        return image.detach().to(seen).cpu().numpy()
 
     def product(v: Any) -> Any:
-        vector = torch.as_tensor(v.reshape(-1), dtype=flat.dtype, device=flat.device)
-        return tree.ravel(matvec(unravel(vector)))[0].detach().cpu().numpy()
+        return real(v.real) + 1j * real(v.imag) if v.dtype.kind == "c" and kind.kind != "c" else real(v)
 
     return LinearOperator((len(flat), len(flat)), matvec=product, rmatvec=product, dtype=kind)
+
+
+def _seen_by_numpy(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is widened: NumPy has no bfloat16, and SciPy's solvers no float16."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 def _require_kinds(matvec: MatVec[T], like: T, call: str) -> None:

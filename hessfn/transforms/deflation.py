@@ -12,7 +12,7 @@ def deflate(matvec: MatVec[T], vectors: T) -> MatVec[T]:
 
     Args:
         vectors: a tree whose leaves carry a leading axis of k vectors, as ``eigsh(...).vectors``. They need not be
-            orthonormal; a QR factorisation makes them so, once.
+            orthonormal; a QR factorisation makes them so, once. Their leaves meet those of a vector by name.
 
     >>> import torch
     >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))

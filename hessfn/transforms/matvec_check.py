@@ -9,6 +9,7 @@ from hessfn.core.arguments import require_matvec, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import gaussian
 from hessfn.core.tree import MatVec, T
+from hessfn.core.watched import Watched
 
 
 def check_matvec(matvec: MatVec[T], like: T, *, seed: int = 0, rtol: float | None = None) -> None:
@@ -33,9 +34,9 @@ def check_matvec(matvec: MatVec[T], like: T, *, seed: int = 0, rtol: float | Non
     x, y = gaussian(like, 2, seed=seed)
     if rtol is None:
         rtol = tree.eps(like) ** (1 / 3)
-    ax, again, ay = tree.aligned(matvec(x), like, "the product"), matvec(x), matvec(y)
-    for product in (ax, ay):
-        tree.require_finite(product, "the product of the matvec")
+    product = Watched(matvec)
+    ax, again, ay = tree.aligned(product(x), like, "the product"), product(x), product(y)
+    product.finished((ax, ay))
     size = tree.norm(ax) + tree.norm(ay)
 
     def require(error: Tensor, scale: Tensor, what: str, cause: str) -> None:
@@ -51,7 +52,8 @@ def check_matvec(matvec: MatVec[T], like: T, *, seed: int = 0, rtol: float | Non
         "Two products of one vector differ: look for dropout in training mode (call model.eval()), a loader that "
         "shuffles or augments at random (use list(loader)), or an operation that is random on this device.",
     )
-    combination = tree.add(matvec(tree.add(x, y, -2.0)), tree.add(ax, ay, -2.0), -1.0)
+    combination = tree.add(product(tree.add(x, y, -2.0)), tree.add(ax, ay, -2.0), -1.0)
+    product.finished(combination)
     require(tree.norm(combination), size, "linear", "A(x - 2y) differs from Ax - 2Ay: this is no matrix.")
     require(
         (tree.dot(x, ay) - tree.dot(y, ax)).abs(),
