@@ -115,7 +115,7 @@ def test_commands_are_ones_that_there_are() -> None:
     for page, command in COMMANDS:
         words = shlex.split(command, comments=True)
         if "hessfn" in words:
-            cli._parser().parse_args([word for word in words[words.index("hessfn") + 1 :] if word != "--help"])
+            cli.command_parser().parse_args([word for word in words[words.index("hessfn") + 1 :] if word != "--help"])
         elif words[0] == "make":
             assert set(words[1:]) <= set(targets), f"{page}: {command}"
         elif words == [".ci/run"]:

@@ -377,12 +377,12 @@ def test_the_order_of_a_key_does_not_count(tmp_path: Path) -> None:
 
 
 def test_other_threads_or_another_kernel_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(config._KERNELS, "conv3x3", lambda: {"kernel": "0123abcd", "compiler": "gcc 12"})
+    monkeypatch.setitem(config.KERNELS, "conv3x3", lambda: {"kernel": "0123abcd", "compiler": "gcc 12"})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     hf.journal(symmetric(), tmp_path, key=KEY)(like())
-    monkeypatch.setitem(config._KERNELS, "conv3x3", lambda: {"kernel": "0123abcd", "compiler": "gcc 13"})
+    monkeypatch.setitem(config.KERNELS, "conv3x3", lambda: {"kernel": "0123abcd", "compiler": "gcc 13"})
     hf.journal(lambda v: 1 / 0, tmp_path, key=KEY)(like())
-    monkeypatch.setitem(config._KERNELS, "conv3x3", lambda: {"kernel": "off", "compiler": ""})
+    monkeypatch.setitem(config.KERNELS, "conv3x3", lambda: {"kernel": "off", "compiler": ""})
     with pytest.raises(ValueError, match=r"another 'conv3x3 kernel' \(0123abcd, here off\)\. Take another folder"):
         hf.journal(symmetric(), tmp_path, key=KEY)(like())
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

@@ -74,7 +74,7 @@ def test_a_machine_compiles_once(compiler: Any, tmp_path: Path) -> None:
     assert first and second
     assert first.digest == second.digest == kernel.identity()
     assert lives(tmp_path) == 1
-    assert cached(tmp_path) == [f"{build._name(SOURCE)}-{first.digest}.so"]
+    assert cached(tmp_path) == [f"{build.library_name(SOURCE)}-{first.digest}.so"]
     assert (tmp_path / "cache" / "hessfn").stat().st_mode & 0o777 == 0o700
 
 
@@ -101,7 +101,7 @@ def test_the_file_is_of_source_flags_and_processor(tmp_path: Path, monkeypatch: 
                    lambda: (tmp_path / "kernel.c").write_text("int other;")):  # fmt: skip
         change()
         source = tmp_path / "kernel.c" if (tmp_path / "kernel.c").exists() else SOURCE
-        names.add(build._name(source))
+        names.add(build.library_name(source))
     assert len(names) == 4
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_file_is_never_loaded_but_made_anew(damage: Any, tmp_path: Pat
 def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path, caplog: Any) -> None:
     folder = tmp_path / "cache" / "hessfn"
     folder.mkdir(parents=True)
-    (folder / f"{build._name(SOURCE)}-0000000000000000.so").write_bytes(b"planted")
+    (folder / f"{build.library_name(SOURCE)}-0000000000000000.so").write_bytes(b"planted")
     for mode in (0o777, 0o770):
         folder.chmod(mode)
         assert build.build(SOURCE)
@@ -145,7 +145,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path, caplog: A
 def test_without_a_usable_xdg_folder_the_cache_is_in_the_home(base: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", base)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert build._cache() == tmp_path / "home" / ".cache" / "hessfn"
+    assert build.cache_folder() == tmp_path / "home" / ".cache" / "hessfn"
 
 
 def test_a_disk_from_which_no_code_runs_is_no_obstacle(tmp_path: Path, monkeypatch: Any) -> None:
@@ -200,7 +200,7 @@ def test_a_compiler_that_hangs_is_ended_with_its_children(
     monkeypatch.setattr(build, "SECONDS", 0.5)
     compiler("(sleep 1.5; touch late) & sleep 30")
     start = time.monotonic()
-    assert build._compile([str(tmp_path / "compiler")], SOURCE, tmp_path) is None
+    assert build.compiled_by([str(tmp_path / "compiler")], SOURCE, tmp_path) is None
     assert time.monotonic() - start < 5
     assert "not done after 0.5 s" in warnings(caplog)[0]
     time.sleep(1.5)

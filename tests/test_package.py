@@ -114,7 +114,7 @@ def test_all_errors_are_of_one_class(source: Path) -> None:
     for node in ast.walk(ast.parse(source.read_text("utf-8"))):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
             kind = node.exc.func.id
-            internal = kind in ("Unsupported", "AttributeError") or kind.startswith("_")
+            internal = kind in ("Unsupported", "AttributeError") or not kind[0].isupper()  # a function words it
             error = getattr(__import__("hessfn.core.errors", fromlist=[kind]), kind, None)
             assert internal or (error is not None and issubclass(error, hf.HessfnError)), (
                 f"{source}:{node.lineno} {kind}"
@@ -181,3 +181,17 @@ def test_the_version_is_that_of_the_package_and_of_the_changelog() -> None:
 def test_types_and_templates_come_with_the_package() -> None:
     assert (HOUSE / "py.typed").is_file()
     assert (HOUSE / "reporting" / "templates" / "report.html.j2").is_file()
+
+
+def test_tests_look_at_public_names_alone() -> None:
+    for test in sorted((ROOT / "tests").rglob("*.py")):
+        text = test.read_text("utf-8")
+        assert "__" + "closure__" not in text
+        modules = {name for module, name in imports(test) if module.startswith("hessfn")}
+        private = [
+            f"{node.value.id}.{node.attr}"
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+            if re.match(r"_[^_]", node.attr) and node.attr not in ("_replace", "_asdict", "_fields")
+        ]
+        assert not private, f"{test.name}: {private}"

@@ -131,8 +131,8 @@ def test_colours_meet_the_contrast_that_accessibility_asks_for() -> None:
         for background in (colors["page"], colors["card"]):
             assert all(contrast(colors[name], background) >= 4.5 for name in ("text", "soft", "link"))
             assert all(contrast(colors[name], background) >= 3 for name in ("first", "second", "third"))
-    assert html._DARK["figure.facecolor"] == dark["page"]
-    assert html._DARK["text.color"] == dark["text"]
+    assert html.DARK["figure.facecolor"] == dark["page"]
+    assert html.DARK["text.color"] == dark["text"]
 
 
 def test_numbers_of_charts_keep_six_digits() -> None:

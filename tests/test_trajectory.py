@@ -53,7 +53,7 @@ def test_another_origin_moves_the_plane():
 def test_neither_the_tree_nor_the_length_of_a_leaf_matters(monkeypatch):
     checkpoints = path(5)
     whole = principal_directions(checkpoints)
-    monkeypatch.setattr("hessfn.landscape.trajectory._CHUNK", 5)
+    monkeypatch.setattr("hessfn.landscape.trajectory.CHUNK", 5)
     for others in (checkpoints, [flat(p) for p in checkpoints]):
         found = principal_directions(others)
         assert torch.allclose(found.coordinates, whole.coordinates)

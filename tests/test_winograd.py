@@ -67,10 +67,10 @@ def test_products_by_an_image_go_through_the_tiles_overlaps():
 
 
 def test_tiles_are_cut_in_groups_that_share_the_images_evenly():
-    groups = winograd._groups(images=128, tiles=16, inputs=32, outputs=32, size=4)
+    groups = winograd.groups_of(images=128, tiles=16, inputs=32, outputs=32, size=4)
     assert groups > 1 and 128 % groups == 0
     loss, params, x = two_convolutions(CHANNELS, n=24, size=16)
-    assert winograd._groups(24, 16, CHANNELS, CHANNELS, 8) > 1
+    assert winograd.groups_of(24, 16, CHANNELS, CHANNELS, 8) > 1
     exact = hf.hvp(loss, params, x, mode="double_backward")(params)
     assert tree.norm(tree.add(hf.linearized_hvp(loss, params, x)(params), exact, -1.0)) <= 1e-10 * tree.norm(exact)
 

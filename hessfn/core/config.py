@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-_KERNELS: dict[str, Callable[[], dict[str, str]]] = {}
+KERNELS: dict[str, Callable[[], dict[str, str]]] = {}
 _CPUINFO = Path("/proc/cpuinfo")
 # What it says of a model and of its features, on x86 and on ARM; the rest is of the moment, such as the clock.
 _OF_THE_MODEL = {"vendor_id", "cpu family", "model", "model name", "stepping", "flags"}
@@ -22,7 +22,7 @@ def announce_kernel(name: str, describe: Callable[[], dict[str, str]]) -> None:
 
     ``describe()`` says under ``"kernel"`` which one is in use, or why none is, and what else is worth knowing.
     """
-    _KERNELS[name] = describe
+    KERNELS[name] = describe
 
 
 def config() -> dict[str, str]:
@@ -34,7 +34,7 @@ def config() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "processor": f"{model} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})",
     }
-    for name, describe in _KERNELS.items():
+    for name, describe in KERNELS.items():
         found |= {f"{name} {key}": value for key, value in describe().items()}
     return found
 

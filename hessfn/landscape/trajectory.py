@@ -14,7 +14,7 @@ from hessfn.core.results import Trajectory
 from hessfn.core.torch_state import known
 from hessfn.core.tree import T, Tree
 
-_CHUNK = 2**16  # entries of each checkpoint worked on at a time
+CHUNK = 2**16  # entries of each checkpoint worked on at a time
 
 
 def principal_directions(checkpoints: Sequence[T], k: int = 2, *, origin: T | None = None) -> Trajectory[T]:
@@ -72,6 +72,6 @@ def _displacements(checkpoints: Sequence[Tree], origin: Tree) -> Iterator[Tensor
     """The rows ``checkpoint - origin`` in float64, ``(T, some columns)`` at a time, all columns in order."""
     rows = [tree.leaves(tree.aligned(point, origin, f"checkpoint {i}")) for i, point in enumerate(checkpoints)]
     for base, *leaves in zip(tree.leaves(origin), *rows, strict=True):
-        for start in range(0, base.numel(), _CHUNK):
-            zero, *points = (tree.wide(x.reshape(-1)[start : start + _CHUNK]) for x in (base, *leaves))
+        for start in range(0, base.numel(), CHUNK):
+            zero, *points = (tree.wide(x.reshape(-1)[start : start + CHUNK]) for x in (base, *leaves))
             yield torch.stack(points) - zero

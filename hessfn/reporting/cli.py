@@ -56,7 +56,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 2 after an error in one line, 130 when interrupted."""
-    arguments = _parser().parse_args(argv)
+    arguments = command_parser().parse_args(argv)
     try:
         if arguments.subcommand == "compare":
             _compare(arguments)
@@ -99,7 +99,7 @@ def _what_is_left(out: str) -> str:
     return f"; {num} products are kept, --resume goes on from there" if num else ""
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hessfn", description="What the curvature of a PyTorch loss looks like, and how sure one can be."
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 # As in page.css.
-_DARK = {
+DARK = {
     **dict.fromkeys(["figure.facecolor", "axes.facecolor", "savefig.facecolor"], "#12161c"),
     **dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"], "#e6edf3"),
 }
@@ -92,7 +92,7 @@ def picture(draw: Callable[[Axes], Any], height: float) -> Picture:
             figure.savefig(file, dpi=144)
         return base64.b64encode(file.getvalue()).decode()
 
-    return Picture(png({}), png(_DARK))
+    return Picture(png({}), png(DARK))
 
 
 def short(x: Any) -> Any:

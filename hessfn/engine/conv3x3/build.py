@@ -39,7 +39,7 @@ def build(source: Path) -> Built | None:
 
 def can_be_had(source: Path) -> bool:
     """Whether :func:`build` will find a library, as far as can be told without compiling it."""
-    folder = _cache()
+    folder = cache_folder()
     return (folder is not None and bool(_finished(source, folder))) or bool(compilers())
 
 
@@ -55,7 +55,7 @@ def compilers() -> list[list[str]]:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    cache = _cache()
+    cache = cache_folder()
     if cache is not None:
         yield cache
     else:  # what is loaded stays when its file goes
@@ -63,7 +63,7 @@ def _folder() -> Iterator[Path]:
             yield Path(private)
 
 
-def _cache() -> Path | None:
+def cache_folder() -> Path | None:
     """The user's folder for compiled code, if nobody else can put code into it."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     with contextlib.suppress(OSError, RuntimeError):  # read-only, or no home
@@ -81,7 +81,7 @@ def _is_ours_alone(status: os.stat_result) -> bool:
     return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _name(source: Path) -> str:
+def library_name(source: Path) -> str:
     """Of the source, the flags and the processor: homes are shared between machines, native code is not."""
     given = json.dumps([FLAGS, processor()], sort_keys=True).encode()
     return f"{source.parent.name}-{_digest(source.read_bytes() + given)}"
@@ -92,7 +92,7 @@ def _digest(content: bytes) -> str:
 
 
 def _finished(source: Path, folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{_name(source)}-*.so"))
+    return sorted(folder.glob(f"{library_name(source)}-*.so"))
 
 
 def _load(file: Path) -> Built | None:
@@ -123,7 +123,7 @@ def _compiled(source: Path, folder: Path) -> Built | None:
     if not found:
         _LOG.info("there is no compiler for %s: neither CXX nor g++, clang++ or c++ is on the PATH", source.name)
     for compiler in found:
-        file = _compile(compiler, source, folder)
+        file = compiled_by(compiler, source, folder)
         if file is not None:
             built = _load(file)
             if built is not None:
@@ -133,15 +133,15 @@ def _compiled(source: Path, folder: Path) -> Built | None:
     return None
 
 
-def _compile(compiler: list[str], source: Path, folder: Path) -> Path | None:
+def compiled_by(compiler: list[str], source: Path, folder: Path) -> Path | None:
     """The finished file, which appears whole under its name, also where two processes compile at once."""
     part = None
     try:
-        handle, part = tempfile.mkstemp(dir=folder, prefix=f"{_name(source)}-", suffix=".part")
+        handle, part = tempfile.mkstemp(dir=folder, prefix=f"{library_name(source)}-", suffix=".part")
         os.close(handle)
         wrong = _run([*compiler, *FLAGS, str(source), "-o", part])
         if wrong is None:
-            made = folder / f"{_name(source)}-{_digest(Path(part).read_bytes())}.so"
+            made = folder / f"{library_name(source)}-{_digest(Path(part).read_bytes())}.so"
             os.replace(part, made)
             return made
     except OSError as error:

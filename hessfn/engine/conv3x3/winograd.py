@@ -54,7 +54,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) ->
     n, c, h, w = x.shape
     high, wide = h + 2 * padding - 2, w + 2 * padding - 2
     rows, columns = -(-high // 4), -(-wide // 4)
-    groups = _groups(n, rows * columns, c, weight.shape[0], x.element_size())
+    groups = groups_of(n, rows * columns, c, weight.shape[0], x.element_size())
     to_tile, to_kernel, to_result = (torch.kron(m, m).to(x) for m in (_TILE, KERNEL, _RESULT))
 
     x = x.permute(0, 2, 3, 1).contiguous()  # matrix products want the channels innermost
@@ -69,7 +69,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) ->
     return (out if bias is None else out + bias).permute(0, 3, 1, 2)
 
 
-def _groups(images: int, tiles: int, inputs: int, outputs: int, size: int) -> int:
+def groups_of(images: int, tiles: int, inputs: int, outputs: int, size: int) -> int:
     """Into how many equal parts the images go: a part's tiles fit in the cache, the copies of the kernels are small."""
     most = min(36 * images * tiles * inputs * size >> 20, images * tiles // (2 * max(inputs, outputs)))
     return max(d for d in range(1, max(most, 1) + 1) if images % d == 0)
