@@ -86,9 +86,10 @@ class Weigher:
     def __init__(self, value_of: Callable[[Any], Tensor], about: MeanOver, key: Any, check: bool = True) -> None:
         self.value_of, self.about, self.key = value_of, about, key
         self.rule = about.weight_of or _remembered(key)
-        self.is_settled = self.rule is not None or not check
+        self.is_settled, self.is_used = self.rule is not None or not check, False
 
     def __call__(self, batch: Any) -> float | Tensor:
+        self.is_used = True
         return (self.rule or length)(batch)
 
     def look_at(self, batch: Any, microbatch: int | None) -> None:
@@ -101,9 +102,9 @@ class Weigher:
             raise sum_refused(self.about.summed)
         if self.is_settled or is_observed() or any(layout(x) for x in tree.leaves(batch)):
             return
-        if self.rule is None:
-            self.rule = _by_labels(self.value_of, batch)
         parts = two_parts(batch, microbatch and 3 * microbatch)
+        if self.rule is None:
+            self.rule = _by_labels(self.value_of, parts[0] if parts else batch)
         if parts is None and length(batch) < 2:
             return  # the next one may tell
         if parts is not None and not self.about.mixing:
@@ -116,7 +117,7 @@ class Weigher:
         wrong = values and _disagreement(values, rule, parts)
         if not values or not wrong:
             return
-        if not _disagreement(values, length, parts):
+        if not self.is_used and not _disagreement(values, length, parts):
             self.rule = length  # several labels a sample, and yet a mean over samples
             return
         again = _values(self.value_of, parts[:1])

@@ -154,9 +154,9 @@ def mean_hvp(
         batches: gives the same batches at each pass: a list, a ``DataLoader`` that does not shuffle; or
             :class:`hessfn.ShardedBatches`, of which each process of a group takes its share.
         weights: one number a batch, or a function of the batch, such as its number of tokens; a batch of weight 0 is
-            left out. By default the result is the Hessian of the mean over all samples: of torch's own criteria it is known
-            what they are divided by (the class weights of targets that are not ignored), of Hugging Face's models it is
-            the labels that count, and for all others it is the number of samples, length of the first tensor.
+            left out. By default the result is the Hessian of the mean over all samples: of torch's own criteria it is
+            known what they are divided by (the class weights of targets that are not ignored), of Hugging Face's models
+            it is the labels that count, and for all others it is the number of samples, length of the first tensor.
         microbatch: cut batches into parts of so many samples, for less memory and the same product; for losses in
             which samples do not meet (not BatchNorm in training mode). ``weights`` as a function then sees the parts.
         mode, check: as for :func:`hvp`. The check also holds the loss of the first batch, unless it is known or

@@ -35,7 +35,13 @@ def analyse_activations(problem: Prepared, options: Options, keep: Keep) -> Sens
 
         try:
             return sensitivities(
-                model, criterion, problem.batches, num_probes=num_probes, seed=options.seed, transform=counted
+                model,
+                criterion,
+                problem.batches,
+                num_probes=num_probes,
+                seed=options.seed,
+                weights=problem.weights,
+                transform=counted,
             )
         except (ValueError, RuntimeError) as error:
             if JournalError in (type(error), type(error.__cause__)):  # the cause where a batch is named

@@ -49,7 +49,7 @@ def _gradient_direction(problem: Prepared) -> dict[str, Tree]:
     def gradient_of(batch: Any) -> Tree:
         return tree.require_finite(tree.unflatten(plain_gradient(loss, theta, (batch,))[1], theta), "the gradient")
 
-    gradient = mean(gradient_of, problem.batches)()
+    gradient = mean(gradient_of, problem.batches, weights=problem.weights)()
     norm = tree.norm(gradient)
     return {"gradient": tree.scale(1 / norm, gradient)} if norm > 0 else {}
 
@@ -79,4 +79,4 @@ def _losses(
             plane = slices.plane(point, theta, (directions["top eigenvector"], second), grid, grid, batch)
             return {"lines": lines, "plane": plane}
 
-        return mean(of_batch, problem.batches)()
+        return mean(of_batch, problem.batches, weights=problem.weights)()

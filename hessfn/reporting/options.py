@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from hessfn.core.errors import InvalidInput
+from hessfn.losses.batches import Weights
 from hessfn.losses.functional import Choice
 from hessfn.parallel.all_reduce import Group
 
@@ -56,6 +57,12 @@ class Options:
             DATA,
             action="append",
             metavar="PATTERN",
+        ),
+    )
+    weights: Weights = field(
+        default=None,
+        metadata=_about(
+            "what each batch counts in the mean, as a function of it (default: what its criterion divides by)"
         ),
     )
     num_batches: int | None = field(default=None, metadata=_count("the first N batches (default: all)", 1, DATA))
@@ -173,6 +180,8 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return _positive(option.name, value)
     if option.name == "params" and not isinstance(value, str) and not callable(value):
         return tuple(value)  # an iterator would be run through only once
+    if option.name == "weights" and not callable(value):
+        return tuple(map(float, value))
     return value
 
 

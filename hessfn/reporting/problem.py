@@ -14,8 +14,9 @@ from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import fingerprint
 from hessfn.core.tree import Tree
-from hessfn.losses.batches import deal, mean
+from hessfn.losses.batches import Weights, deal, mean
 from hessfn.losses.functional import bare, functionalize
+from hessfn.losses.weights import Weigher, of_loss
 from hessfn.parallel.all_reduce import ShardedBatches
 from hessfn.products.hessian import mean_hvp
 from hessfn.products.loss_checks import check_loss
@@ -31,6 +32,7 @@ class Prepared(NamedTuple):
     criterion: Callable[..., Any]  #: as it was given
     loss: Loss  #: of parameters and a batch, which it casts and moves to where the parameters are
     params: Tree  #: by name, those that the Hessian is taken by
+    weights: Weights  #: what each batch counts
     batches: Iterable[Any]  #: those that are looked at; a process of several passes over its share of them
 
 
@@ -48,7 +50,8 @@ def prepare(problem: Any, options: Options) -> Prepared:
     Raises:
         ValueError: the problem is something else, or its batches can be passed over only once.
     """
-    model, criterion, batches = _parts(problem)
+    model, criterion, batches, weights = _parts(problem)
+    weights = weights if options.weights is None else options.weights
     of_batch, theta = functionalize(*converted(model, criterion, options), params=options.params)
     home, dtype = tree.leaves(theta)[0].device, options.torch_dtype
 
@@ -58,12 +61,14 @@ def prepare(problem: Any, options: Options) -> Prepared:
     def loss(params: Tree, batch: Any) -> Tensor:
         return of_batch(params, tree.map(cast, batch))
 
+    if weights is None:
+        weights = Weigher(lambda batch: loss(theta, batch), of_loss(of_batch), loss)
     mean_hvp(loss, theta, batches)  # refuses what cannot be passed over again, before a part of it is taken
     if options.num_batches is not None:
         batches = list(itertools.islice(batches, options.num_batches))
     if options.group is not None:
         batches = deal(batches, (dict(model.named_parameters()), dict(model.named_buffers())), options.group)
-    return Prepared(model, criterion, loss, theta, batches)
+    return Prepared(model, criterion, loss, theta, weights, batches)
 
 
 def converted(model: nn.Module, criterion: Any, options: Options) -> tuple[nn.Module, Any]:
@@ -100,7 +105,7 @@ def first_pass(problem: Prepared) -> FirstPass:
         losses.append(value)
         return value
 
-    value, batches = mean(checked, problem.batches)(), problem.batches
+    value, batches = mean(checked, problem.batches, weights=problem.weights)(), problem.batches
     num_samples = batches.total(sum(sizes)) if isinstance(batches, ShardedBatches) else sum(sizes)
     return FirstPass(value, num_samples, {"data": data, "losses": losses})
 
@@ -113,6 +118,7 @@ def state_of(problem: Prepared) -> dict[str, Any]:
         "parameters or buffers": [dict(whole.named_parameters()) | dict(whole.named_buffers()) for whole in wholes],
         "train or eval mode": [module.training for module in modules],
         "code": sorted({_source(code) for code in [problem.criterion, *map(type, modules)]}),
+        "weights": _source(problem.weights) if callable(problem.weights) else list(problem.weights or ()),
         "device": str(tree.leaves(problem.params)[0].device),
     }
 
@@ -124,12 +130,13 @@ def _source(code: Any) -> str:
         return type(code).__qualname__
 
 
-def _parts(problem: Any) -> tuple[nn.Module, Callable[..., Any], Iterable[Any]]:
+def _parts(problem: Any) -> tuple[nn.Module, Callable[..., Any], Iterable[Any], Weights]:
     try:
-        model, criterion, batches = problem
+        model, criterion, batches, *rest = problem
+        (weights,) = rest or [None]
     except (TypeError, ValueError):
         raise InvalidInput(f"a problem is (model, criterion, batches), not {type(problem).__name__}") from None
     if not isinstance(model, nn.Module) or not callable(criterion) or not isinstance(batches, Iterable):
         found = ", ".join(type(part).__name__ for part in (model, criterion, batches))
         raise InvalidInput(f"a problem is (a torch.nn.Module, a function, an iterable of batches), not ({found})")
-    return model, criterion, batches
+    return model, criterion, batches, weights

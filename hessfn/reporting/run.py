@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hessfn.core import tree
+from hessfn.losses.batches import Weights
 from hessfn.losses.functional import Choice
 from hessfn.parallel.all_reduce import Group
 from hessfn.reporting import html
@@ -22,7 +23,8 @@ from hessfn.reporting.result import result_of, versions
 from hessfn.reporting.spectrum import analyse_spectrum
 from hessfn.reporting.workspace import Keep, keep_in, open_workspace
 
-Problem = tuple[nn.Module, Callable[[Any, Any], Tensor], Iterable[Any]]
+Three = tuple[nn.Module, Callable[[Any, Any], Tensor], Iterable[Any]]
+Problem = Three | tuple[nn.Module, Callable[[Any, Any], Tensor], Iterable[Any], Weights]
 
 
 def report(
@@ -31,6 +33,7 @@ def report(
     *,
     name: str = Options.name,
     params: Choice = Options.params,
+    weights: Weights = Options.weights,
     num_batches: int | None = Options.num_batches,
     dtype: torch.dtype | str | None = Options.dtype,
     device: torch.device | str | None = Options.device,
@@ -53,11 +56,13 @@ def report(
 
     Args:
         problem: ``(model, criterion, batches)``. The model is not changed; its mode counts as it is. Each batch is
-            ``(inputs, targets)``, and every pass over ``batches`` must give the same ones.
+            ``(inputs, targets)``, and every pass over ``batches`` must give the same ones. A fourth element may be the
+            ``weights``.
         out: the folder, made if it is not there, for ``report.json``, ``report.html`` and ``*.png``. They appear when
             all is computed, or not at all.
         name: what the page calls the problem.
         params: which parameters, as for :func:`hessfn.functionalize`.
+        weights: what each batch counts in the mean, as for :func:`hessfn.mean_hvp`.
         num_batches: how many of the batches, the first ones; by default all.
         dtype: what to compute in, such as ``"float64"``, on a copy of the model; by default the model's own.
         device: where to compute, on a copy of the model; by default where the model is.
@@ -104,14 +109,14 @@ def report(
         ModuleNotFoundError: jinja2 or plotly, which make the page, is not installed.
         OSError: the products cannot be written, as on a full disk, or another process is about a report in ``out``.
         ValueError: an argument is out of range, ``problem`` is something else, there is no batch, the loss is not
-            finite (the batch is named), the products are not a Hessian's, those to resume are of another problem, or
-            ``out`` cannot be written.
+            finite (the batch is named) or no mean over samples by the weights, the products are not a Hessian's, those
+            to resume are of another problem, or ``out`` cannot be written.
     """
     options = Options(
-        name=name, params=params, num_batches=num_batches, dtype=dtype, device=device, k=k, which=which, rtol=rtol,
-        num_probes=num_probes, num_runs=num_runs, num_steps=num_steps, num_activation_probes=num_activation_probes,
-        radius=radius, num_plane_points=num_plane_points, seed=seed, resume=resume, journal=journal, command=command,
-        group=group,
+        name=name, params=params, weights=weights, num_batches=num_batches, dtype=dtype, device=device, k=k,
+        which=which, rtol=rtol, num_probes=num_probes, num_runs=num_runs, num_steps=num_steps,
+        num_activation_probes=num_activation_probes, radius=radius, num_plane_points=num_plane_points, seed=seed,
+        resume=resume, journal=journal, command=command, group=group,
     )  # fmt: skip
     return run(problem, Path(out), options)
 
