@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as _forward_ad
 
 # Trees. Without: optree, which torch itself is moving to, with the same functions.
 from torch.utils import _pytree as pytree
@@ -59,6 +60,11 @@ def under_derivative() -> bool:
 def under_forward_derivative() -> bool:
     """Whether one of those transforms takes a derivative in forward mode."""
     return any(level.key() == _TransformType.Jvp for level in _get_interpreter_stack() or ())
+
+
+def under_dual_level() -> bool:
+    """Whether derivatives in forward mode are taken, with a transform or by plain autograd."""
+    return _forward_ad._current_level >= 0
 
 
 def levels(x: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -126,6 +132,7 @@ __all__ = [
     "python_meta_kernel",
     "pytree",
     "under_derivative",
+    "under_dual_level",
     "under_forward_derivative",
     "under_functorch",
     "weight_norm",

@@ -16,6 +16,7 @@ from hessfn.core.torch_private import (
     levels,
     pytree,
     under_derivative,
+    under_dual_level,
     under_forward_derivative,
     under_functorch,
 )
@@ -58,7 +59,7 @@ def carries_derivative(*results: Any) -> bool:
 
 def is_observed(*inputs: Any) -> bool:
     """Whether autograd, a transform of ``torch.func`` or a trace is to see what is computed from these tensors."""
-    if under_functorch() or current_dispatch_mode() is not None:
+    if under_functorch() or under_dual_level() or current_dispatch_mode() is not None:
         return True
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 

@@ -206,11 +206,10 @@ def aligned(vector: Tree, like: T, what: str = "the vector") -> T:
 def require_finite(x: T, what: str) -> T:
     """``x``, or ``ValueError`` that names the first leaf known to hold a NaN or an infinity."""
     if any(layout(leaf) for leaf in leaves(x)):
-        sums = [norm(x).isfinite()]
+        sums = [norm(x)]
     else:
-        parts = [leaf.detach() for leaf in leaves(x)]
-        sums = [part.sum(dtype=torch.promote_types(part.dtype, torch.float32)).isfinite() for part in parts]
-    if sums and known(torch.stack(sums).all()) is False:
+        sums = [leaf.detach().sum(dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves(x)]
+    if sums and known(torch.stack(sums).isfinite().all()) is False:
         bad = [name for name, leaf in zip(names(x), leaves(x), strict=True) if not whole(leaf).isfinite().all()]
         if bad:  # else only the sum overflows
             raise InvalidInput(why_not_finite(what, bad, x))

@@ -41,10 +41,10 @@ class Watched(Generic[T]):
         self._count += 1
         if self._square:
             product = tree.matched(product, v, "the product", "its vector")
-        if self._tolerance:
-            refuse_derivative(product)
         if torch.compiler.is_compiling():
             return product
+        if self._tolerance:
+            refuse_derivative(product)
         if all(leaf.device.type == "cpu" for leaf in tree.leaves(product)):
             return tree.require_finite(product, f"product {self._count} of the matvec")
         if not under_functorch():

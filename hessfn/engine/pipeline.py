@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from hessfn.core import tree
+from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import Tree
-from hessfn.engine import linearize, memory_plan, rewrites
+from hessfn.engine import linearize, memory_plan, rewrites, symmetric_map
 from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
 
 try:
@@ -198,15 +199,23 @@ def run(
 def linear_product(module: fx.GraphModule, job: Job) -> Callable[..., list[Tensor]]:
     """The linearized product that the graph of a derivative is lowered to, from a vector's tensors in a row.
 
-    Not under ``torch_state_lock``: it may wait for a compiler.
+    It has derivatives by the vector, which are products again: the graph itself is not to be differentiated. Not under
+    ``torch_state_lock``: it may wait for a compiler.
     """
     module = run(LOWERING, module, job)
     product = linearize.compiled(module, tree.leaves(job.params)) if job.compile else module
     lock = Lock()  # the block of memory is one product's at a time
 
-    def linear(*v: Tensor) -> list[Tensor]:
+    def plain(*v: Tensor) -> list[Tensor]:
         with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else lock:
             return product(*v)
+
+    def linear(*v: Tensor) -> list[Tensor]:
+        if torch.compiler.is_compiling():
+            observed = torch.is_grad_enabled() and any(x.requires_grad for x in v)
+        else:
+            observed = is_observed(*v)
+        return symmetric_map.differentiable(plain, *v) if observed else plain(*v)
 
     return linear
 
