@@ -121,7 +121,7 @@ class Weigher:
             self.rule = length  # several labels a sample, and yet a mean over samples
             return
         again = _values(self.value_of, parts[:1])
-        if again and torch.equal(again[0], values[0]):  # else it draws random numbers, which is refused by that name
+        if again and torch.equal(again[0], values[0]):  # else it draws on another device
             raise InvalidInput(wrong)
 
 
@@ -150,8 +150,9 @@ def _values(value_of: Callable[[Any], Tensor], batches: Sequence[Any]) -> list[T
         with torch.no_grad():
             values = [value_of(batch) for batch in batches]
             good = all(isinstance(x, Tensor) and x.numel() == 1 and x.is_floating_point() for x in values)
-            # Where nothing counts in a part, its mean is 0 / 0.
-            return values if good and bool(values[0].isfinite()) else None
+            # Where nothing counts in a part, its mean is 0 / 0. A loss that draws is refused by its product.
+            good = good and bool(values[0].isfinite()) and torch.equal(before, torch.get_rng_state())
+            return values if good else None
     except Exception:
         return None
     finally:
