@@ -247,7 +247,7 @@ def test_eigsh_of_fixed_cost_differentiates_to_the_projector():
         ({"rtol": None}, r"give it as max_matvecs"),
         ({"rtol": None, "warm_start": torch.ones(2, 60).double()}, r"give the sum of those of warm_start as v0"),
         ({"rtol": None, "k": 5, "max_matvecs": 4}, r"max_matvecs=4 must be at least k=5"),
-        ({"warm_start": torch.ones(2, 7).double()}, r"warm_start has shape .7,., where v0 has .60,."),
+        ({"warm_start": torch.ones(2, 7).double()}, r"warm_start has shape \(7,\), but \(60,\) in v0"),
     ],
 )
 def test_eigsh_refuses_what_is_out_of_range(options, message):

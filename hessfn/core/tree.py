@@ -169,7 +169,7 @@ def matched(x: Tree, like: T, what: str, other: str) -> T:
             if not isinstance(a, Tensor):
                 raise InvalidInput(f"{part} is a {type(a).__name__}, not a tensor")
             if a.shape != b.shape:
-                raise InvalidInput(f"{part} has shape {tuple(a.shape)}, where {other} has {tuple(b.shape)}")
+                raise InvalidInput(f"{part} has shape {tuple(a.shape)}, but {tuple(b.shape)} in {other}")
     return x if structure == order else pytree.tree_unflatten(given, order)
 
 

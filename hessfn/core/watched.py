@@ -45,7 +45,7 @@ class Watched(Generic[T]):
             return product
         if self._tolerance:
             refuse_derivative(product)
-        if all(leaf.device.type == "cpu" for leaf in tree.leaves(product)):
+        if _on_cpu(product):
             return tree.require_finite(product, f"product {self._count} of the matvec")
         if not under_functorch():
             self._flags.append(_flags(product))
@@ -64,6 +64,10 @@ class Watched(Generic[T]):
         if not torch.compiler.is_compiling():
             tree.require_finite(result, "a product of the matvec")
         return result
+
+
+def _on_cpu(product: Any) -> bool:
+    return all(leaf.device.type == "cpu" for leaf in tree.leaves(product))
 
 
 def _flags(product: Any) -> Tensor:

@@ -111,7 +111,7 @@ def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]
     product = Watched(matvec)
 
     def sums(z: Tensor, image: Tensor) -> Tensor:
-        return len(z) * (tree.wide(z) * tree.wide(image)).flatten(1).sum(1)
+        return len(z) * (tree.wide(z) * tree.wide(image))[:, None].flatten(1).sum(1)
 
     def samples() -> Iterator[T]:
         for z in probes:

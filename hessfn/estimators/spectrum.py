@@ -54,7 +54,7 @@ def slq(
     require_matvec(matvec, call)
     require_probes(probes, call)
 
-    def rule(probe: T) -> tuple[Tensor, Tensor]:
+    def recurrence(probe: T) -> tuple[Tensor, Tensor]:
         n = tree.numel(probe)
         if not 1 <= num_matvecs <= n:
             raise InvalidInput(f"num_matvecs={num_matvecs} must be between 1 and {n}, the number of entries in a probe")
@@ -62,14 +62,17 @@ def slq(
         steps = krylov.expand if orthogonalize else krylov.recur
         alpha, beta = steps(space.matvec, space.ravel(probe), num_matvecs, space.eps)[:2]
         space.finished(alpha)
-        theta, vectors = krylov.decompose(alpha, beta[:-1])
+        return alpha, beta[:-1]
+
+    def rule(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        theta, vectors = krylov.decompose(alpha, beta)
         return theta, vectors[0].square()
 
-    rules = list(each(rule, probes, batch_size))
+    # Not under the vmap of a group, which hides what is not finite.
+    rules = [rule(alpha, beta) for alpha, beta in each(recurrence, probes, batch_size)]
     if not rules:
         raise InvalidInput("there is no probe: gaussian(params, num) needs num >= 1")
     nodes, weights = (torch.stack(rows) for rows in zip(*rules, strict=True))
-    tree.require_finite(nodes, "a product of the matvec")  # of groups nothing was known before
     return Quadrature(nodes, weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hessfn.core import tree
 from hessfn.core.arguments import require_matvec, require_vectors
 from hessfn.core.projection import complement_of
 from hessfn.core.tree import MatVec, T
@@ -23,4 +24,9 @@ def deflate(matvec: MatVec[T], vectors: T) -> MatVec[T]:
     require_matvec(matvec, call)
     require_vectors(vectors, "vectors", call)
     outside = complement_of(vectors)
-    return lambda v: outside(matvec(outside(v)))
+
+    def product(v: T) -> T:
+        rest = outside(v)
+        return outside(tree.matched(matvec(rest), rest, "the product", "its vector"))
+
+    return product
