@@ -335,6 +335,20 @@ def test_a_linearized_product_has_every_derivative_by_its_vector(net: str) -> No
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("argument", [0, 1])
+@pytest.mark.parametrize("way", ["backward", "dual", "grad", "jvp", "vmap of grad"])
+def test_a_linearized_product_of_what_is_differentiated_is_refused(argument: int, way: str) -> None:
+    def number(s: Tensor) -> Tensor:
+        point = [torch.ones(3).double(), torch.ones(3).double()]
+        point[argument] = s * point[argument]
+        return hf.linearized_hvp(lambda w, x: (w**3 * x).sum(), *point)(torch.ones(3).double()).sum()
+
+    with pytest.raises(InvalidInput, match="take hvp"):
+        derivatives(number)[way]()
+    with torch.no_grad():
+        assert float(number(ONE.clone().requires_grad_())) == 36.0
+
+
 # SciPy's vectors
 
 

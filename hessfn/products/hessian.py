@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.core.arguments import require_batches, require_loss, require_vector
-from hessfn.core.errors import Untraceable
+from hessfn.core.errors import InvalidInput, Untraceable
 from hessfn.core.probes import gaussian
-from hessfn.core.torch_state import is_observed
+from hessfn.core.torch_state import carries_derivative, is_observed
 from hessfn.core.tree import MatVec, T
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
@@ -88,12 +88,15 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
         check: as for :func:`hvp`, along a random direction.
 
     Returns:
-        A matvec on trees like ``params``; it can be put under ``vmap``.
+        A matvec on trees like ``params``; it can be put under ``vmap``, and has all derivatives by its vector. By the
+        parameters and the data it has none: where these require one, give them detached or under ``torch.no_grad()``,
+        or take :func:`hvp`.
 
     Raises:
         Untraceable: one trace cannot stand for this loss, and why (it branches on values, say), or the check has found
             its product to be wrong: take :func:`hvp`.
-        ValueError: an argument is of another kind, or the loss is not one finite number.
+        ValueError: an argument is of another kind, the loss is not one finite number, or the parameters or the data
+            are being differentiated.
 
     >>> import torch
     >>> matvec = linearized_hvp(lambda w: (w**3).sum(), torch.tensor([1.0, 2.0]))
@@ -101,6 +104,8 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
     tensor([ 6., 12.])
     """
     _require_kinds(loss, params, "linearized_hvp(loss, params, ...)")
+    if carries_derivative(params, args):
+        raise InvalidInput(_CONSTANT)
     # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new.
     params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
     job = pipeline.Job(by_definition(loss), params, args, linearized=True, compile=compile)
@@ -118,6 +123,12 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
     if check and not is_checked(loss, ("linearized", *shapes_of((params, args)))):
         _hold(loss, params, args, value, matvec)
     return matvec
+
+
+_CONSTANT = (
+    "linearized_hvp(loss, params, ...): the parameters or the data are being differentiated, of which its products "
+    "know nothing: take hvp; or, where no derivative by them is wanted, detach them or use torch.no_grad()"
+)
 
 
 def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: MatVec[T]) -> None:
@@ -181,7 +192,7 @@ def mean_hvp(
     if microbatch is not None:
         refuse_parts(about)
     if weights is None:
-        weights = Weigher(lambda batch: loss(params, batch), about, loss, check)
+        weights = Weigher(lambda batch: loss(params, batch), about, loss, params, check)
     averaged = mean(
         lambda v, batch: tree.require_finite(product(params, (batch,), v), "the product"),
         batches,
