@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 import hessfn as hf
 
 NUM_SAMPLES = 8  # of an entry, evenly from its list
-NUM_ENTRIES = 10_000  # of the inputs of a sample, and of its outputs
+NUM_ENTRIES = 20_000  # of the inputs of a sample
 
 # What the test does not ask of an entry, and why. The page has the same table.
 _CAST = "rounds to fewer digits than a difference of gradients can do without"
@@ -29,6 +29,7 @@ EXCEPTIONS = {
     **dict.fromkeys(["float", "half", "bfloat16", "cfloat", "chalf"], _CAST),
     "cholesky_inverse": "torch's forward rule is wrong, near the identity by less than the check's tolerance",
     "nn.functional.linear_cross_entropy.chunked": "an `autograd.Function` that keeps its gradient as a constant",
+    **dict.fromkeys(["sparse.sampled_addmm", "sparse.mm.reduce"], "takes sparse arguments only"),
     "ops.aten._safe_softmax.default": "its samples have parameters that are minus infinity",
 }
 
@@ -106,7 +107,7 @@ def problem(op: Any, sample: Any) -> Problem | None:
     params = [fixed[i].clone() for i in slots]
     with torch.enable_grad():
         out = outputs([p.clone().requires_grad_() for p in params])
-    if not any(x.requires_grad for x in out) or sum(x.numel() for x in params + out) > NUM_ENTRIES:
+    if not any(x.requires_grad for x in out) or sum(x.numel() for x in params) > NUM_ENTRIES:
         return None
     weights = [noise(x, 7 + i).cos() + 0.5 for i, x in enumerate(out)]
 
@@ -159,6 +160,7 @@ def verdict(given: Problem) -> str:
 @pytest.mark.slow
 def test_an_operation_of_the_list_is_right_or_it_is_said(name: str) -> None:
     found = [verdict(given) for given in problems(operations()[name])]
+    assert found, "nothing was compared"
     assert [said for said in found if said.startswith("silently wrong")] == []
 
 
