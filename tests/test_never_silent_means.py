@@ -147,6 +147,8 @@ def test_weights_that_are_given_make_it_right() -> None:
 def test_a_mean_of_ones_own_passes_in_every_dtype(dtype: torch.dtype) -> None:
     loss, params = hf.functionalize(net().to(dtype), lambda out, y: F.cross_entropy(out, y))
     hf.mean_hvp(loss, params, halves(X.to(dtype), LABELS))(hf.gaussian(params, 1)[0])
+    loss, params = hf.functionalize(net().to(dtype), lambda out, y: F.cross_entropy(out.double(), y))
+    hf.mean_hvp(loss, params, halves(X.to(dtype), LABELS))(hf.gaussian(params, 1)[0])
 
 
 def test_a_loss_is_held_against_its_parts_once() -> None:

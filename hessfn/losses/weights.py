@@ -14,6 +14,7 @@ from hessfn.core.dtensor import layout
 from hessfn.core.errors import InvalidInput
 from hessfn.core.torch_private import BatchStatistics
 from hessfn.core.torch_state import is_observed
+from hessfn.core.tree import Tree
 from hessfn.losses.criteria import Known, known_criterion
 from hessfn.losses.samples import length, two_parts
 
@@ -80,11 +81,14 @@ class Weigher:
         value_of: the loss of a batch.
         about: what is known of it.
         key: the loss, to be checked once as long as it lives.
+        like: what it is computed from, whose coarsest dtype says how exact it is.
         check: whether to check what is not known.
     """
 
-    def __init__(self, value_of: Callable[[Any], Tensor], about: MeanOver, key: Any, check: bool = True) -> None:
-        self.value_of, self.about, self.key = value_of, about, key
+    def __init__(
+        self, value_of: Callable[[Any], Tensor], about: MeanOver, key: Any, like: Tree, check: bool = True
+    ) -> None:
+        self.value_of, self.about, self.key, self.like = value_of, about, key, like
         self.rule = about.weight_of or _remembered(key)
         self.is_settled, self.is_used = self.rule is not None or not check, False
 
@@ -114,10 +118,13 @@ class Weigher:
 
     def _check(self, rule: Rule, parts: tuple[Any, Any, Any]) -> None:
         values = _values(self.value_of, parts)
-        wrong = values and _disagreement(values, rule, parts)
-        if not values or not wrong:
+        if not values:
             return
-        if not self.is_used and not _disagreement(values, length, parts):
+        eps = tree.eps([x for x in tree.leaves((values, self.like)) if isinstance(x, Tensor) and x.is_floating_point()])
+        wrong = _disagreement(values, rule, parts, eps)
+        if not wrong:
+            return
+        if not self.is_used and not _disagreement(values, length, parts, eps):
             self.rule = length  # several labels a sample, and yet a mean over samples
             return
         again = _values(self.value_of, parts[:1])
@@ -125,13 +132,13 @@ class Weigher:
             raise InvalidInput(wrong)
 
 
-def _disagreement(values: list[Tensor], rule: Rule, parts: tuple[Any, Any, Any]) -> str:
+def _disagreement(values: list[Tensor], rule: Rule, parts: tuple[Any, Any, Any], eps: float) -> str:
     """What is wrong, if the loss of some samples is not the mean of those of two parts of them."""
     numbers, shares = [float(x) for x in values], [float(rule(part)) for part in parts[1:]]
     if not sum(shares) > 0:
         return ""
     mean = sum(w * x for w, x in zip(shares, numbers[1:], strict=True) if w) / sum(shares)
-    tolerance = max(torch.finfo(values[0].dtype).eps ** 0.5, 1e-5)  # some losses are computed in float32 within
+    tolerance = max(eps**0.5, 1e-5)  # some losses are computed in float32 within
     if abs(mean - numbers[0]) <= tolerance * max(map(abs, numbers)):
         return ""
     return (

@@ -184,7 +184,7 @@ def _over(
     if microbatch is not None:
         refuse_parts(known)
     if weights is None:
-        weights = Weigher(_values(model, criterion), known, None)
+        weights = Weigher(_values(model, criterion), known, None, list(model.parameters()))
     numbers = itertools.count(*share_of(batches))
 
     def of_batch(batch: Any) -> S:

@@ -62,7 +62,7 @@ def prepare(problem: Any, options: Options) -> Prepared:
         return of_batch(params, tree.map(cast, batch))
 
     if weights is None:
-        weights = Weigher(lambda batch: loss(theta, batch), of_loss(of_batch), loss)
+        weights = Weigher(lambda batch: loss(theta, batch), of_loss(of_batch), loss, theta)
     mean_hvp(loss, theta, batches)  # refuses what cannot be passed over again, before a part of it is taken
     if options.num_batches is not None:
         batches = list(itertools.islice(batches, options.num_batches))
