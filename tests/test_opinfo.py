@@ -77,21 +77,28 @@ def problems(op: Any) -> list[Problem]:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        samples = list(op.sample_inputs("cpu", torch.float64, requires_grad=True))
+        samples = [x for x in op.sample_inputs("cpu", torch.float64, requires_grad=True) if is_suitable(x)]
         found = [problem(op, sample) for sample in samples[:: -(-len(samples) // NUM_SAMPLES) or 1]]
     return [given for given in found if given]
+
+
+def is_variable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad and x.dtype == torch.float64
+
+
+def is_suitable(sample: Any) -> bool:
+    """Whether there is something to differentiate by: dense tensors, neither empty nor large."""
+    found = [x for x in pytree.tree_leaves((sample.input, sample.args, sample.kwargs)) if is_variable(x)]
+    return 0 < sum(x.numel() for x in found) <= NUM_ENTRIES and all(x.layout is torch.strided for x in found)
 
 
 def problem(op: Any, sample: Any) -> Problem | None:
     """A loss of the inputs that ask for a gradient: a weighted sum of the outputs and of half their squares.
 
-    With the squares the product of a linear operation is not zero. None where there is no gradient, or where the
-    sample is empty or large.
+    With the squares the product of a linear operation is not zero. None where no output has a gradient.
     """
     leaves, spec = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
-    slots = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad and x.dtype == torch.float64]
-    if not sum(leaves[i].numel() for i in slots) or any(leaves[i].layout is not torch.strided for i in slots):
-        return None
+    slots = [i for i, x in enumerate(leaves) if is_variable(x)]
     fixed = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
 
     def outputs(params: list[Tensor]) -> list[Tensor]:
@@ -107,7 +114,7 @@ def problem(op: Any, sample: Any) -> Problem | None:
     params = [fixed[i].clone() for i in slots]
     with torch.enable_grad():
         out = outputs([p.clone().requires_grad_() for p in params])
-    if not any(x.requires_grad for x in out) or sum(x.numel() for x in params) > NUM_ENTRIES:
+    if not any(x.requires_grad for x in out):
         return None
     weights = [noise(x, 7 + i).cos() + 0.5 for i, x in enumerate(out)]
 
