@@ -230,7 +230,6 @@ def determinant(w: torch.Tensor) -> torch.Tensor:
 
 WRONG_RULES = {
     "norm squared at zero": (norms_squared, [0.5, -0.3, 0.0, 0.0], "vector_norm"),
-    "cholesky_inverse": (inverse_of_cholesky, [0.7, -0.2, 0.4, 1.1, 0.3, -0.9, 0.5, 0.8, -0.6], "cholesky_inverse"),
     "scatter_reduce, prod": (product_by_scattering, [2.0, 3.0, 4.0, 0.5], "scatter_reduce"),
 }
 
@@ -254,6 +253,51 @@ def test_a_wrong_rule_of_torch_is_found_named_and_got_round(name: str) -> None:
     # Products by scattering look at values: they are not traced at all.
     with pytest.raises(hf.Untraceable, match=f"({operation}|value of a tensor).*hvp finds another way"):
         hf.linearized_hvp(loss, w)
+
+
+def test_an_operation_with_a_definition_of_ours_needs_no_other_mode() -> None:
+    w = torch.tensor([0.7, -0.2, 0.4, 1.1, 0.3, -0.9, 0.5, 0.8, -0.6], dtype=torch.float64)
+    found = hf.dense(hf.linearized_hvp(inverse_of_cholesky, w), w)
+    torch.testing.assert_close(found, by_differences(inverse_of_cholesky, w), rtol=1e-5, atol=1e-5)
+
+
+class KeepsItsGradient(torch.autograd.Function):
+    """As fused losses do: the gradient is computed in forward, a constant to whoever differentiates the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Any, x: Any) -> Any:
+        z = x @ w
+        ctx.save_for_backward(x.T @ z.sigmoid() / len(x))
+        return F.softplus(z).mean()
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return g * ctx.saved_tensors[0], None
+
+
+def test_a_fused_loss_that_keeps_its_gradient_is_told_of() -> None:
+    x, w = normal(20, 3), normal(3)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return KeepsItsGradient.apply(w, x) + w.square().sum()
+
+    with pytest.warns(UserWarning, match="v'Hv = .* where its gradients give .*keeps its gradient.*mode='difference'"):
+        hf.hvp(loss, w)(w)
+    exact = by_differences(lambda w: F.softplus(x @ w).mean() + w.square().sum(), w)
+    found = hf.dense(hf.hvp(loss, w, mode="difference"), w)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_infinite_parameters_leave_a_right_product_alone() -> None:
+    w = torch.tensor([0.0, 1.0, -torch.inf], dtype=torch.float64)
+    found = hf.hvp(lambda w: w.exp().sum(), w)(torch.ones(3).double())
+    torch.testing.assert_close(found, w.exp())
+
+
+def test_a_loss_that_narrows_itself_is_not_taken_for_a_wrong_one() -> None:
+    w = normal(6)
+    for narrow in (torch.Tensor.float, torch.Tensor.cfloat, lambda w: w.type("torch.FloatTensor")):
+        hf.hvp(lambda w, narrow=narrow: narrow(w).sin().abs().square().sum(), w)(torch.ones_like(w))
 
 
 def test_the_determinant_of_an_orthogonal_matrix_is_right_or_warned_of() -> None:

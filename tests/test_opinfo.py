@@ -27,10 +27,7 @@ _CAST = "rounds to fewer digits than a difference of gradients can do without"
 EXCEPTIONS = {
     "as_strided.partial_views": "reads memory beside its argument, which a copy of that does not have",
     **dict.fromkeys(["float", "half", "bfloat16", "cfloat", "chalf"], _CAST),
-    "cholesky_inverse": "torch's forward rule is wrong, near the identity by less than the check's tolerance",
-    "nn.functional.linear_cross_entropy.chunked": "an `autograd.Function` that keeps its gradient as a constant",
     **dict.fromkeys(["sparse.sampled_addmm", "sparse.mm.reduce"], "takes sparse arguments only"),
-    "ops.aten._safe_softmax.default": "its samples have parameters that are minus infinity",
 }
 
 

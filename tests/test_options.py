@@ -155,7 +155,9 @@ def test_every_option_can_be_given_on_the_command_line(option: Any, given_to_run
 
 
 def test_the_help_says_what_each_is_by_default() -> None:
-    parser = next(x for x in cli.command_parser()._actions if isinstance(x, argparse._SubParsersAction)).choices["report"]
+    parser = next(x for x in cli.command_parser()._actions if isinstance(x, argparse._SubParsersAction)).choices[
+        "report"
+    ]
     texts = {action.dest: action.help for action in parser._actions}
     for option in FIELDS:
         if option.metadata["group"] and not isinstance(option.default, bool):

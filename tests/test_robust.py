@@ -116,7 +116,7 @@ def test_a_product_that_is_not_finite_is_named_with_its_leaf(consume, bad):
         consume(broken, LIKE)
 
 
-def test_fixed_numbers_of_products_say_which_one_or_hand_the_nan_on():
+def test_fixed_numbers_of_products_say_which_one_is_not_finite():
     count = 0
 
     def third_is_bad(v):
@@ -127,15 +127,12 @@ def test_fixed_numbers_of_products_say_which_one_or_hand_the_nan_on():
     for consume in (
         lambda A: hf.slq(A, hf.gaussian(LIKE, 1), 5),
         lambda A: hf.eigsh(A, start(LIKE), rtol=None, max_matvecs=5),
+        lambda A: hf.hutchinson(A, signs(LIKE)),
+        lambda A: hf.power_iter(A, start(LIKE), max_matvecs=4, rtol=None),
     ):
         count = 0
         with pytest.raises(ValueError, match="product 3 of the matvec is not finite"):
             consume(third_is_bad)
-    count = 0
-    assert hf.hutchinson(third_is_bad, signs(LIKE)).mean.isnan()
-    count = 0
-    pair = hf.power_iter(third_is_bad, start(LIKE), max_matvecs=4, rtol=None)
-    assert pair.residual.isnan() and not pair.converged
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

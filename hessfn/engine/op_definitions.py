@@ -22,6 +22,7 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     - Weight normalisation is a quotient: the second derivative of the fused operation is wrong in reverse mode.
     - LayerNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary operations: the third
       derivatives of the fused ones are wrong in every mode, and the second ones compute much of the first ones again.
+    - The inverse from a Cholesky factor is a solve: its forward rule is wrong (pytorch#196682).
     - Attention divides by the sum of its weights last, so that only one matrix of its size comes into the derivatives
       for two.
 
@@ -154,10 +155,17 @@ def _attention(
     return (weights @ value) * total.masked_fill(total == 0, 1.0).reciprocal()  # who attends to nothing gets zeros
 
 
+def _cholesky_inverse(L: Tensor, upper: bool = False, **options: Any) -> Tensor:
+    if options:
+        return torch.cholesky_inverse(L, upper, **options)
+    return torch.cholesky_solve(torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L), L, upper)
+
+
 _DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     weight_norm: _weight_norm,
+    torch.cholesky_inverse: _cholesky_inverse,
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,

@@ -181,9 +181,9 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str, 
         inspected = inspect(loss, params, args)
     differentiated = is_differentiated(params, args)
     seen, along = None, v
-    if check and not (is_observed(*tree.leaves((params, args, v))) or inspected.has_custom_backward):
+    if check and not is_observed(*tree.leaves((params, args, v))):
         along = v if is_generic(v) else gaussian(params, 1)[0]
-        seen = evidence(loss, params, args, along, inspected.value)
+        seen = evidence(loss, params, args, along, inspected.value, inspected.has_custom_backward)
     defined, reasons, finding = by_definition(loss), [], ""
     for name in (("forward", "reverse") if differentiated else MODES) if mode == "auto" else (mode,):
         try:
@@ -209,6 +209,8 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str, 
         if said in ("agrees", "unknown"):
             return _First(product, found, result, taken)
         wrong = disagreement(name, held, seen, along)
+        if inspected.has_custom_backward:
+            return _First(product, found, result, f"{wrong}. {_CUSTOM}")
         if said == "kink":
             return _First(product, found, result, f"{wrong}. {AT_A_KINK}")
         if mode != "auto":
@@ -216,6 +218,13 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str, 
         finding = finding or wrong + (blame(defined, params, args) if name == "traced" else "")
         reasons.append(f"{name}: not what gradients of the loss say")
     raise NoDerivative("this loss cannot be differentiated twice in any way:\n" + "\n".join(reasons))
+
+
+_CUSTOM = (
+    "The loss has an autograd.Function, and the product is the derivative of its backward, as in all of torch: right "
+    "for a straight-through estimator, and without its curvature where the Function keeps its gradient from forward to "
+    "backward, as fused losses do: then take mode='difference'"
+)
 
 
 def blame(loss: Loss, params: Tree, args: tuple[Any, ...]) -> str:

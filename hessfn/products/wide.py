@@ -28,10 +28,13 @@ class Tape:
 
     Args:
         wide: whether every tensor is in float64, also those that the loss closes over or makes on the way.
+        all_without_grad: whether what is computed where derivatives are off is held fast, not only what is detached.
+            Not so where a custom ``autograd.Function`` has a forward, which is computed there too.
     """
 
-    def __init__(self, wide: bool) -> None:
-        self.wide, self.constants = wide, []  # type: ignore[var-annotated]
+    def __init__(self, wide: bool, all_without_grad: bool = True) -> None:
+        self.wide, self.all_without_grad = wide, all_without_grad
+        self.constants: list[Any] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -55,12 +58,18 @@ class _Mode(TorchFunctionMode):
         if self.tape.wide:
             if func in _CASTS:
                 return args[0]
+            if func in _COMPLEX_CASTS or (func is Tensor.type and args[1:]):
+                return args[0].cdouble() if func in _COMPLEX_CASTS or args[0].is_complex() else self._type(*args)
             args, kwargs = tree.map(widened, (args, kwargs))
         if func is F.embedding and (args[2:3] or (kwargs.get("padding_idx"),))[0] is not None:
             args, kwargs = self._with_padding(*args, **kwargs)
-        if func in _CUTS or not torch.is_grad_enabled():
+        if func in _CUTS or (self.tape.all_without_grad and not torch.is_grad_enabled()):
             return self._constant(func, args, kwargs)
         return self._wide(func(*args, **kwargs))
+
+    def _type(self, x: Tensor, kind: Any) -> Any:
+        narrow = isinstance(kind, str) and kind.split(".")[-1] in ("FloatTensor", "HalfTensor", "BFloat16Tensor")
+        return x.double() if narrow else x.type(widened(kind))
 
     def _wide(self, out: Any) -> Any:
         return tree.map(widened, out) if self.tape.wide else out
@@ -83,6 +92,7 @@ class _Mode(TorchFunctionMode):
 
 _CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_COMPLEX_CASTS = (Tensor.cfloat, Tensor.chalf)  # type: ignore[attr-defined]
 _WIDE = {
     **dict.fromkeys([torch.float16, torch.bfloat16, torch.float32], torch.float64),
     torch.complex64: torch.complex128,
