@@ -255,6 +255,23 @@ def test_a_wrong_rule_of_torch_is_found_named_and_got_round(name: str) -> None:
         hf.linearized_hvp(loss, w)
 
 
+def test_what_was_found_wrong_stays_so_for_every_product_of_the_loss() -> None:
+    w = torch.tensor([0.5, -0.3, 0.0, 0.0], dtype=torch.float64)
+
+    def loss(w: torch.Tensor) -> torch.Tensor:
+        return norms_squared(w)
+
+    for _ in range(2):
+        with pytest.raises(hf.Untraceable, match="not the curvature"):
+            hf.linearized_hvp(loss, w)
+    with pytest.warns(UserWarning, match="Taken is mode"):
+        first = hf.dense(hf.hvp(loss, w), w)
+    second = hf.dense(hf.hvp(loss, w), w)  # said once, and right again
+    exact = by_differences(loss, w)
+    torch.testing.assert_close(first, exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_an_operation_with_a_definition_of_ours_needs_no_other_mode() -> None:
     w = torch.tensor([0.7, -0.2, 0.4, 1.1, 0.3, -0.9, 0.5, 0.8, -0.6], dtype=torch.float64)
     found = hf.dense(hf.linearized_hvp(inverse_of_cholesky, w), w)

@@ -114,18 +114,23 @@ def _agrees(found: Tree, expected: list[Tensor], tolerance: float, error: float)
     return float(tree.norm(tree.add(leaves, expected, -1.0))) <= tolerance * size + error
 
 
-def is_checked(loss: Loss, key: Any) -> bool:
-    """Whether a product of this loss in these shapes and this mode was checked before; from now on it was."""
+def known_wrong(loss: Loss, key: Any) -> frozenset[str] | None:
+    """The modes that were found wrong for this loss in these shapes; None where nothing was checked yet."""
     try:
-        seen = _CHECKED.setdefault(loss, set())
+        return _CHECKED.get(loss, {}).get(key)
     except TypeError:  # no weak references to it
-        return False
-    before = key in seen
-    seen.add(key)
-    return before
+        return None
 
 
-_CHECKED: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
+def remember(loss: Loss, key: Any, wrong: frozenset[str]) -> None:
+    """For all products that will be made of this loss, as long as it lives."""
+    try:
+        _CHECKED.setdefault(loss, {})[key] = wrong
+    except TypeError:
+        return
+
+
+_CHECKED: WeakKeyDictionary[Any, dict[Any, frozenset[str]]] = WeakKeyDictionary()
 
 
 def is_generic(v: Tree) -> bool:

@@ -18,7 +18,7 @@ from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.batches import Weights, mean
 from hessfn.losses.weights import Weigher, of_loss, refuse_parts
-from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, is_checked, verdict
+from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, known_wrong, remember, verdict
 from hessfn.products.loss_checks import Loss, check_loss
 from hessfn.products.modes import ModeName, blame, differentiating, product_of, shapes_of
 
@@ -120,7 +120,7 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
     def matvec(v: T) -> T:
         return tree.unflatten(product(*tree.leaves(tree.aligned(v, params))), params)
 
-    if check and not is_checked(loss, ("linearized", *shapes_of((params, args)))):
+    if check:
         _hold(loss, params, args, value, matvec)
     return matvec
 
@@ -132,18 +132,23 @@ _CONSTANT = (
 
 
 def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: MatVec[T]) -> None:
-    """Raises where the linearized product is not what gradients of the loss say."""
+    """Raises where the linearized product is not what gradients of the loss say, once for its shapes."""
+    key = ("linearized", *shapes_of((params, args)))
+    if known_wrong(loss, key) == frozenset() or is_observed(*tree.leaves((params, args))):
+        return
     v = gaussian(params, 1)[0]
-    seen = None if is_observed(*tree.leaves((params, args))) else evidence(loss, params, args, v, value)
+    seen = evidence(loss, params, args, v, value)
     if seen is None:
         return
     found = matvec(v)
     said = verdict(found, seen)
-    wrong = disagreement("linearized", found, seen, v) if said in ("wrong", "kink") else ""
-    if said == "kink":
-        warnings.warn(f"{wrong}. {AT_A_KINK}", stacklevel=3)
-    elif wrong:
-        raise Untraceable(f"{wrong}{blame(by_definition(loss), params, args)}; hvp finds another way")
+    remember(loss, key, frozenset({"linearized"} if said == "wrong" else ()))
+    if said in ("agrees", "unknown"):
+        return
+    message = disagreement("linearized", found, seen, v)
+    if said == "wrong":
+        raise Untraceable(f"{message}{blame(by_definition(loss), params, args)}; hvp finds another way")
+    warnings.warn(f"{message}. {AT_A_KINK}", stacklevel=3)
 
 
 def mean_hvp(

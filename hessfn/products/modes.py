@@ -20,7 +20,7 @@ from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.trace import tensors
-from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, is_checked, is_generic, verdict
+from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, is_generic, known_wrong, remember, verdict
 from hessfn.products.guards import PLAIN, Snapshot, is_unchanged, snapshot
 from hessfn.products.loss_checks import (
     Loss,
@@ -116,7 +116,7 @@ def find_mode(loss: Loss, params: Tree, *args: Any) -> Mode:
     Mode(mode='traced', reason='', error=0.0)
     """
     v = gaussian(params, 1)[0]  # not of ones, which nets with norms are often blind to
-    return _first(loss, params, args, v, "auto", check=True).mode
+    return _first(loss, params, args, v, "auto", wrong=None).mode
 
 
 def product_of(loss: Loss, mode: ModeName, check: bool = True) -> Product:
@@ -141,7 +141,12 @@ def product_of(loss: Loss, mode: ModeName, check: bool = True) -> Product:
             with differentiating():
                 return known(params, args, v)
         guard = snapshot(loss, params)
-        first = _first(loss, params, args, v, mode, check and not is_checked(loss, (mode, *shapes)))
+        wrong: frozenset[str] | None = frozenset()
+        if check and not is_observed(*tree.leaves((params, args, v))):
+            wrong = known_wrong(loss, (mode, *shapes))
+        first = _first(loss, params, args, v, mode, wrong)
+        if wrong is None:
+            remember(loss, (mode, *shapes), first.wrong)
         found[shapes] = first.product, guard if first.mode.mode == "traced" else None  # the others run the loss anew
         if first.finding:
             say(first.finding)
@@ -172,20 +177,28 @@ class _First(NamedTuple):
     product: Product
     mode: Mode
     result: Tree
-    finding: str  # of the check, for the user
+    finding: str = ""  # of the check, for the user
+    wrong: frozenset[str] = frozenset()  # modes whose product is not the curvature of the loss
 
 
-def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str, check: bool) -> _First:
-    """The ladder: the first mode that works, and that agrees with the gradients of the loss itself."""
+def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str, wrong: frozenset[str] | None) -> _First:
+    """The ladder: the first mode that works, and that agrees with the gradients of the loss itself.
+
+    Args:
+        wrong: the modes that are known to be wrong; None where that is still to be found.
+    """
     with differentiating():
         inspected = inspect(loss, params, args)
     differentiated = is_differentiated(params, args)
     seen, along = None, v
-    if check and not is_observed(*tree.leaves((params, args, v))):
+    if wrong is None and not is_observed(*tree.leaves((params, args, v))):
         along = v if is_generic(v) else gaussian(params, 1)[0]
         seen = evidence(loss, params, args, along, inspected.value, inspected.has_custom_backward)
     defined, reasons, finding = by_definition(loss), [], ""
+    wrong = wrong or frozenset()
     for name in (("forward", "reverse") if differentiated else MODES) if mode == "auto" else (mode,):
+        if name in wrong and mode == "auto":
+            continue
         try:
             product = MODES[name](defined, params, args)
             with differentiating():
@@ -202,20 +215,21 @@ def _first(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, mode: str, 
         found = Mode(name, "; ".join(reasons), float(apart))
         taken = f"{finding}. Taken is mode {name!r}, which agrees" if finding else ""
         if seen is None or name == "difference":
-            return _First(product, found, result, taken)
+            return _First(product, found, result, taken, wrong)
         with differentiating():
             held = result if along is v else product(params, args, along)
         said = verdict(held, seen)
         if said in ("agrees", "unknown"):
-            return _First(product, found, result, taken)
-        wrong = disagreement(name, held, seen, along)
+            return _First(product, found, result, taken, wrong)
+        message = disagreement(name, held, seen, along)
         if inspected.has_custom_backward:
-            return _First(product, found, result, f"{wrong}. {_CUSTOM}")
+            return _First(product, found, result, f"{message}. {_CUSTOM}", wrong)
         if said == "kink":
-            return _First(product, found, result, f"{wrong}. {AT_A_KINK}")
+            return _First(product, found, result, f"{message}. {AT_A_KINK}", wrong)
         if mode != "auto":
-            return _First(product, found, result, wrong)
-        finding = finding or wrong + (blame(defined, params, args) if name == "traced" else "")
+            return _First(product, found, result, message, wrong)
+        wrong |= {name}
+        finding = finding or message + (blame(defined, params, args) if name == "traced" else "")
         reasons.append(f"{name}: not what gradients of the loss say")
     raise NoDerivative("this loss cannot be differentiated twice in any way:\n" + "\n".join(reasons))
 
