@@ -32,7 +32,7 @@ def test_the_kernel_is_shown_or_why_there_is_none(
 
 
 def test_kernels_announce_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_KERNELS", {})
+    monkeypatch.setattr(config, "KERNELS", {})
     assert not [name for name in config.config() if "kernel" in name]
     assert list(config.numerics()) == ["threads"]
     config.announce_kernel("fft", lambda: {"kernel": "0123", "compiler": "gcc 12"})
