@@ -268,6 +268,7 @@ def test_row(row):
     assert (way.error > 0) == (row.way == "difference")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in ROWS if row.way == "traced"], ids=lambda row: row.what)
 def test_the_recorder_and_its_reference_make_the_same_product(row):
     _, loss, params, batch = problem(row)
