@@ -70,6 +70,7 @@ def evidence(
 
 def _along(loss: Loss, tape: Tape, params: Tree, args: tuple[Any, ...], v: Tree) -> Gradient:
     def gradient(c: float) -> list[Tensor]:
+        # Not plain_gradient: the tape would hold its detached leaves fast.
         leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(tree.add(params, v, c))]
         with tape.playing(), torch.enable_grad():
             value = loss(tree.unflatten(leaves, params), *args)

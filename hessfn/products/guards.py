@@ -26,7 +26,7 @@ PLAIN = (
 
 
 def snapshot(loss: Callable[..., Any], params: Tree) -> Snapshot:
-    """The numbers, and references to the tensors with their versions, that a loss closes over.
+    """What a loss closes over: its numbers, and its tensors with their versions. Equal while nothing changes.
 
     A function can say itself what that is: ``function.closes_over(params)`` gives the objects. Of more than
     ``MOST`` things the rest is left out: it would cost more than a product.
@@ -49,11 +49,6 @@ def snapshot(loss: Callable[..., Any], params: Tree) -> Snapshot:
 
 MOST = 5000
 _AT_ONCE = {type(None), bool, int, float, str}
-
-
-def is_unchanged(before: Snapshot, now: Snapshot) -> bool:
-    """Whether nothing has another value, is another tensor, or was written to."""
-    return before == now
 
 
 def _inside(x: Any, params: Tree) -> Iterator[Any]:

@@ -21,7 +21,7 @@ from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.trace import tensors
 from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, is_generic, known_wrong, remember, verdict
-from hessfn.products.guards import PLAIN, Snapshot, is_unchanged, snapshot
+from hessfn.products.guards import PLAIN, Snapshot, snapshot
 from hessfn.products.loss_checks import (
     Loss,
     inspect,
@@ -137,7 +137,7 @@ def product_of(loss: Loss, mode: ModeName, check: bool = True) -> Product:
                 return MODES["forward" if mode == "auto" else mode](loss)(params, args, v)
         shapes = (is_differentiated(params, args), *shapes_of((params, args)))
         known, guard = found.get(shapes, (None, None))
-        if known is not None and (guard is None or is_unchanged(guard, snapshot(loss, params))):
+        if known is not None and (guard is None or guard == snapshot(loss, params)):
             with differentiating():
                 return known(params, args, v)
         guard = snapshot(loss, params)
