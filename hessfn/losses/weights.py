@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from hessfn.core import tree
 from hessfn.core.dtensor import layout
 from hessfn.core.errors import InvalidInput
+from hessfn.core.remembered import Remembered
 from hessfn.core.torch_private import BatchStatistics
 from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import Tree
@@ -89,7 +89,7 @@ class Weigher:
         self, value_of: Callable[[Any], Tensor], about: MeanOver, key: Any, like: Tree, check: bool = True
     ) -> None:
         self.value_of, self.about, self.key, self.like = value_of, about, key, like
-        self.rule = about.weight_of or _remembered(key)
+        self.rule = about.weight_of or _SETTLED.get(key)
         self.is_settled, self.is_used = self.rule is not None or not check, False
 
     def __call__(self, batch: Any) -> float | Tensor:
@@ -114,7 +114,7 @@ class Weigher:
         if parts is not None and not self.about.mixing:
             self._check(self.rule, parts)
         self.is_settled = True
-        _remember(self.key, self.rule)
+        _SETTLED.put(self.key, self.rule)
 
     def _check(self, rule: Rule, parts: tuple[Any, Any, Any]) -> None:
         values = _values(self.value_of, parts)
@@ -186,18 +186,4 @@ def _is_first_label_unused(value_of: Callable[[Any], Tensor], batch: Mapping[Any
     return values is not None and bool(torch.isclose(values[0], values[1], rtol=1e-6, atol=0.0))
 
 
-def _remembered(key: Any) -> Rule | None:
-    try:
-        return _SETTLED.get(key)
-    except TypeError:  # no weak references to it
-        return None
-
-
-def _remember(key: Any, rule: Rule) -> None:
-    try:
-        _SETTLED[key] = rule
-    except TypeError:
-        return
-
-
-_SETTLED: WeakKeyDictionary[Any, Rule] = WeakKeyDictionary()
+_SETTLED: Remembered[Rule] = Remembered()

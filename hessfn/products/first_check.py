@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.core.dtensor import layout
+from hessfn.core.remembered import Remembered
 from hessfn.core.tree import Tree
 from hessfn.products.loss_checks import Loss
 from hessfn.products.wide import Tape, widened
@@ -117,21 +117,15 @@ def _agrees(found: Tree, expected: list[Tensor], tolerance: float, error: float)
 
 def known_wrong(loss: Loss, key: Any) -> frozenset[str] | None:
     """The modes that were found wrong for this loss in these shapes; None where nothing was checked yet."""
-    try:
-        return _CHECKED.get(loss, {}).get(key)
-    except TypeError:  # no weak references to it
-        return None
+    return (_CHECKED.get(loss) or {}).get(key)
 
 
 def remember(loss: Loss, key: Any, wrong: frozenset[str]) -> None:
     """For all products that will be made of this loss, as long as it lives."""
-    try:
-        _CHECKED.setdefault(loss, {})[key] = wrong
-    except TypeError:
-        return
+    _CHECKED.put(loss, {**(_CHECKED.get(loss) or {}), key: wrong})
 
 
-_CHECKED: WeakKeyDictionary[Any, dict[Any, frozenset[str]]] = WeakKeyDictionary()
+_CHECKED: Remembered[dict[Any, frozenset[str]]] = Remembered()
 
 
 def is_generic(v: Tree) -> bool:
