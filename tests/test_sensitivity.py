@@ -115,3 +115,20 @@ def test_bad_input_is_named():
 class Sometimes(Residual):
     def forward(self, x):
         return super().forward(x) if len(x) > 1 else self.stem(x).mean((2, 3))
+
+
+def test_a_product_that_is_not_finite_is_an_error() -> None:
+    """Its gradient is finite where its curvature is not: sqrt at 0 of what has slope 0 there."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = self.first(x)
+            return out + (out - out.detach()).abs().pow(1.5)
+
+    batch = (torch.ones(3, 2), torch.ones(3, 2))
+    with pytest.raises(ValueError, match="finite"):
+        hf.sensitivities(Net(), nn.MSELoss(), [batch], num_probes=2)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
-from hessfn.losses.functional import Params, bare, pair, private
+from hessfn.losses.functional import Params, bare, private
 from hessfn.losses.layer_selection import Edge, Layers, choose, refuse_missing
+from hessfn.losses.model_inputs import pair
 from hessfn.losses.samples import length
 
 Shifts = dict[str, Tensor]

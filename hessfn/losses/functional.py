@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hessfn.core.errors import InvalidInput
 from hessfn.core.torch_private import BatchStatistics, Dropout
 from hessfn.losses.fsdp import is_fully_sharded, sharded_loss
+from hessfn.losses.model_inputs import arguments, pair
 from hessfn.losses.samples import length
 from hessfn.losses.weights import MeanOver, mean_over, sum_refused
 
@@ -85,7 +86,7 @@ def _of_parts(
 
     def of_batch(model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = pair(batch)
-        args, kwargs = _arguments(inputs)
+        args, kwargs = arguments(inputs)
         return criterion(model(*args, **kwargs), targets)
 
     known = about(model, criterion)
@@ -123,7 +124,7 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
     def run(
         params: Params, inputs: Any, within: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
     ) -> Any:
-        args, kwargs = _arguments(inputs)
+        args, kwargs = arguments(inputs)
         # A module may write to its buffers: it writes to copies.
         values = {**{name: b.clone() for name, b in buffers.items()}, **everything, **params}
         state = {slot: values[name] for slot, name in name_of.items()}
@@ -138,28 +139,11 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
     return everything, run
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
-
-
 def bare(model: nn.Module) -> nn.Module:
     """What data-parallel wrappers wrap: the same function, under the names that the model itself gives."""
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     return model
-
-
-def pair(batch: Any) -> tuple[Any, Any]:
-    if isinstance(batch, Mapping):
-        return batch, batch
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        found = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
-        raise InvalidInput(
-            f"a batch must be a pair (inputs, targets) or a mapping, not a {found}; for others write your own loss"
-        )
-    return batch[0], batch[1]
 
 
 def _choose(everything: Params, originals: Params, choice: Choice) -> Params:

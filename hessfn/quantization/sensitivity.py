@@ -15,10 +15,12 @@ from hessfn.core.errors import InvalidInput, Untraceable
 from hessfn.core.probes import rademacher
 from hessfn.core.results import Estimate, S, Sensitivities
 from hessfn.core.tree import MatVec
+from hessfn.core.watched import Watched
 from hessfn.losses.activation import Edge, activation_loss, joint_loss
 from hessfn.losses.batches import Weights, mean, share_of
-from hessfn.losses.functional import about, bare, pair, private
+from hessfn.losses.functional import about, bare, private
 from hessfn.losses.layer_selection import Layers
+from hessfn.losses.model_inputs import pair
 from hessfn.losses.samples import length
 from hessfn.losses.weights import Weigher, refuse_parts
 from hessfn.products.hessian import hvp, linearized_hvp
@@ -213,12 +215,12 @@ def _values(model: nn.Module, criterion: Criterion) -> Callable[[Any], Tensor]:
 def _dots(loss: Callable[[ByName], Tensor], point: ByName, probes: Probes, transform: Transform) -> ByName:
     """``z * Hz`` summed over each leaf, for every probe."""
     try:
-        matvec = linearized_hvp(loss, point)
+        matvec = Watched(linearized_hvp(loss, point))
     except Untraceable:
-        matvec = hvp(loss, point)
+        matvec = Watched(hvp(loss, point))
     dots_of = transform(lambda z: tree.map(tree.dot, z, matvec(z)))
     each = [dots_of(z) for z in probes(point)]
-    return {name: torch.stack([dots[name] for dots in each]) for name in point}
+    return matvec.finished({name: torch.stack([dots[name] for dots in each]) for name in point})
 
 
 def has_matrix(name: str, module: nn.Module) -> bool:

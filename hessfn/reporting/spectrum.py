@@ -10,6 +10,7 @@ from hessfn.core import tree
 from hessfn.core.probes import gaussian, rademacher
 from hessfn.core.results import Estimate
 from hessfn.core.tree import MatVec, Tree
+from hessfn.core.watched import Watched
 from hessfn.estimators.eigen import eigsh
 from hessfn.estimators.hutchinson import estimate
 from hessfn.estimators.spectrum import density, density_band, negative_share, slq
@@ -48,12 +49,15 @@ def analyse_spectrum(problem: Prepared, options: Options, keep: Keep) -> Spectru
 
 def _traces(matvec: MatVec, theta: Tree, options: Options) -> tuple[Estimate, Estimate[Any]]:
     """The trace, and those of the blocks of all leaves, by name."""
+    product = Watched(matvec)
 
     def sample(z: Tree) -> dict[str, Any]:
-        layers = tree.map(tree.dot, z, matvec(z))
+        layers = tree.map(tree.dot, z, product(z))
         return {"layers": layers, "total": torch.stack(tree.leaves(layers)).sum()}
 
     # The sum is a sample of its own: its error does not follow from those of the layers.
-    found: Estimate[Any] = estimate(sample(z) for z in rademacher(theta, options.num_probes, seed=options.seed))
+    probes = rademacher(theta, options.num_probes, seed=options.seed)
+    found: Estimate[Any] = estimate(sample(z) for z in probes)
+    product.finished(found.mean)
     total, layers = (Estimate(found.mean[x], found.stderr[x], found.num_matvecs) for x in ("total", "layers"))
     return total, layers
