@@ -10,11 +10,11 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from hessfn.core.flatten import leaves
 from hessfn.core.torch_private import (
     current_dispatch_mode,
     is_functorch_wrapped_tensor,
     levels,
-    pytree,
     under_derivative,
     under_dual_level,
     under_forward_derivative,
@@ -40,8 +40,7 @@ def is_differentiated(*arguments: Any) -> bool:
     """Whether what is computed from these trees is to be differentiated, by ``torch.func`` or by plain autograd."""
     if under_derivative():
         return True
-    leaves = pytree.tree_leaves(arguments)
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in leaves)
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in leaves(arguments))
 
 
 def carries_derivative(*results: Any) -> bool:
@@ -49,7 +48,7 @@ def carries_derivative(*results: Any) -> bool:
 
     In forward mode under ``torch.func`` a tensor does not tell, so that all that a transform has seen may have one.
     """
-    tensors = [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
+    tensors = [x for x in leaves(results) if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(level.requires_grad for x in tensors for level in levels(x)):
         return True
     if under_forward_derivative():

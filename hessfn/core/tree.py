@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import TypeVar  # typing's own has no default before Python 3.13
 
+from hessfn.core.containers import is_closed, opened, paths
 from hessfn.core.dtensor import layout, over_ranks, place, whole
 from hessfn.core.errors import InvalidInput
-from hessfn.core.torch_private import pytree
+from hessfn.core.flatten import flatten, leaves
 from hessfn.core.torch_state import known
 
 Tree = Any
 T = TypeVar("T", default=Tree)
 MatVec = Callable[[T], T]  # MatVec[dict[str, Tensor]] is one on dicts
 
-leaves = pytree.tree_leaves
-map = pytree.tree_map
+
+def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """``function`` of every leaf, and of those of other trees of the same structure.
+
+    >>> map(lambda a, b: a + b, {"x": 1, "y": None}, {"x": 2, "y": None})
+    {'x': 3, 'y': None}
+    """
+    flat, structure = flatten(tree)
+    if not structure.holes:
+        rest = [structure.spec.flatten_up_to(other) for other in others]
+    else:
+        rest = [leaves(other) for other in others]
+    return structure.unflatten([function(*each) for each in zip(flat, *rest, strict=True)])
 
 
 def names(tree: Tree) -> list[str]:
@@ -29,15 +41,22 @@ def names(tree: Tree) -> list[str]:
     >>> names({"conv.weight": torch.ones(2), "head": [torch.ones(1), torch.ones(1)]})
     ['conv.weight', 'head.0', 'head.1']
     """
-    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
-    return [
-        ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in p) for p in paths
-    ]
+    return [".".join(str(key) for key in path) for path in paths(tree)]
+
+
+def structure(tree: Tree) -> Hashable:
+    """What a tree is without its leaves: classes, keys, names of attributes, where ``None`` is. It holds no tensor."""
+    return flatten(tree)[1].key
+
+
+def is_object(x: Any) -> bool:
+    """Whether it is an object that holds tensors in its attributes: none of torch's pytrees, and yet a tree."""
+    return not is_closed(x) and opened(x) is not None
 
 
 def unflatten(new_leaves: Iterable[Any], like: T) -> T:
-    """The tree of ``like``'s structure with other leaves."""
-    return pytree.tree_unflatten(list(new_leaves), pytree.tree_structure(like))
+    """The tree of ``like``'s structure with other leaves; of objects, copies."""
+    return flatten(like)[1].unflatten(new_leaves)
 
 
 def numel(tree: Tree) -> int:
@@ -122,14 +141,14 @@ def ravel(tree: T) -> tuple[Tensor, Callable[[Tensor], T]]:
     shapes = [part.shape for part in parts]
     dtypes = [part.dtype for part in parts]
     sizes = [part.numel() for part in parts]
-    structure = pytree.tree_structure(tree)
+    structure = flatten(tree)[1]
 
     def unravel(flat: Tensor) -> T:
         lead = flat.shape[:-1]
         pieces = flat.split(sizes, dim=-1)
         restored = [p.reshape((*lead, *s)).to(d) for p, s, d in zip(pieces, shapes, dtypes, strict=True)]
         placed = [place(x, where, len(lead)) for x, where in zip(restored, layouts, strict=True)]
-        return pytree.tree_unflatten(placed, structure)
+        return structure.unflatten(placed)
 
     return torch.cat([whole(part).reshape(-1) for part in parts]), unravel
 
@@ -159,9 +178,9 @@ def matched(x: Tree, like: T, what: str, other: str) -> T:
     >>> matched({"b": torch.zeros(1), "a": torch.ones(2)}, {"a": torch.zeros(2), "b": torch.zeros(1)}, "x", "y")
     {'a': tensor([1., 1.]), 'b': tensor([0.])}
     """
-    given, structure = pytree.tree_flatten(x)
-    wanted, order = pytree.tree_flatten(like)
-    if structure != order:
+    given, structure = flatten(x)
+    wanted, order = flatten(like)
+    if structure.key != order.key:
         given = _in_order(dict(zip(names(x), given, strict=True)), len(given), names(like), what, other)
     if any(not isinstance(a, Tensor) or a.shape != b.shape for a, b in zip(given, wanted, strict=True)):
         for name, a, b in zip(names(like), given, wanted, strict=True):
@@ -170,7 +189,7 @@ def matched(x: Tree, like: T, what: str, other: str) -> T:
                 raise InvalidInput(f"{part} is a {type(a).__name__}, not a tensor")
             if a.shape != b.shape:
                 raise InvalidInput(f"{part} has shape {tuple(a.shape)}, but {tuple(b.shape)} in {other}")
-    return x if structure == order else pytree.tree_unflatten(given, order)
+    return x if structure.key == order.key else order.unflatten(given)
 
 
 def _in_order(by_name: dict[str, Any], count: int, expected: list[str], what: str, other: str) -> list[Any]:

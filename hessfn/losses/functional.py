@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hessfn.core.errors import InvalidInput
 from hessfn.core.torch_private import BatchStatistics, Dropout
 from hessfn.losses.fsdp import is_fully_sharded, sharded_loss
-from hessfn.losses.model_inputs import arguments, pair
+from hessfn.losses.model_inputs import arguments, pair, signature_of
 from hessfn.losses.samples import length
 from hessfn.losses.weights import MeanOver, mean_over, sum_refused
 
@@ -84,9 +84,11 @@ def _of_parts(
     originals: Params = dict(model.named_parameters())
     chosen = _choose({name: p.detach() for name, p in originals.items()}, originals, params)
 
+    signature = signature_of(model)
+
     def of_batch(model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = pair(batch)
-        args, kwargs = arguments(inputs)
+        args, kwargs = arguments(inputs, signature)
         return criterion(model(*args, **kwargs), targets)
 
     known = about(model, criterion)
@@ -118,13 +120,13 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
     everything = {name: p.detach() for name, p in model.named_parameters()}
     buffers = {name: b.detach() for name, b in model.named_buffers()}
     name_of = _slots(model)
-    skeleton = _skeleton(model)
+    skeleton, signature = _skeleton(model), signature_of(model)
     one_at_a_time = threading.RLock()  # functional_call swaps tensors on the skeleton while it runs
 
     def run(
         params: Params, inputs: Any, within: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
     ) -> Any:
-        args, kwargs = arguments(inputs)
+        args, kwargs = arguments(inputs, signature)
         # A module may write to its buffers: it writes to copies.
         values = {**{name: b.clone() for name, b in buffers.items()}, **everything, **params}
         state = {slot: values[name] for slot, name in name_of.items()}

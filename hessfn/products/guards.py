@@ -6,23 +6,18 @@ them: in the cells, defaults and globals of a function, and in the attributes of
 
 from __future__ import annotations
 
-import enum
 import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from hessfn.core.containers import PLAIN
 from hessfn.core.tree import Tree
 
 Snapshot = tuple[Any, ...]
-
-PLAIN = (
-    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, slice, range,
-)  # fmt: skip
 
 
 def snapshot(loss: Callable[..., Any], params: Tree) -> Snapshot:
