@@ -9,96 +9,155 @@ Make a matvec from a loss, transform it, consume it:
 """
 
 import importlib
+import sys
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# What everybody uses: trees, random trees, results, errors.
-from hessfn.core import tree
-from hessfn.core.config import show_config
-from hessfn.core.errors import HessfnError, JournalError, Untraceable
-from hessfn.core.probes import gaussian, rademacher
-from hessfn.core.results import (
-    Band,
-    Cumulative,
-    Curvature,
-    Density,
-    EigenPair,
-    EigenPairs,
-    Estimate,
-    Mode,
-    Quadrature,
-    Sensitivities,
-    Trajectory,
-    Tridiagonal,
-)
-from hessfn.core.tree import MatVec, Tree
-
-# Losses: a model and its data as a function.
-from hessfn.losses import batches
-from hessfn.losses.activation import activation_loss, activation_shapes
-from hessfn.losses.functional import functionalize, stateless
-
-# Make a matvec from a loss.
-from hessfn.products.gauss_newton import fvp, ggnvp
-from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
-from hessfn.products.modes import find_mode
-
-# Transform one.
-from hessfn.parallel.all_reduce import ShardedBatches, all_reduce
-from hessfn.storage.product_journal import journal
-from hessfn.transforms.blocks import block, restrict
-from hessfn.transforms.conversion import as_linear_operator, dense
-from hessfn.transforms.deflation import deflate
-from hessfn.transforms.matvec_check import check_matvec
-from hessfn.transforms.progress_bar import progress
-
-# Consume one.
-from hessfn.estimators.eigen import eigsh, lanczos, power_iter
-from hessfn.estimators.hutchinson import (
-    deflated_trace,
-    hutchinson,
-    hutchinson_diag,
-    hutchinson_per_leaf,
-    hutchinson_per_sample,
-    mean_traces,
-    squared_frobenius,
-    squared_row_norms,
-)
-from hessfn.estimators.leave_one_out import hutchpp, xdiag, xtrace
-from hessfn.estimators.spectrum import cumulative, density, density_band, slq, trace_of, wasserstein
-from hessfn.quantization.sensitivity import activation_traces, sensitivities
-
-# Landscapes and pictures.
-from hessfn.landscape.directions import direction_to, filter_normalized, gradient_direction, random_direction
-from hessfn.landscape.slice_check import check_slice, slice_curvature
-from hessfn.landscape.slices import line, plane
-from hessfn.landscape.trajectory import principal_directions
-from hessfn.plotting import plot
-
 if TYPE_CHECKING:
+    # What everybody uses: trees, random trees, results, errors.
+    from hessfn.core import tree
+    from hessfn.core.config import show_config
+    from hessfn.core.errors import HessfnError, JournalError, Untraceable
+    from hessfn.core.probes import gaussian, rademacher
+    from hessfn.core.results import (
+        Band,
+        Cumulative,
+        Curvature,
+        Density,
+        EigenPair,
+        EigenPairs,
+        Estimate,
+        Mode,
+        Quadrature,
+        Sensitivities,
+        Trajectory,
+        Tridiagonal,
+    )
+    from hessfn.core.tree import MatVec, Tree
+
+    # Losses: a model and its data as a function.
+    from hessfn.losses import batches
+    from hessfn.losses.activation import activation_loss, activation_shapes
+    from hessfn.losses.functional import functionalize, stateless
+
+    # Make a matvec from a loss.
+    from hessfn.products.gauss_newton import fvp, ggnvp
+    from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
+    from hessfn.products.modes import find_mode
+
+    # Transform one.
+    from hessfn.parallel.all_reduce import ShardedBatches, all_reduce
+    from hessfn.storage.product_journal import journal
+    from hessfn.transforms.blocks import block, restrict
+    from hessfn.transforms.conversion import as_linear_operator, dense
+    from hessfn.transforms.deflation import deflate
+    from hessfn.transforms.matvec_check import check_matvec
+    from hessfn.transforms.progress_bar import progress
+
+    # Consume one.
+    from hessfn.estimators.eigen import eigsh, lanczos, power_iter
+    from hessfn.estimators.hutchinson import (
+        deflated_trace,
+        hutchinson,
+        hutchinson_diag,
+        hutchinson_per_leaf,
+        hutchinson_per_sample,
+        mean_traces,
+        squared_frobenius,
+        squared_row_norms,
+    )
+    from hessfn.estimators.leave_one_out import hutchpp, xdiag, xtrace
+    from hessfn.estimators.spectrum import cumulative, density, density_band, slq, trace_of, wasserstein
+    from hessfn.quantization.sensitivity import activation_traces, sensitivities
+
+    # Landscapes and pictures.
+    from hessfn.landscape.directions import direction_to, filter_normalized, gradient_direction, random_direction
+    from hessfn.landscape.slice_check import check_slice, slice_curvature
+    from hessfn.landscape.slices import line, plane
+    from hessfn.landscape.trajectory import principal_directions
+    from hessfn.plotting import plot
+
+    # The main job.
     from hessfn.reporting.compare import compare
     from hessfn.reporting.run import report
 
-# The main job is loaded when it is first asked for: it imports figures and templates.
-_LOADED_WHEN_USED = {
-    "compare": ("hessfn.reporting.compare", "compare"),
-    "report": ("hessfn.reporting.run", "report"),
-    "Way": ("hessfn.core.results", "Mode"),  # the names of before
-    "choose_way": ("hessfn.products.modes", "find_mode"),
+    Way, choose_way = Mode, find_mode
+    __version__: str
+
+# Where each name is. It is loaded when it is first asked for, so that what a program does not use costs it no time.
+_HOMES = {
+    "hessfn.core": "tree",
+    "hessfn.core.config": "show_config",
+    "hessfn.core.errors": "HessfnError JournalError Untraceable",
+    "hessfn.core.probes": "gaussian rademacher",
+    "hessfn.core.results": (
+        "Band Cumulative Curvature Density EigenPair EigenPairs Estimate Mode Quadrature Sensitivities "
+        "Trajectory Tridiagonal"
+    ),
+    "hessfn.core.tree": "MatVec Tree",
+    "hessfn.losses": "batches",
+    "hessfn.losses.activation": "activation_loss activation_shapes",
+    "hessfn.losses.functional": "functionalize stateless",
+    "hessfn.products.gauss_newton": "fvp ggnvp",
+    "hessfn.products.hessian": "hvp linearized_hvp mean_hvp",
+    "hessfn.products.modes": "find_mode",
+    "hessfn.parallel.all_reduce": "ShardedBatches all_reduce",
+    "hessfn.storage.product_journal": "journal",
+    "hessfn.transforms.blocks": "block restrict",
+    "hessfn.transforms.conversion": "as_linear_operator dense",
+    "hessfn.transforms.deflation": "deflate",
+    "hessfn.transforms.matvec_check": "check_matvec",
+    "hessfn.transforms.progress_bar": "progress",
+    "hessfn.estimators.eigen": "eigsh lanczos power_iter",
+    "hessfn.estimators.hutchinson": (
+        "deflated_trace hutchinson hutchinson_diag hutchinson_per_leaf hutchinson_per_sample mean_traces "
+        "squared_frobenius squared_row_norms"
+    ),
+    "hessfn.estimators.leave_one_out": "hutchpp xdiag xtrace",
+    "hessfn.estimators.spectrum": "cumulative density density_band slq trace_of wasserstein",
+    "hessfn.quantization.sensitivity": "activation_traces sensitivities",
+    "hessfn.landscape.directions": "direction_to filter_normalized gradient_direction random_direction",
+    "hessfn.landscape.slice_check": "check_slice slice_curvature",
+    "hessfn.landscape.slices": "line plane",
+    "hessfn.landscape.trajectory": "principal_directions",
+    "hessfn.plotting": "plot",
+    "hessfn.reporting.compare": "compare",
+    "hessfn.reporting.run": "report",
 }
+_FOUND_IN = {name: module for module, names in _HOMES.items() for name in names.split()}
+_NAMES_OF_BEFORE = {"Way": "Mode", "choose_way": "find_mode"}
 
+if not TYPE_CHECKING:  # else every name would be one to a type checker
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("hessfn")
-    if name in _LOADED_WHEN_USED:
-        module, attribute = _LOADED_WHEN_USED[name]
-        return getattr(importlib.import_module(module), attribute)
-    raise AttributeError(f"module 'hessfn' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("hessfn")
+        if name in _NAMES_OF_BEFORE:
+            return __getattr__(_NAMES_OF_BEFORE[name])
+        if name not in _FOUND_IN:
+            raise AttributeError(f"module 'hessfn' has no attribute {name!r}")
+        home = importlib.import_module(_FOUND_IN[name])
+        # A name is a function or a class of its home, or else a module in it.
+        found = getattr(home, name) if hasattr(home, name) else importlib.import_module(f"{home.__name__}.{name}")
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
+
+def _is_the_command() -> bool:
+    """Whether this is ``hessfn`` or ``python -m hessfn``, which may be asked for no more than its version."""
+    program = (getattr(sys, "argv", None) or [""])[0]
+    words = {*sys.orig_argv, *map("".join, pairwise(sys.orig_argv))}
+    return Path(program).stem == "hessfn" or (program == "-m" and "-mhessfn" in words)
+
+
+if not _is_the_command():
+    # With torch: torch.load then knows the classes of results, in whatever order a program imports.
+    importlib.import_module("hessfn.core.results")
 
 __all__ = [
     "Band",

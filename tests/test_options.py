@@ -123,8 +123,8 @@ def given_to_run(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
         found.append(options)
         raise OSError("far enough")
 
-    monkeypatch.setattr(cli, "run", run)
-    monkeypatch.setattr(cli, "load_problem", lambda spec, arguments: problem())
+    monkeypatch.setattr("hessfn.reporting.run.run", run)
+    monkeypatch.setattr("hessfn.reporting.loading.load_problem", lambda spec, arguments: problem())
     return found
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from hessfn.core import tree
@@ -41,6 +40,8 @@ def estimate_until(samples: Iterable[Tensor], rtol: float) -> Estimate[Tensor]:
 
 def half_width(stderr: Any, num_samples: int, level: float = 0.95) -> Any:
     """Half the width of the confidence interval around a mean of few samples, by Student's t."""
+    from scipy.special import stdtrit  # a fifth of a second to load, for what only tolerances and bands ask
+
     return stderr * float(stdtrit(num_samples - 1, 0.5 + level / 2))
 
 

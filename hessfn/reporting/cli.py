@@ -14,13 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hessfn.parallel.all_reduce import launched
-from hessfn.reporting import compare, html, text
-from hessfn.reporting.loading import load_problem
+# No more than the words of the command line: what computes, and torch with it, is loaded by the functions that do.
 from hessfn.reporting.options import DATA, OUTPUT, WORK, Options
-from hessfn.reporting.run import run
-from hessfn.reporting.side import read
-from hessfn.reporting.workspace import num_products
 
 _OPTIONS = [option for option in fields(Options) if option.metadata["group"]]
 _TRACEBACK = "after an error, show where in the code it came from"
@@ -76,12 +71,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    from hessfn.reporting import compare
+    from hessfn.reporting.side import read
+
     result = compare.compare(arguments.a, arguments.b, arguments.out)
     sides = read(arguments.a), read(arguments.b)
     print(f"{compare.summary(*sides, result)}\n\npage: {arguments.out}")
 
 
 def _report(arguments: argparse.Namespace, command: str) -> None:
+    from hessfn.parallel.all_reduce import launched
+    from hessfn.reporting import html, text
+    from hessfn.reporting.loading import load_problem
+    from hessfn.reporting.run import run
+
     given = {option.name: getattr(arguments, option.name) for option in _OPTIONS if hasattr(arguments, option.name)}
     html.template()  # asked for now, so that a missing extra is said before a net is trained
     with launched(arguments.timeout) as group:
@@ -95,6 +98,8 @@ def _report(arguments: argparse.Namespace, command: str) -> None:
 
 
 def _what_is_left(out: str) -> str:
+    from hessfn.reporting.workspace import num_products
+
     num = num_products(Path(out))
     return f"; {num} products are kept, --resume goes on from there" if num else ""
 

@@ -6,14 +6,16 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from hessfn.core.errors import InvalidInput
-from hessfn.losses.batches import Weights
-from hessfn.losses.functional import Choice
-from hessfn.parallel.all_reduce import Group
+
+if TYPE_CHECKING:  # `hessfn report --help` lists the options, and need not wait for torch
+    import torch
+
+    from hessfn.losses.batches import Weights
+    from hessfn.losses.functional import Choice
+    from hessfn.parallel.all_reduce import Group
 
 Which = Literal["LM", "LA", "SA", "BE"]
 ENDS: Sequence[Which] = ("LM", "LA", "SA", "BE")
@@ -139,6 +141,8 @@ class Options:
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
+        import torch
+
         dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
         if self.dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             kinds = "'float32', 'float64', 'bfloat16'"
@@ -147,6 +151,8 @@ class Options:
 
     @property
     def torch_device(self) -> torch.device | None:
+        import torch
+
         try:
             return None if self.device is None else torch.empty(0, device=self.device).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
