@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arrays import as_tensor
 from hessfn.core.errors import InvalidInput
 from hessfn.core.tree import Tree
 
@@ -45,11 +46,12 @@ def as_bytes(leaf: Tensor) -> Any:
 
 
 def checksum(x: Tree) -> Tensor:
-    """A sum of all bits of each tensor, ``(number of tensors,)`` int64: it almost surely differs where the data does.
+    """A sum of all bits of each tensor and array, ``(number of them,)`` int64; it almost surely differs where data does.
 
     No transfer, also under ``vmap``; the order of the entries of a tensor does not count.
     """
-    sums = [_sum_of_bits(leaf) for leaf in tree.leaves(x) if isinstance(leaf, Tensor)]
+    flat = [as_tensor(leaf) for leaf in tree.leaves(x)]
+    sums = [_sum_of_bits(leaf) for leaf in flat if isinstance(leaf, Tensor)]
     return torch.stack([x.to(sums[0].device) for x in sums]) if sums else torch.zeros(0, dtype=torch.int64)
 
 

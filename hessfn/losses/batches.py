@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import checksum, fingerprint
 from hessfn.core.torch_state import known, torch_state_lock
 from hessfn.core.tree import Tree
-from hessfn.losses.samples import length, rows, tensors
+from hessfn.losses.samples import length, refuse_uneven, rows, tensors
 from hessfn.losses.weights import Weigher
 from hessfn.parallel.all_reduce import Group, ShardedBatches, across, require_same
 from hessfn.parallel.same_problem import require_same_problem
@@ -59,7 +59,7 @@ def mean(
     batches = dealt.batches if dealt else batches
     if isinstance(batches, Iterator):
         raise InvalidInput("batches can be run through only once, and every product is a pass: give list(batches)")
-    if isinstance(batches, Sized) and len(batches) == 0:
+    if number_of(batches) == 0:
         raise InvalidInput("there is no batch: the iterable of batches is empty")
     if isinstance(getattr(batches, "sampler", None), RandomSampler):
         raise InvalidInput(f"this DataLoader shuffles: {_SAME_DATA}")
@@ -67,7 +67,7 @@ def mean(
         raise InvalidInput(f"microbatch={microbatch} must be at least 1")
     # With a single batch the weights do not count.
     weigher = weights if isinstance(weights, Weigher) else None
-    if microbatch is None and isinstance(batches, Sized) and len(batches) == 1:
+    if microbatch is None and number_of(batches) == 1:
         weigher = None
     first_pass: list[Tensor] = []
 
@@ -96,6 +96,8 @@ def mean(
                 return None, 0.0  # fewer batches than processes
             if this_pass:
                 raise InvalidInput("the weights of all batches are 0: there is no data")
+            if first_pass:
+                raise InvalidInput(f"the batches can be run through only once: {_SAME_DATA}")
             raise InvalidInput("there is no batch: the iterable of batches is empty")
         if not first_pass:
             first_pass.extend(this_pass)
@@ -114,6 +116,14 @@ def mean(
         return average(lambda: averaged(*args), args)
 
     return shared
+
+
+def number_of(batches: Iterable[Any]) -> int | None:
+    """None where nobody knows, as of a ``DataLoader`` over an ``IterableDataset``, whose length is an error."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def share_of(batches: Iterable[Any]) -> tuple[int, int]:
@@ -140,18 +150,26 @@ def _iterate(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _parts(batch: Any, index: int, weights: Weights, microbatch: int | None) -> Iterator[tuple[float | Tensor, Any]]:
+    if microbatch is None:
+        yield _weight(batch, index, weights), batch
+        return
+    refuse_uneven(batch)
     size = length(batch)
-    for start in range(0, size, microbatch or size):
-        part = batch if microbatch is None else rows(batch, start, start + microbatch)
-        if callable(weights):
-            weight = weights(part)  # a count of tokens is an integer tensor, whose inverse would be float32
-            yield tree.wide(weight) if isinstance(weight, Tensor) else weight, part
-        elif weights is None:
-            yield length(part), part
-        elif index < len(weights):
-            yield weights[index] * length(part) / size, part
-        else:
-            raise InvalidInput(f"weights has {len(weights)} entries, but there is a batch {index}: give one for each")
+    for start in range(0, size, microbatch):
+        part = rows(batch, start, start + microbatch)
+        share = 1.0 if weights is None or callable(weights) else length(part) / size
+        yield _weight(part, index, weights) * share, part
+
+
+def _weight(batch: Any, index: int, weights: Weights) -> float | Tensor:
+    if callable(weights):
+        weight = weights(batch)  # a count of tokens is an integer tensor, whose inverse would be float32
+        return tree.wide(weight) if isinstance(weight, Tensor) else weight
+    if weights is None:
+        return length(batch)
+    if index < len(weights):
+        return weights[index]
+    raise InvalidInput(f"weights has {len(weights)} entries, but there is a batch {index}: give one for each")
 
 
 def _check_same(first_pass: list[Tensor], this_pass: list[Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hessfn.core import tree
+from hessfn.core.arrays import as_tensor
 from hessfn.losses.samples import length
 
 # Modules, and the functions that they call.
@@ -43,8 +44,11 @@ class Known(NamedTuple):
 
     def weight_of(self, batch: Any, targets: Any) -> float | Tensor:
         """What the mean is divided by, up to a factor that is the same for all batches."""
-        if not self.by_class or not isinstance(targets, Tensor):
+        targets = as_tensor(targets)
+        if not isinstance(targets, Tensor):
             return length(batch)
+        if not self.by_class:
+            return length(targets if targets.dim() else batch)  # the nodes of graphs are more than their targets
         if targets.is_floating_point():  # probabilities of classes: none is ignored, and no weight is divided by
             return targets.numel() / targets.shape[min(1, targets.dim() - 1)]
         counted = targets != self.ignore_index

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import nn
 
 from hessfn.core import tree
+from hessfn.core.arrays import as_tensor
 from hessfn.core.errors import InvalidInput
 
 
@@ -29,15 +28,6 @@ def pair(batch: Any) -> tuple[Any, Any]:
             "others write your own loss"
         )
     return batch[0], batch[1]
-
-
-def as_tensor(x: Any) -> Any:
-    """An array of numbers as a tensor; anything else as it is."""
-    if not isinstance(x, np.ndarray | np.generic) or x.dtype.kind not in "biufc":
-        return x
-    array = np.asarray(x)
-    shared = array.flags.writeable and all(stride >= 0 for stride in array.strides)
-    return torch.from_numpy(array if shared else array.copy())
 
 
 class Signature(NamedTuple):

@@ -4,37 +4,68 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arrays import as_tensor
+from hessfn.core.containers import PLAIN
 from hessfn.core.errors import InvalidInput
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    return [x for x in tree.leaves(batch) if isinstance(x, Tensor)]
+    """The tensors of a batch, and its arrays as tensors."""
+    return [x for x in map(as_tensor, tree.leaves(batch)) if isinstance(x, Tensor)]
+
+
+def named_tensors(batch: Any) -> list[tuple[str, Tensor]]:
+    found = zip(tree.names(batch), map(as_tensor, tree.leaves(batch)), strict=True)
+    return [(name, x) for name, x in found if isinstance(x, Tensor)]
 
 
 def length(batch: Any) -> int:
-    first = next(iter(tensors(batch)), None)
-    if first is None or first.dim() == 0 or len(first) == 0:
-        found = "no tensor" if first is None else f"a first tensor of shape {tuple(first.shape)}"
-        raise InvalidInput(f"a batch must have samples along the first axis of its tensors, but this one has {found}")
+    """The number of samples: the length of the first tensor that has an axis."""
+    found = tensors(batch)
+    first = next((x for x in found if x.dim()), None)
+    if first is None or len(first) == 0:
+        what = f"a first tensor of shape {tuple(first.shape)}" if first is not None else "no tensor with an axis"
+        others = f", only {len(found)} of shape ()" if found and first is None else ""
+        raise InvalidInput(
+            f"a batch must have samples along the first axis of its tensors, but this one has {what}{others}: stack "
+            "its samples, or say by weights= what it counts"
+        )
     return len(first)
 
 
+def lengths(batch: Any) -> tuple[int, ...]:
+    """Those of all tensors that have an axis."""
+    return tuple(len(x) for x in tensors(batch) if x.dim())
+
+
 def rows(batch: Any, start: int, stop: int) -> Any:
-    return tree.map(lambda x: x[start:stop] if isinstance(x, Tensor) and x.dim() else x, batch)
+    """Some samples of a batch; arrays stay arrays."""
+    return tree.map(lambda x: x[start:stop] if isinstance(x, Tensor | np.ndarray) and x.ndim else x, batch)
 
 
 def two_parts(batch: Any, most: int | None = None) -> tuple[Any, Any, Any] | None:
     """Some samples of a batch (all, or at most so many), their first third and the rest; None where it has no parts."""
     size = length(batch)
-    leaves = tree.leaves(batch)
-    # An object is not cut, and a tensor of another length is not one of samples.
-    if not all(x is None or isinstance(x, Tensor | str | int | float) for x in leaves):
+    # What cannot be known is not cut, and a tensor of another length is not one of samples.
+    if not all(isinstance(as_tensor(x), (Tensor, *PLAIN)) for x in tree.leaves(batch)):
         return None
-    if any(x.dim() and len(x) != size for x in tensors(batch)):
+    if set(lengths(batch)) != {size}:
         return None
     stop = size if most is None else min(size, most)
     cut = max(1, stop // 3)
     return (rows(batch, 0, stop), rows(batch, 0, cut), rows(batch, cut, stop)) if stop > 1 else None
+
+
+def refuse_uneven(batch: Any) -> None:
+    """Raises where the tensors of a batch are not all cut into the same samples."""
+    size = length(batch)
+    for name, x in named_tensors(batch):
+        if x.dim() and len(x) != size:
+            raise InvalidInput(
+                f"microbatch cuts every tensor along its first axis, but {name!r} has shape {tuple(x.shape)} in a "
+                f"batch of {size} samples: give smaller batches instead"
+            )

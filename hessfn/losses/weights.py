@@ -16,7 +16,7 @@ from hessfn.core.torch_private import BatchStatistics
 from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import Tree
 from hessfn.losses.criteria import Known, known_criterion
-from hessfn.losses.samples import length, two_parts
+from hessfn.losses.samples import length, lengths, named_tensors, two_parts
 
 Rule = Callable[[Any], float | Tensor]  # from a batch to its weight
 IGNORED = -100  # the label that Hugging Face's models leave out of their means
@@ -91,6 +91,7 @@ class Weigher:
         self.value_of, self.about, self.key, self.like = value_of, about, key, like
         self.rule = about.weight_of or _SETTLED.get(key)
         self.is_settled, self.is_used = self.rule is not None or not check, False
+        self.first_lengths: dict[str, int] = {}
 
     def __call__(self, batch: Any) -> float | Tensor:
         self.is_used = True
@@ -100,7 +101,7 @@ class Weigher:
         """Finds out what the loss is a mean over, on a batch that comes before any weight is asked for.
 
         Raises:
-            InvalidInput: it is none, by the number of samples.
+            InvalidInput: it is none, by the number of samples; or what the samples of batches are is not to be told.
         """
         if self.about.summed:
             raise sum_refused(self.about.summed)
@@ -109,12 +110,29 @@ class Weigher:
         parts = two_parts(batch, microbatch and 3 * microbatch)
         if self.rule is None:
             self.rule = _by_labels(self.value_of, parts[0] if parts else batch)
+        if parts is None and self.rule is length and len(set(lengths(batch))) > 1:
+            self._compare(batch)
+            return
         if parts is None and length(batch) < 2:
             return  # the next one may tell
         if parts is not None and not self.about.mixing:
             self._check(self.rule, parts)
         self.is_settled = True
         _SETTLED.put(self.key, self.rule)
+
+    def _compare(self, batch: Any) -> None:
+        """Raises where lengths differ from those of the first batch by unlike factors: which is that of the samples?"""
+        found = {name: len(x) for name, x in named_tensors(batch) if x.dim()}
+        first, size = self.first_lengths or found, length(batch)
+        self.first_lengths = first
+        before = next(iter(first.values()))
+        for name, number in found.items():
+            if number not in (first.get(name), first.get(name, 0) * size / before):
+                raise InvalidInput(
+                    f"this batch has {size} rows of its first tensor, where the first batch has {before}, and {number} "
+                    f"of {name!r}, where that has {first.get(name, 0)}: which of them are its samples? Say by weights= "
+                    "what each batch counts, such as weights=lambda batch: batch.num_graphs"
+                )
 
     def _check(self, rule: Rule, parts: tuple[Any, Any, Any]) -> None:
         values = _values(self.value_of, parts)
