@@ -46,7 +46,7 @@ def as_bytes(leaf: Tensor) -> Any:
 
 
 def checksum(x: Tree) -> Tensor:
-    """A sum of all bits of each tensor and array, ``(number of them,)`` int64; it almost surely differs where data does.
+    """A sum of all bits of each tensor and array, ``(number of them,)`` int64: other data, almost surely another sum.
 
     No transfer, also under ``vmap``; the order of the entries of a tensor does not count.
     """
