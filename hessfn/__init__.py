@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     # Make a matvec from a loss.
     from hessfn.products.gauss_newton import fvp, ggnvp
     from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
-    from hessfn.products.modes import find_mode
+    from hessfn.products.ladder import find_mode
 
     # Transform one.
     from hessfn.parallel.all_reduce import ShardedBatches, all_reduce
@@ -101,7 +101,7 @@ _HOMES = {
     "hessfn.losses.functional": "functionalize stateless",
     "hessfn.products.gauss_newton": "fvp ggnvp",
     "hessfn.products.hessian": "hvp linearized_hvp mean_hvp",
-    "hessfn.products.modes": "find_mode",
+    "hessfn.products.ladder": "find_mode",
     "hessfn.parallel.all_reduce": "ShardedBatches all_reduce",
     "hessfn.storage.product_journal": "journal",
     "hessfn.transforms.blocks": "block restrict",

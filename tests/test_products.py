@@ -13,7 +13,7 @@ from hessfn.losses.functional import functionalize, stateless
 from hessfn.products.gauss_newton import fvp, ggnvp
 from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
 from hessfn.products.loss_checks import check_loss
-from hessfn.products.modes import find_mode
+from hessfn.products.ladder import find_mode
 from hessfn.transforms.conversion import dense
 from hessfn.transforms.matvec_check import check_matvec
 

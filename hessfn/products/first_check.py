@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.core.dtensor import layout
-from hessfn.core.remembered import Remembered
 from hessfn.core.tree import Tree
 from hessfn.products.loss_checks import Loss
 from hessfn.products.wide import Tape, widened
@@ -48,8 +47,7 @@ def evidence(
         return None
     if not math.isfinite(float(tree.norm(params))):
         return None
-    # Deep nets lose digits to cancellation: a product in float32 may be off by some thousandths.
-    narrow = 50 * tree.eps(params) + (1e-3 if tree.eps(params) < 1e-10 else 0.02)
+    narrow = _tolerance(params)
     for wide in (True, False):
         at, rest, along = tree.map(widened, (params, args, v)) if wide else (params, args, v)
         tape = Tape(wide, all_without_grad=not custom)
@@ -66,6 +64,16 @@ def evidence(
         except Exception:  # it takes its own dtype only, or its gradient cannot be had alone: the modes will tell
             continue
     return None
+
+
+def _tolerance(params: Tree) -> float:
+    # Deep nets lose digits to cancellation: a product in float32 may be off by some thousandths.
+    return 50 * tree.eps(params) + (1e-3 if tree.eps(params) < 1e-10 else 0.02)
+
+
+def are_close(product: Tree, other: Tree, params: Tree) -> bool:
+    """Whether two products of a vector are one, but for rounding."""
+    return _agrees(product, [x.detach() for x in tree.leaves(other)], _tolerance(params), 0.0)
 
 
 def _along(loss: Loss, tape: Tape, params: Tree, args: tuple[Any, ...], v: Tree) -> Gradient:
@@ -113,19 +121,6 @@ def _agrees(found: Tree, expected: list[Tensor], tolerance: float, error: float)
     if not math.isfinite(size):
         return not math.isfinite(float(tree.norm(expected)))
     return float(tree.norm(tree.add(leaves, expected, -1.0))) <= tolerance * size + error
-
-
-def known_wrong(loss: Loss, key: Any) -> frozenset[str] | None:
-    """The modes that were found wrong for this loss in these shapes; None where nothing was checked yet."""
-    return (_CHECKED.get(loss) or {}).get(key)
-
-
-def remember(loss: Loss, key: Any, wrong: frozenset[str]) -> None:
-    """For all products that will be made of this loss, as long as it lives."""
-    _CHECKED.put(loss, {**(_CHECKED.get(loss) or {}), key: wrong})
-
-
-_CHECKED: Remembered[dict[Any, frozenset[str]]] = Remembered()
 
 
 def is_generic(v: Tree) -> bool:

@@ -18,15 +18,21 @@ from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.batches import Weights, mean
 from hessfn.losses.weights import Weigher, of_loss, refuse_parts
-from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, known_wrong, remember, verdict
+from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, verdict
+from hessfn.products.ladder import PATIENCE, blame, product_of
 from hessfn.products.loss_checks import Loss, check_loss
-from hessfn.products.modes import ModeName, blame, differentiating, product_of, shapes_of
+from hessfn.products.loss_memory import copied, memory_of, shapes_of
+from hessfn.products.modes import ModeName, differentiating
 
 
-def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto", check: bool = True) -> MatVec[T]:
+def hvp(
+    loss: Loss, params: T, *args: Any, mode: ModeName = "auto", check: bool = True, trace_after: int = PATIENCE
+) -> MatVec[T]:
     """Hessian-vector products of ``loss(params, *args)`` by its first argument, forward-over-reverse.
 
-    ``H v = d/dt grad loss(params + t v)`` at ``t = 0``. Nothing is kept between products.
+    ``H v = d/dt grad loss(params + t v)`` at ``t = 0``. A loss is traced once for arguments of their shapes, and its
+    trace is kept with it as long as it lives, for all products that are made of it: a training loop may make a new
+    ``hvp(loss, params, batch)`` at each step.
 
     Args:
         loss: a function to a scalar tensor.
@@ -35,7 +41,7 @@ def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto", check: bool 
         mode: how. ``"auto"`` takes the first mode of this list that the loss's operations allow, and says so in one
             warning where it is not exact forward-over-reverse:
 
-            - ``"traced"``: forward-over-reverse through one cleaned trace of the loss, made at the first product (see
+            - ``"traced"``: forward-over-reverse through one cleaned trace of the loss (see
               :func:`hessfn.engine.pipeline.clean`); the fastest, and right on nearly every net. Not within ``vmap``.
             - ``"forward"``: forward-over-reverse through the loss itself: ``jvp`` of a ``vjp``-built gradient.
             - ``"reverse"``: ``vjp`` of the gradient, exact as well, with the whole graph in memory.
@@ -45,10 +51,13 @@ def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto", check: bool 
             loss itself, in float64 where it runs in that; it costs two gradients, once. Where they disagree, the next
             mode that agrees is taken and a warning says so, or that the loss has a kink right here. It is silent
             under ``vmap``, autograd and ``torch.compile``.
+        trace_after: so many products in mode ``"auto"`` are those of the loss as it is, where that has any, since a
+            trace takes as long as a few of them. The products before and after differ by rounding: 0 makes the trace
+            at once, and all products the same to the bit. At most 16 traces of a loss are kept.
 
     Returns:
-        A matvec on trees like ``params``. What it keeps of the loss is its graph: numbers and tensors that the loss
-        closes over are those of the first product.
+        A matvec on trees like ``params``. Where numbers or tensors that the loss closes over change, the loss is
+        traced anew.
 
     Raises:
         ValueError: an argument is of another kind, such as a model for the loss; or, at the first product, the loss is
@@ -62,7 +71,7 @@ def hvp(loss: Loss, params: T, *args: Any, mode: ModeName = "auto", check: bool 
     tensor([ 6., 12.])
     """
     _require_kinds(loss, params, "hvp(loss, params, ...)")
-    product = product_of(loss, mode, check)
+    product = product_of(loss, mode, check, trace_after)
 
     def matvec(v: T) -> T:
         return product(params, args, tree.aligned(v, params))
@@ -108,14 +117,16 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
         raise InvalidInput(_CONSTANT)
     # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new.
     params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
-    job = pipeline.Job(by_definition(loss), params, args, linearized=True, compile=compile)
     with differentiating():
         value = check_loss(loss, params, args)
         try:
-            module = pipeline.run(pipeline.LOSS + pipeline.PRODUCT, None, job)
+            trace = memory_of(loss).trace(loss, params, args, for_ever=False)
         except Untraceable as error:
             raise Untraceable(f"{error}; hvp finds another way") from error
-    product = pipeline.linear_product(module, job)
+    if trace.product is None:
+        raise Untraceable(f"{trace.reason}; hvp finds another way")
+    job = pipeline.Job(loss, params, args, linearized=True, compile=compile)
+    product = pipeline.linear_product(copied(trace.product), job)
 
     def matvec(v: T) -> T:
         return tree.unflatten(product(*tree.leaves(tree.aligned(v, params))), params)
@@ -133,8 +144,8 @@ _CONSTANT = (
 
 def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: MatVec[T]) -> None:
     """Raises where the linearized product is not what gradients of the loss say, once for its shapes."""
-    key = ("linearized", *shapes_of((params, args)))
-    if known_wrong(loss, key) == frozenset() or is_observed(*tree.leaves((params, args))):
+    memory, key = memory_of(loss), ("linearized", *shapes_of((params, args)))
+    if memory.wrong.get(key) == frozenset() or is_observed(*tree.leaves((params, args))):
         return
     v = gaussian(params, 1)[0]
     seen = evidence(loss, params, args, v, value)
@@ -142,7 +153,7 @@ def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: M
         return
     found = matvec(v)
     said = verdict(found, seen)
-    remember(loss, key, frozenset({"linearized"} if said == "wrong" else ()))
+    memory.wrong[key] = frozenset({"linearized"} if said == "wrong" else ())
     if said in ("agrees", "unknown"):
         return
     message = disagreement("linearized", found, seen, v)
@@ -160,6 +171,7 @@ def mean_hvp(
     microbatch: int | None = None,
     mode: ModeName = "auto",
     check: bool = True,
+    trace_after: int = PATIENCE,
 ) -> MatVec[T]:
     """Products with the mean Hessian over batches, ``sum_b w_b H_b v / sum_b w_b``; one batch is in memory at a time.
 
@@ -175,7 +187,7 @@ def mean_hvp(
             it is the labels that count, and for all others it is the number of samples, length of the first tensor.
         microbatch: cut batches into parts of so many samples, for less memory and the same product; for losses in
             which samples do not meet (not BatchNorm in training mode). ``weights`` as a function then sees the parts.
-        mode, check: as for :func:`hvp`. The check also holds the loss of the first batch, unless it is known or
+        mode, check, trace_after: as for :func:`hvp`. The check also holds the loss of the first batch, unless it is known or
             ``weights`` are given, against the mean of those of two parts of it, once for a loss.
 
     Raises:
@@ -193,7 +205,7 @@ def mean_hvp(
     call = "mean_hvp(loss, params, batches)"
     _require_kinds(loss, params, call)
     require_batches(batches, call)
-    product, about = product_of(loss, mode, check), of_loss(loss)
+    product, about = product_of(loss, mode, check, trace_after), of_loss(loss)
     if microbatch is not None:
         refuse_parts(about)
     if weights is None:

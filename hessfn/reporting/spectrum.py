@@ -31,7 +31,8 @@ def analyse_spectrum(problem: Prepared, options: Options, keep: Keep) -> Spectru
     later = options.num_probes + options.num_runs * options.num_steps
     # How many products the eigenvalues take turns out on the way: 2k is a guess.
     with progress_bar(options, _CHECKS + 2 * k + later, "product") as bar:
-        whole = mean_hvp(problem.loss, theta, problem.batches, weights=problem.weights)
+        # Traced at once: a report that is resumed has the products of one that is not, to the bit.
+        whole = mean_hvp(problem.loss, theta, problem.batches, weights=problem.weights, trace_after=0)
         matvec = kept_and_counted(whole, keep, "products", bar)
         bar.set_description("check")
         check_matvec(matvec, theta, seed=seed)

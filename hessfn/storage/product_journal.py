@@ -39,7 +39,8 @@ def journal(
     ``check_matvec`` keeps its meaning.
 
     The last bits also depend on the number of threads and on the compiled kernels (:func:`hessfn.show_config`): a
-    journal is resumed with those that it was made with, and refused with others.
+    journal is resumed with those that it was made with, and refused with others. And :func:`hessfn.hvp` changes them
+    when a trace takes over from the loss: ``trace_after=0`` makes all its products in one way.
 
     Args:
         matvec: or any other function from a tree to one of the same names.
