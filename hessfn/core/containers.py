@@ -182,8 +182,8 @@ def _is_object(x: Any) -> bool:
     """Whether it is what its attributes and entries are, so that a copy with others is one of its kind."""
     if isinstance(x, (*PLAIN, type, types.ModuleType, types.FunctionType, nn.Module, *_DATA)):
         return False
-    if type(x) is types.MappingProxyType:
-        return True
+    if type(x) is types.MappingProxyType or not pytree.tree_is_leaf(x):
+        return type(x) is types.MappingProxyType
     try:
         _empty(x)
     except TypeError:  # what is written in C has more to it
