@@ -42,7 +42,22 @@ def norms(dims):
     return functions[dims], torch.tensor(0.8, dtype=torch.float64)
 
 
+def losses(name):
+    x, y = 2 * normal(4, 3, seed=1).double(), normal(4, 3, seed=2).double()
+    functions = {
+        "mse": lambda s: F.mse_loss(x * s, y),
+        "mse, summed": lambda s: F.mse_loss((x * s).sin(), y, reduction="sum"),
+        "mse, each": lambda s: F.mse_loss((x * s).sin(), y, reduction="none"),
+        "mse, weighed": lambda s: F.mse_loss((x * s).sin(), y, weight=y.abs()),
+        "huber": lambda s: F.huber_loss(x * s.sin(), y, delta=0.7),
+        "soft margin": lambda s: F.soft_margin_loss(x * s.sin(), y.sign()),
+    }
+    return functions[name], torch.tensor(0.8, dtype=torch.float64)
+
+
+LOSSES = ("mse", "mse, summed", "mse, each", "huber", "soft margin")
 CASES = {
+    **{name: lambda name=name: losses(name) for name in (*LOSSES, "mse, weighed")},
     **{f"attention, {name}": lambda options=options: attention(options) for name, options in ATTENTION.items()},
     **{f"{name} norm": lambda name=name: norms(name) for name in ("layer", "batch", "instance")},
 }
@@ -105,3 +120,21 @@ def test_a_mask_and_causality_at_once_are_refused_as_torch_does():
     q = normal(2, 3, 5, 4)
     with pytest.raises(RuntimeError):
         by_definition(lambda q: F.scaled_dot_product_attention(q, q, q, ADDED[:, :5], is_causal=True))(q)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_torch_has_no_forward_rule_for_has_one(name):
+    function, at = losses(name)
+    defined = by_definition(lambda s: function(s).sum())
+    tangent = torch.func.jvp(torch.func.grad(defined), (at,), (torch.ones_like(at),))[1]
+    (first,) = torch.autograd.grad(function(at.requires_grad_()).sum(), at, create_graph=True)
+    torch.testing.assert_close(tangent, torch.autograd.grad(first, at)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_hardsigmoid_is_a_clamp_and_has_two_derivatives():
+    x = torch.tensor([-4.0, -2.9, -1.0, 0.0, 2.9, 3.1], dtype=torch.float64)
+    twice = torch.func.hessian(by_definition(lambda s: F.hardsigmoid(x * s).pow(3).sum()))
+    truth = torch.func.hessian(lambda s: ((x * s + 3) / 6).clamp(0, 1).pow(3).sum())
+    at = torch.ones((), dtype=torch.float64)
+    torch.testing.assert_close(by_definition(F.hardsigmoid)(x), F.hardsigmoid(x), rtol=0, atol=1e-15)
+    torch.testing.assert_close(twice(at), truth(at), rtol=1e-12, atol=1e-12)

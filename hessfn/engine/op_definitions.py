@@ -23,6 +23,7 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     - LayerNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary operations: the third
       derivatives of the fused ones are wrong in every mode, and the second ones compute much of the first ones again.
     - The inverse from a Cholesky factor is a solve: its forward rule is wrong (pytorch#196682).
+    - Means of squares, Huber's loss, the soft margin and ``hardsigmoid`` have no rule in forward mode.
     - Attention divides by the sum of its weights last, so that only one matrix of its size comes into the derivatives
       for two.
 
@@ -161,6 +162,38 @@ def _cholesky_inverse(L: Tensor, upper: bool = False, **options: Any) -> Tensor:
     return torch.cholesky_solve(torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L), L, upper)
 
 
+def _mse_loss(input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **options: Any) -> Tensor:
+    if args or any(x is not None for x in options.values()) or input.shape != target.shape:
+        return F.mse_loss(input, target, *args, reduction=reduction, **options)
+    return _reduced((input - target).square(), reduction)
+
+
+def _huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    if weight is not None or input.shape != target.shape:
+        return F.huber_loss(input, target, reduction, delta, weight)
+    apart = (input - target).abs()
+    return _reduced(torch.where(apart <= delta, 0.5 * apart.square(), delta * (apart - 0.5 * delta)), reduction)
+
+
+def _soft_margin_loss(input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **options: Any) -> Tensor:
+    if args or any(x is not None for x in options.values()) or input.shape != target.shape:
+        return F.soft_margin_loss(input, target, *args, reduction=reduction, **options)
+    return _reduced((-target * input).exp().log1p(), reduction)
+
+
+def _reduced(x: Tensor, reduction: str) -> Tensor:
+    return x if reduction == "none" else x.sum() if reduction == "sum" else x.mean()
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    if inplace:
+        return F.hardsigmoid(input, inplace)
+    inside = (input > -3) & (input < 3)
+    return torch.where(inside, input / 6 + 0.5, (input >= 3).to(input.dtype))
+
+
 _DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
@@ -170,4 +203,8 @@ _DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.scaled_dot_product_attention: _attention,
+    F.mse_loss: _mse_loss,
+    F.huber_loss: _huber_loss,
+    F.soft_margin_loss: _soft_margin_loss,
+    F.hardsigmoid: _hardsigmoid,
 }

@@ -16,8 +16,9 @@ from hessfn.core.torch_state import carries_derivative, is_observed
 from hessfn.core.tree import MatVec, T
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
-from hessfn.losses.batches import Weights, mean
+from hessfn.losses.batches import Weights
 from hessfn.losses.weights import Weigher, of_loss, refuse_parts
+from hessfn.products.batch_mean import mean_of
 from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, verdict
 from hessfn.products.ladder import PATIENCE, blame, product_of
 from hessfn.products.loss_checks import Loss, check_loss
@@ -187,8 +188,8 @@ def mean_hvp(
             it is the labels that count, and for all others it is the number of samples, length of the first tensor.
         microbatch: cut batches into parts of so many samples, for less memory and the same product; for losses in
             which samples do not meet (not BatchNorm in training mode). ``weights`` as a function then sees the parts.
-        mode, check, trace_after: as for :func:`hvp`. The check also holds the loss of the first batch, unless it is known or
-            ``weights`` are given, against the mean of those of two parts of it, once for a loss.
+        mode, check, trace_after: as for :func:`hvp`. The check also holds the loss of the first batch, unless it is
+            known or ``weights`` are given, against the mean of those of two parts of it, once for a loss.
 
     Raises:
         ValueError: an argument is of another kind, there is no batch, ``batches`` can be run through only once,
@@ -210,12 +211,11 @@ def mean_hvp(
         refuse_parts(about)
     if weights is None:
         weights = Weigher(lambda batch: loss(params, batch), about, loss, params, check)
-    averaged = mean(
-        lambda v, batch: tree.require_finite(product(params, (batch,), v), "the product"),
+    averaged = mean_of(
+        lambda batch: lambda v: product(params, (batch,), v),
         batches,
         weights=weights,
         microbatch=microbatch,
-        device=next((leaf.device for leaf in tree.leaves(params)), None),
         state=(params, about.state),
     )
     return lambda v: averaged(tree.aligned(v, params))

@@ -48,7 +48,7 @@ class Found(NamedTuple):
     mode: Mode
     traced: Product | None = None
     trace: Trace | None = None
-    count: int = 1  # products so far
+    num_products: int = 1  # so far
     patience: int | None = None  # of so many, after which a trace is tried; None where there is nothing to try
 
     def holds(self, loss: Loss, params: Tree, args: tuple[Any, ...]) -> bool:
@@ -56,7 +56,7 @@ class Found(NamedTuple):
 
     @property
     def is_due(self) -> bool:
-        return self.trace is None and self.patience is not None and self.count >= self.patience
+        return self.trace is None and self.patience is not None and self.num_products >= self.patience
 
     def product(self, loss: Loss) -> Product:
         return self.traced or of_loss(self.mode.mode, loss)
@@ -96,7 +96,7 @@ def product_of(loss: Loss, mode: ModeName, check: bool = True, trace_after: int 
         if found.is_due and not is_observed(*tree.leaves((params, args, v))):
             found, message = _with_trace(found, loss, params, args, v, check, memory)
             _say(message, memory)
-        memory.modes[key] = found._replace(count=found.count + 1)
+        memory.modes[key] = found._replace(num_products=found.num_products + 1)
         with differentiating():
             result = found.product(loss)(params, args, v)
         if key not in seen:
@@ -156,7 +156,7 @@ def _with_trace(
         memory.wrong.pop(shapes_of((params, args)), None)
         climbed = _climb(loss, params, args, v, MODES, check, memory)
         return climbed.found._replace(patience=None), climbed.message
-    return new._replace(count=found.count, patience=found.patience), ""
+    return new._replace(num_products=found.num_products, patience=found.patience), ""
 
 
 def _made(name: str, loss: Loss, params: Tree, args: tuple[Any, ...], memory: Memory) -> Found:

@@ -34,7 +34,9 @@ class Trace(NamedTuple):
 
     def holds(self, loss: Loss, params: Tree, args: tuple[Any, ...]) -> bool:
         """Whether the loss would be traced to the same graphs again."""
-        return self.guard == snapshot(loss, params)
+        if self.guard != snapshot(loss, params):
+            return False
+        return all(pipeline.holds(g, params, args) for g in (self.product or self.loss,))
 
 
 class Memory:

@@ -1,0 +1,147 @@
+"""From the matvec of one batch to that of a data set: any function that makes one for a batch will do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.arguments import require_batches, require_function, require_matvec
+from hessfn.core.probes import gaussian
+from hessfn.core.tree import MatVec, T, Tree
+from hessfn.losses.batches import Weights, mean, weighted_mean
+from hessfn.losses.weights import Weigher, of_loss
+from hessfn.parallel.all_reduce import ShardedBatches, all_reduce
+
+_CALL = "batch_mean(make, batches)"
+
+
+def batch_mean(
+    make: Callable[[Any], MatVec[T]],
+    batches: Iterable[Any],
+    *,
+    weights: Weights = None,
+    microbatch: int | None = None,
+    keep: bool = False,
+) -> MatVec[T]:
+    """Products with the mean over batches of the matrices that ``make`` makes: ``sum_b w_b A_b v / sum_b w_b``.
+
+    So every matvec of one batch becomes that of a data set: ``batch_mean(lambda b: ggnvp(forward, criterion, params, b),
+    batches)``, and the same for :func:`fvp`, :func:`linearized_hvp` and your own; with :func:`hvp` it is
+    :func:`mean_hvp`, which knows a little more. :func:`restrict`, :func:`all_reduce` and :func:`journal` take what it
+    returns.
+
+    Args:
+        make: from a batch to its matvec, a symmetric one.
+        batches, microbatch: as for :func:`mean_hvp`. Batches are moved to the device of the vector.
+        weights: one number a batch, or a function of it. By default a batch weighs what its criterion divides by, where
+            ``make`` returns a product of hessfn's of torch's own criteria, and for all others the number of samples. Of
+            those the first batch is held against two parts of it, for three products, once.
+        keep: call ``make`` once for each batch, at the first product, and keep what it returns: for
+            :func:`linearized_hvp`, whose work is done when it is made. Afterwards ``batches`` are not looked at any
+            more, so that they may be an iterator. What all batches keep is in memory at once.
+
+    Raises:
+        ValueError: an argument is of another kind; ``make`` returns no matvec; or as :func:`mean_hvp` does.
+
+    >>> batches = [torch.ones(3, 1), torch.zeros(1, 1)]
+    >>> matvec = batch_mean(lambda x: lambda v: x.T @ (x @ v) / len(x), batches)
+    >>> matvec(torch.ones(1))
+    tensor([0.7500])
+    """
+    require_function(make, "make", _CALL)
+    require_batches(batches, _CALL)
+    if weights is not None:
+        return mean_of(make, batches, weights=weights, microbatch=microbatch, keep=keep)
+    made, before = _with_foresight(make)
+    probe: list[T] = []
+
+    def form(batch: Any) -> Tensor:
+        return tree.dot(probe[0], before(batch)(probe[0]))
+
+    weigher = Weigher(form, lambda batch: of_loss(before(batch)), make, probe)
+    averaged = mean_of(made, batches, weights=weigher, microbatch=microbatch, keep=keep)
+
+    def matvec(v: T) -> T:
+        if not probe:
+            probe.append(gaussian(v, 1)[0])
+        return averaged(v)
+
+    return matvec
+
+
+def mean_of(
+    make: Callable[[Any], MatVec[T]],
+    batches: Iterable[Any],
+    *,
+    weights: Weights,
+    microbatch: int | None,
+    keep: bool = False,
+    state: Tree = None,
+) -> MatVec[T]:
+    """As :func:`batch_mean`, with ``state`` for the processes that share the batches to compare."""
+    kept: list[tuple[float | Tensor, MatVec[T]]] = []
+
+    def product(args: tuple[Any, ...], part: Any, weight: float | Tensor) -> T:
+        (v,) = args
+        matvec = make(part)
+        if keep:
+            kept.append((weight, matvec))
+        return _product(matvec, v)
+
+    averaged = weighted_mean(
+        product, batches, weights=weights, microbatch=microbatch, device=_home, state=state, passes=1 if keep else None
+    )
+    if not keep:
+        return averaged
+    later: list[MatVec[T]] = []
+
+    def matvec(v: T) -> T:
+        if later:
+            return later[0](v)
+        kept.clear()  # of a pass that failed
+        result = averaged(v)
+        later.append(_mean_of_kept(list(kept), batches))
+        return result
+
+    return matvec
+
+
+def _mean_of_kept(kept: list[tuple[float | Tensor, MatVec[T]]], batches: Iterable[Any]) -> MatVec[T]:
+    products: list[Callable[[T], T]] = [lambda v, matvec=matvec: _product(matvec, v) for _, matvec in kept]
+    weights = [float(weight) for weight, _ in kept]
+    own = mean(lambda v, product: product(v), products, weights=weights) if kept else None
+    if isinstance(batches, ShardedBatches):
+        return all_reduce(own or (lambda v: v), sum(weights), group=batches.group)
+    assert own is not None
+    return own
+
+
+def _product(matvec: MatVec[T], v: T) -> T:
+    require_matvec(matvec, f"{_CALL}: make(batch)")
+    return tree.require_finite(tree.matched(matvec(v), v, "the product", "its vector"), "the product")
+
+
+def _home(v: Tree) -> torch.device | None:
+    return next((leaf.device for leaf in tree.leaves(v)), None)
+
+
+def _with_foresight(make: Callable[[Any], MatVec[T]]) -> tuple[Callable[[Any], MatVec[T]], Callable[[Any], MatVec[T]]]:
+    """``make``, and another that is called before it: what that has made of a batch is not made again."""
+    seen: list[tuple[Any, MatVec[T]]] = []
+
+    def before(batch: Any) -> MatVec[T]:
+        found = next((matvec for other, matvec in seen if other is batch), None)
+        if found is None:
+            seen.append((batch, found := make(batch)))
+        return found
+
+    def made(batch: Any) -> MatVec[T]:
+        found = next((matvec for other, matvec in seen if other is batch), None)
+        seen.clear()
+        return make(batch) if found is None else found
+
+    return made, before
