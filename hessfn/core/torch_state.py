@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from hessfn.core.flatten import leaves
+from hessfn.core.locks import TORCH
 from hessfn.core.torch_private import (
     current_dispatch_mode,
     is_functorch_wrapped_tensor,
@@ -28,12 +28,9 @@ def torch_state_lock() -> AbstractContextManager[Any]:
     The level of forward-mode derivatives, the rules of a trace and the choice of kernels belong to the process: the
     tangents of one thread would be cleared by another's end, and what a thread puts back may not be what it found. So
     does the random state, by which a loss is found to be random. Nothing that waits for another process is done under
-    it. A thread may take it twice.
+    it. A thread may take it twice, and a fork waits for it.
     """
-    return nullcontext() if torch.compiler.is_compiling() else _LOCK
-
-
-_LOCK = threading.RLock()
+    return nullcontext() if torch.compiler.is_compiling() else TORCH
 
 
 def is_differentiated(*arguments: Any) -> bool:

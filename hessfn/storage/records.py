@@ -7,7 +7,6 @@ import json
 import math
 import os
 import tempfile
-import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from hessfn.core.errors import CannotWrite, FolderInUse, JournalError
 from hessfn.core.fingerprints import as_bytes, kind
+from hessfn.core.locks import Lock
 
 FORMAT = "hessfn journal 2"
 
@@ -27,7 +27,7 @@ class Hold:
     """A folder that is ours by the lock on a file in it, until this is closed or dropped, or the process has died."""
 
     def __init__(self, path: Path) -> None:
-        self.turn = threading.Lock()  # of the threads that share this hold, at the folder's files
+        self.turn = Lock()  # of the threads that share this hold, at the folder's files
         self.identity = ""  # what the folder's records are of, as its last journal said
         # Not at once: one that has just been dropped, by another thread or a process that was killed, may linger.
         self._lock = FileLock(path, timeout=0.5, thread_local=False)
@@ -71,7 +71,7 @@ def _place(path: Path) -> tuple[int, int, int]:
 
 
 _SHARED: weakref.WeakValueDictionary[tuple[int, int, int], Hold] = weakref.WeakValueDictionary()
-_SHARING = threading.Lock()
+_SHARING = Lock()
 
 
 # A record is a line of JSON and the tensors' bytes. Its SHA-256 is of these, its name, and what journal it belongs to.

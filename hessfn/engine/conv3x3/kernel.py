@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from torch import Tensor, fx
 
 from hessfn.core.config import announce_kernel
 from hessfn.core.errors import OutOfMemory
+from hessfn.core.locks import Lock
 from hessfn.engine.conv3x3.build import Built, build, can_be_had, compilers
 
 _SOURCE = Path(__file__).with_name("kernel.c")
 _BUILT: list[Built | None] = []  # once in a process, also if it failed
-_BUILDING = threading.Lock()
+_BUILDING = Lock()
 
 
 def is_off() -> bool:
