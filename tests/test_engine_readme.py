@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hessfn.engine import pipeline
+from hessfn.engine.listing import listing
 
 README = Path(__file__).parents[1] / "hessfn" / "engine" / "README.md"
 HEAD = """\
@@ -21,8 +22,12 @@ small compiler, with the usual parts under their usual names:
 |---|---|
 | `pipeline.py` | the one list of passes, in order; `hvp` and `linearized_hvp` both run it |
 | `trace.py` | tracing: a loss as a graph of aten operations, or the reason why a graph would not be this loss |
-| `recorder.py` | the recorder, which writes operations down without computing them; alias analysis |
+| `recorder.py` | the recorder, which writes operations down without computing them |
+| `views.py` | alias analysis of a trace: operations in place become plain ones |
+| `decisions.py` | what was decided by the values of integers and masks, and the guard of a graph |
+| `kinds.py` | what kinds of operation there are: in place, a view, composite, read by value |
 | `reference.py` | `make_fx`, which the recorder is held against, and which takes its place where it fails |
+| `listing.py` | a graph as text |
 | `meta_shapes.py` | shapes, strides and dtypes of results, without torch's compiler |
 | `zero_propagation.py` | what derivative rules do with zeros, left out |
 | `op_definitions.py` | operations by their definitions, where torch's derivatives are wrong or cost more |
@@ -58,7 +63,7 @@ def written() -> str:
 
     def after(name: str, module: torch.fx.GraphModule) -> None:
         nonlocal last
-        graph = pipeline.listing(module)
+        graph = listing(module)
         changed, last = graph != last, graph
         shown[f"{len(shown)} {name}"] = graph if changed else ""
 

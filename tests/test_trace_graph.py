@@ -299,7 +299,7 @@ def without_grad(w, mode):
 REFUSED = {
     "branch": (lambda w, x: w.sum() if w.sum() > 0 else -w.sum(), "branches"),
     "item": (lambda w, x: w.sum() * w.max().item(), "value"),
-    "numpy": (lambda w, x: w.sum() * float(w.detach().numpy()[0]), "out of torch"),
+    "numpy": (lambda w, x: w.sum() * float(w.detach().numpy()[0]), "value"),
     "mask": (lambda w, x: w[w > 0].mean(), "shape"),
     "mask of an argument": (lambda w, x: w[x > 0].mean(), "shape"),
     "count": (lambda w, x: w.sum() * len(w.nonzero()), "shape"),

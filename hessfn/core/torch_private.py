@@ -7,6 +7,9 @@ of these names fails here, at ``import hessfn``, and not in the middle of a prod
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -40,6 +43,12 @@ OpOverload = type(torch.ops.aten.add.Tensor)  # one operation on tensors of one 
 
 # What weight normalisation calls, so that its definition can stand in for it. Without: its wrong second derivative.
 weight_norm: Callable[..., torch.Tensor] = torch._weight_norm
+
+# What packed sequences come back by, reading their lengths. Without: a trace would not know that it did.
+pad_packed_sequence: Callable[..., Any] = torch._C._VariableFunctions._pad_packed_sequence
+
+# What distributions ask of their arguments. Without: a trace would take that for a branch on values.
+is_all_true: Callable[..., torch.Tensor] = torch._is_all_true
 
 # What all norms that keep statistics of the batch, and all kinds of dropout, are. Without: a list of them by name.
 BatchStatistics: type[Any] = torch.nn.modules.batchnorm._NormBase
@@ -112,6 +121,32 @@ def without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(enabled)
 
 
+def uncompiled_part(x: Any) -> Any:
+    """The module or function that ``torch.compile`` made x from, or None. Without: its names, and its compiler."""
+    if isinstance(x, types.FunctionType):  # a wrapper around it has its attributes, and another id
+        own = vars(x).get("_torchdynamo_wrapper_id") == id(x)
+        return vars(x).get("_torchdynamo_orig_callable") if own else None
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return x._orig_mod if compiler is not None and isinstance(x, compiler.OptimizedModule) else None
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """What ``torch.compile`` made runs as it was written, in this thread. Without: its public switch is of all threads.
+
+    Nothing was compiled where the compiler, slow to import, is not there.
+    """
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is None or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return compiler._use_eager_on_nested_compile()
+
+
+def set_scripted(module: torch.jit.ScriptModule, name: str, value: torch.Tensor) -> None:
+    """Another tensor in place of a scripted module's, which need not be a leaf. Without: a script has no parameters."""
+    *path, last = name.split(".")
+    functools.reduce(lambda part, step: part.getattr(step), path, module._c).setattr(last, value)
+
+
 def decompositions(operations: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
     """Those of the operations that torch can decompose, by what they decompose to."""
     return dict(get_decompositions(list(operations)))
@@ -124,13 +159,18 @@ __all__ = [
     "TorchDispatchMode",
     "current_dispatch_mode",
     "decompositions",
+    "is_all_true",
     "is_composite",
     "is_functorch_wrapped_tensor",
     "is_mutable",
     "is_view",
     "levels",
+    "pad_packed_sequence",
     "python_meta_kernel",
     "pytree",
+    "set_scripted",
+    "uncompiled",
+    "uncompiled_part",
     "under_derivative",
     "under_dual_level",
     "under_forward_derivative",

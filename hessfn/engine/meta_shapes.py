@@ -21,6 +21,8 @@ def result(func: Any, args: Any, kwargs: Any) -> Any:
     Torch's own meta functions are made of entrywise operations, each of which would import torch's compiler: three
     seconds and 150 MB. So these are told here.
     """
+    if func in _BY_DEVICE:
+        return with_tensors(python_meta_kernel(func)(*with_tensors(args, _apart), **kwargs), on_meta)  # type: ignore[misc]
     options = {**kwargs, "device": "meta"} if "device" in kwargs else kwargs
     try:
         with _Entrywise():
@@ -51,6 +53,17 @@ class _Entrywise(TorchDispatchMode):
             return func(*args, **kwargs)
         with self:
             return parts(*args, **kwargs)
+
+
+# What these look like depends on the device, and torch takes meta for a GPU.
+_BY_DEVICE = {
+    aten._linalg_svd.default,
+    aten.linalg_eig.default,
+    aten._fft_c2c.default,
+    aten._fft_c2r.default,
+    aten._fft_r2c.default,
+    aten.max_pool2d_with_indices.default,
+}
 
 
 def _sum(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, correction: Any = None) -> Tensor:
@@ -107,6 +120,12 @@ def like(t: Tensor, *, device: Any) -> Tensor:
 
 
 on_meta = partial(like, device="meta")
+
+
+def _apart(t: Tensor) -> Tensor:
+    return like(t, device=t.device)
+
+
 MASKS = (torch.bool, torch.uint8)  # what an index of these dtypes selects is known from its values alone
 
 
@@ -117,7 +136,8 @@ def with_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(x, Tensor):
         return function(x)
     if isinstance(x, (tuple, list)):
-        return type(x)(with_tensors(part, function) for part in x)
+        parts = [with_tensors(part, function) for part in x]
+        return parts if isinstance(x, list) else tuple(parts)
     return {name: with_tensors(part, function) for name, part in x.items()} if isinstance(x, dict) else x
 
 

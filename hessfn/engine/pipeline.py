@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from hessfn.core import tree
+from hessfn.core.locks import Lock
 from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import Tree
-from hessfn.engine import linearize, memory_plan, rewrites, symmetric_map
+from hessfn.engine import decisions, linearize, memory_plan, rewrites, symmetric_map
 from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
 
 try:
@@ -184,12 +184,17 @@ def run(
 ) -> fx.GraphModule:
     """The graph that the stages make of a graph, which they change; ``after`` sees it after each of them.
 
+    It is good for arguments of the same shapes and dtypes for which it :func:`holds`: integers among them may have
+    decided which branch was taken.
+
     Raises:
         Untraceable: at ``trace``, ``refuse_other_functions`` or ``differentiate``, with the reason.
     """
     for stage in stages:
         if stage.run is not None and stage.when(job):
-            module = stage.run(module, job) or module
+            given, module = module, stage.run(module, job) or module
+            if given is not None and given is not module:  # what was decided on the way to the one made the other, too
+                module.meta["guards"] = [*given.meta.get("guards", ()), *module.meta.get("guards", ())]
             if after is not None:
                 after(stage.name, module)
     module.recompile()
@@ -241,39 +246,25 @@ def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[...
     return as_function(run(LOSS, None, Job(loss, params, args)))
 
 
+def holds(module: fx.GraphModule, params: Tree, args: tuple[Any, ...]) -> bool:
+    """Whether a graph is that of its loss, or of its product, for these integer arguments too.
+
+    What the loss has decided by the values of its integer and boolean arguments, on the way to this graph, is decided
+    anew and compared: a small part of the graph is computed. Floating-point values decide nothing in a graph.
+    """
+    return decisions.holds(module, tensors((params, args))[0])
+
+
 def as_function(module: fx.GraphModule) -> Callable[..., Tensor]:
-    """The graph of a loss as a function of its trees."""
+    """The graph of a loss as a function of its trees, with derivatives by all of them.
+
+    Raises:
+        Untraceable: at a call for integers that would take another branch.
+    """
 
     def graph(params: Tree, *args: Any) -> Tensor:
-        return module(*tensors((params, args))[0])[0]
+        given = tensors((params, args))[0]
+        decisions.require(module, given)
+        return module(*given)[0]
 
     return graph
-
-
-def listing(module: fx.GraphModule) -> str:
-    """A graph as it is read: a line for each operation.
-
-    >>> def double(x): return x + x
-    >>> print(listing(fx.symbolic_trace(double)))
-    x = input
-    add = add(x, x)
-    return add
-    """
-    lines = []
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            lines.append(f"{node.name} = input")
-        elif node.op == "get_attr":
-            lines.append(f"{node.name} = constant {node.target}")
-        elif node.op == "output":
-            lines.append(f"return {_shown(node.args[0])}")
-        else:
-            given = [_shown(x) for x in node.args] + [f"{name}={_shown(x)}" for name, x in node.kwargs.items()]
-            lines.append(f"{node.name} = {_shown(node.target)}({', '.join(given)})")
-    return "\n".join(lines)
-
-
-def _shown(x: Any) -> str:
-    if isinstance(x, (list, tuple)):
-        return f"[{', '.join(map(_shown, x))}]"
-    return str(x) if isinstance(x, fx.Node) or not callable(x) else getattr(x, "__name__", str(x))

@@ -1,16 +1,13 @@
 """The recorder: a function as a graph of its operations (an ``fx.Graph``), without computing any of them.
 
 It sees each operation below autograd, writes a node for it, and hands on a *fake* result: a tensor that looks right
-(shape, strides, dtype, from ``meta_shapes``) and has memory that nobody touches. What depends on no input is computed,
-as a constant.
+(shape, strides, dtype, from ``meta_shapes``) and has memory that nobody touches.
 
-Alias analysis. An operation in place is recorded as the plain one where nobody else can see the difference:
+What depends on constants and on integer arguments alone is computed besides, so that code may branch on it. Nodes are
+written for it all the same, and the graph serves other integers as long as its guard holds (``decisions.py``).
 
-- the tensor's memory is its own: it is no view, and no view was taken of it (``is_shared``);
-- or it is the one view that was taken of its base (``view_of``, and ``only_view`` from the base to it), and that view
-  can be scattered back. Then the base, too, gets a new node: the base with this part replaced.
-
-All else raises :class:`Unsupported`, and ``trace.graph_of`` turns to the reference, ``make_fx``.
+An operation in place is recorded as the plain one (``views.py``), unless it writes into an argument or a constant: that
+raises :class:`Unsupported`, and ``trace.graph_of`` turns to the reference, ``make_fx``.
 """
 
 from __future__ import annotations
@@ -22,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from hessfn.core.errors import Untraceable
-from hessfn.core.torch_private import TorchDispatchMode, is_composite, is_mutable, is_view
+from hessfn.core.torch_private import TorchDispatchMode
 from hessfn.engine import meta_shapes, zero_propagation
+from hessfn.engine.decisions import Decision, Guard, contents, is_known, seen
+from hessfn.engine.kinds import Kind, kind_of
 from hessfn.engine.meta_shapes import MASKS, like, looks, on_meta, tensors, with_tensors
+from hessfn.engine.views import Alias
 
 aten = torch.ops.aten
 
@@ -50,46 +49,81 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.graph, self.rules, self.lean = graph, rules or {}, lean
         self.constants: dict[str, Tensor] = {}
-        self.nodes = WeakTensorKeyDictionary()  # tensor -> the node that makes it
-        self.is_fake = WeakTensorKeyDictionary()
-        self.zeros = WeakTensorKeyDictionary()
-        self.is_shared = WeakTensorKeyDictionary()
-        self.view_of = WeakTensorKeyDictionary()  # view -> (how to scatter it back, its base, which part it is)
-        self.only_view = WeakTensorKeyDictionary()  # base -> that view
+        self.outside: dict[int, tuple[Tensor, Alias]] = {}  # of tensors that are not the trace's own
         self.seen: dict[Any, Any] = {}
         self.calls: dict[Any, fx.Node] = {}
+        self.decisions: list[Decision] = []
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # or else every operation goes through the compiler, and the first one imports it
 
     def run(self, function: Callable[..., list[Tensor]], inputs: list[Tensor]) -> fx.GraphModule:
-        """The graph of a function of tensors.
+        """The graph of a function of tensors; its guard is among ``meta["guards"]``.
 
         Raises:
-            Untraceable: an operation depends on the value of a tensor.
-            Unsupported: an operation in place changes memory that others see.
+            Untraceable: an operation depends on the value of a floating-point tensor.
+            Unsupported: an operation in place changes memory that is not the function's.
         """
         inputs = [t.detach().view_as(t) for t in inputs]  # each is itself, also where two are the same tensor
-        for i, tensor in enumerate(inputs):
-            self._name(tensor, self.graph.placeholder(f"in{i}"))
-            self.is_fake[tensor] = self.is_shared[tensor] = True
+        given = [self.graph.placeholder(f"in{i}") for i in range(len(inputs))]
+        for tensor, node in zip(inputs, given, strict=True):
+            node.meta["val"] = on_meta(tensor)
+            self._keep(tensor, Alias(self, node, is_fake=not is_known(tensor), is_own=False))
         with self:
             outputs = function(*inputs)
+        guard = Guard(self.decisions, self.constants, given)
         self.graph.output([self.node_of(output) for output in outputs])
-        return fx.GraphModule(self.constants, self.graph)
+        module = fx.GraphModule(self.constants, self.graph)
+        module.meta["guards"] = [guard] if guard else []
+        return module
 
-    def _name(self, tensor: Tensor, node: fx.Node) -> None:
-        self.nodes[tensor] = node
-        node.meta["val"] = on_meta(tensor)
+    # What is known of a tensor lies on the tensor, and goes with it.
+
+    def _keep(self, tensor: Tensor, alias: Alias) -> Alias:
+        tensor._hessfn_alias = alias  # type: ignore[attr-defined]
+        return alias
+
+    def alias(self, tensor: Tensor) -> Alias:
+        alias = getattr(tensor, "_hessfn_alias", None)
+        if alias is not None and alias.home is self:
+            return alias
+        if id(tensor) not in self.outside:
+            self.outside[id(tensor)] = tensor, Alias(self, None, is_own=False)
+        return self.outside[id(tensor)][1]
+
+    def is_fake(self, tensor: Tensor) -> bool:
+        return self.alias(tensor).root.is_fake
+
+    def is_zero(self, tensor: Tensor) -> bool:
+        return self.alias(tensor).is_zero
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        if tensor not in self.nodes:
-            name = f"constant{len(self.constants)}"
-            self.constants[name] = tensor.detach()
-            self._name(tensor, self.graph.get_attr(name))
-            self.is_shared[tensor] = True
-        return self.nodes[tensor]
+        alias = self.alias(tensor)
+        if alias.node is None:
+            alias.node = self._constant(tensor.detach())
+        return alias.current(self._call)
+
+    def _constant(self, value: Tensor) -> fx.Node:
+        name = f"constant{len(self.constants)}"
+        self.constants[name] = value
+        node = self.graph.get_attr(name)
+        node.meta["val"] = on_meta(value)
+        return node
+
+    def decide_by(self, tensor: Tensor) -> None:
+        """Notes that the function reads all of a tensor where the recorder cannot see what for.
+
+        Raises:
+            Untraceable: it has no values.
+        """
+        if self.is_fake(tensor):
+            raise Untraceable(READS_VALUES)
+        self._decide(contents, (tensor,), {}, contents(tensor))
+
+    def _decide(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        args, kwargs = with_tensors((args, kwargs), self.node_of)
+        self.decisions.append(Decision(function, args, kwargs, seen(result)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -98,119 +132,131 @@ class Recorder(TorchDispatchMode):
         if func in self.rules:
             with self:
                 return self.rules[func](*args, **kwargs)
-        if is_mutable(func):
+        kind = kind_of(func)
+        if kind.mutable:
             return self._in_place(func, args, kwargs)
-        if is_composite(func):
+        if kind.composite:
             with self:
                 return func.decompose(*args, **kwargs)
-        if self.lean and (other := zero_propagation.remaining_summand(func, args, kwargs, self.zeros)) is not None:
+        if self.lean and (other := zero_propagation.remaining_summand(func, args, kwargs, self.is_zero)) is not None:
             return self._same_as(other)
-        out = self._run(func, args, kwargs)
+        fake = any(map(self.is_fake, tensors((args, kwargs))))
+        out = self._run(func, args, kwargs, kind, fake)
         if not isinstance(out, (Tensor, tuple, list)):
             return out
-        same = self._handed_on(func, args, kwargs) if self.lean else None
-        if same is not None and isinstance(out, Tensor) and looks(same) == looks(out):
-            self.nodes[out] = self.node_of(same)
+        parent = self.alias(args[0]) if kind.view else None
+        if (
+            func is aten.lift_fresh.default and isinstance(out, Tensor) and not fake
+        ):  # a number's tensor, made within the function
+            self._keep(out, Alias(self, self._constant(out.clone())))
             return out
-        if self.lean and isinstance(out, Tensor) and zero_propagation.is_zero(func, args, self.zeros):
-            options: Any = {"dtype": out.dtype, "device": out.device}
-            self._name(out, self.graph.call_function(aten.zeros.default, (list(out.shape),), options))
-            self.zeros[out] = True
-            return out
-        func = aten.reshape.default if func in _VIEWS else func  # under vmap the layout may be another
-        if func is aten._new_zeros_with_same_feature_meta.default and self.lean and isinstance(out, Tensor):
-            # It would keep what it is like.
-            func, args, kwargs = aten.zeros.default, (list(out.shape),), {"dtype": out.dtype, "device": out.device}
-        call = self._call(func, *with_tensors((args, kwargs), self.node_of))
+
+        def keep(part: Tensor, node: fx.Node, index: int | None = None) -> Alias:
+            alias = Alias(self, node, is_fake=fake)
+            if parent is not None:
+                alias.of(parent, args[0].shape, (func, args, kwargs), index)
+            node.meta.setdefault("val", on_meta(part))
+            return self._keep(part, alias)
+
+        if self.lean and isinstance(out, Tensor):
+            same = args[func is aten.copy.default] if func in _MAY_HAND_ON else None
+            if same is not None and looks(same) == looks(out):
+                keep(out, self.node_of(same))
+                return out
+            is_zero = zero_propagation.is_zero(func, args, self.is_zero)
+            if is_zero or func is aten._new_zeros_with_same_feature_meta.default:  # it would keep what it is like
+                options: Any = {"dtype": out.dtype, "device": out.device}
+                keep(out, self._call(aten.zeros.default, (list(out.shape),), options)).note_zero()
+                return out
+        plain = aten.reshape.default if func in _VIEWS else func  # under vmap the layout may be another
+        call = self._call(plain, *with_tensors((args, kwargs), self.node_of))
         if isinstance(out, Tensor):
-            self._name(out, call)
+            alias = keep(out, call)
             if func in zero_propagation.MAKERS:
-                self.zeros[out] = True
-        else:
-            for i, part in enumerate(out):
-                if isinstance(part, Tensor):
-                    self._name(part, self._call(operator.getitem, (call, i), {}))
+                alias.note_zero()
+            return out
+        for i, part in enumerate(out):
+            if isinstance(part, Tensor):
+                keep(part, self._call(operator.getitem, (call, i), {}), i)
         return out
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         """The node of a call: in a lean graph the one that is there already (derivative rules repeat themselves)."""
-        key = _key((func, args, kwargs)) if self.lean else len(self.graph.nodes)
+        if not self.lean:
+            return self.graph.call_function(func, args, kwargs)
+        key = _key((func, args, kwargs))
         if key not in self.calls:
             self.calls[key] = self.graph.call_function(func, args, kwargs)
         return self.calls[key]
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an operation on constants; else a fake one."""
-        constant = not any(t in self.is_fake for t in tensors((args, kwargs)))
-        masks = func is aten.index.Tensor and [i for i in args[1] if i is not None and i.dtype in MASKS]
-        if not constant and torch.Tag.data_dependent_output in func.tags:
-            raise Untraceable(f"it branches on, or takes out, the value of a tensor ({func})")
+    def _run(self, func: Any, args: Any, kwargs: Any, kind: Kind, fake: bool) -> Any:
+        """The result of an operation on what has values; else a fake one."""
         # By numbers the shape of what is indexed is known, by a mask it is not.
-        unshaped = masks is False and not constant and torch.Tag.dynamic_output_shape in func.tags
-        if unshaped or any(m in self.is_fake for m in masks or ()):
-            raise Untraceable(f"the shape of a result depends on values ({func})")
-        view = is_view(func)
-        out = func(*args, **kwargs) if constant or masks or view else self._fake_result(func, args, kwargs)
-        for t in tensors(out):
-            if not constant:
-                self.is_fake[t] = True
-            if view:
-                self._note_view(t, func, args)
+        masks = [i for i in args[1] if i is not None and i.dtype in MASKS] if func is aten.index.Tensor else []
+        shaped = kind.shaped_by_values and func is not aten.index.Tensor
+        if fake and kind.reads_values:
+            raise Untraceable(READS_VALUES)
+        if (fake and shaped) or any(map(self.is_fake, masks)):
+            raise Untraceable(SHAPED_BY_VALUES)
+        out = self._fake_result(func, args, kwargs) if fake and not masks and not kind.view else func(*args, **kwargs)
+        for mask in masks:
+            self._decide(aten.nonzero.default, (mask,), {}, mask.nonzero())
+        if shaped or kind.reads_values:
+            self._decide(func, args, kwargs, out)
         return out
 
-    def _note_view(self, view: Tensor, func: Any, args: Any) -> None:
-        base = args[0]
-        for seen in (base, self.only_view.pop(base, base)):
-            self.view_of.pop(seen, None)
-        if func in _SCATTER_OF and base not in self.is_shared:
-            self.view_of[view], self.only_view[base] = (_SCATTER_OF[func], *args), view
-        self.is_shared[view] = self.is_shared[base] = True
-
     def _in_place(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        """The plain operation, where the alias analysis finds nobody who could tell it from the one in place."""
-        target, (name, overload) = args[0], str(func).removeprefix("aten.").split(".")
-        plain = getattr(getattr(aten, name[:-1], None), overload, None) if name.endswith("_") else None
-        own = target not in self.is_shared or target in self.view_of
-        if plain is None or not own or target not in self.nodes:
+        """The plain operation, and what it changes in all that shares memory with its target."""
+        target, plain = args[0], kind_of(func).plain
+        if plain is None or not self.alias(target).can_be_written():
             raise Unsupported(f"it changes a tensor that is not its own ({func})")
-        if plain is aten.copy.default and isinstance(args[1], Tensor) and looks(args[1]) == looks(target):
-            self.nodes[target] = self.node_of(args[1])
-        else:
-            self._name(target, self.graph.call_function(plain, *with_tensors((args, kwargs), self.node_of)))
-        changed = [target]
-        if target in self.view_of:
-            scatter, base, *part = self.view_of[target]
-            self._name(base, self.graph.call_function(scatter, (self.node_of(base), self.nodes[target], *part)))
-            changed.append(base)
-        constant = not any(t in self.is_fake for t in tensors((args, kwargs)))
-        if constant:
+        if kind_of(plain).view:  # another view of the same memory, which takes the target's place
+            before, shape, node = self.alias(target), target.shape, self.node_of(target)
             func(*args, **kwargs)
-        for tensor in changed:
-            self.zeros.pop(tensor, None)
-            if not constant:
-                self.is_fake[tensor] = True
+            node = self._call(plain, (node, *args[1:]), kwargs)
+            node.meta.setdefault("val", on_meta(target))
+            self._keep(target, Alias(self, node).of(before, shape, (plain, args, kwargs), None))
+            return target
+        given = tensors((args, kwargs))
+        fake = any(map(self.is_fake, given))
+        if plain is aten.copy.default and looks(args[1]) == looks(target):
+            node = self.node_of(args[1])
+        else:
+            node = self._call(plain, *with_tensors((args, kwargs), self.node_of))
+            if any(t.dtype != target.dtype for t in given) and plain is not aten.copy.default:
+                node.meta.setdefault("val", self._look(plain, args, kwargs))
+                if node.meta["val"].dtype != target.dtype:  # the plain operation promotes
+                    node = self._call(aten._to_copy.default, (node,), {"dtype": target.dtype})
+            node.meta.setdefault("val", on_meta(target))
+        if not fake:
+            func(*args, **kwargs)
+        alias = self.alias(target)
+        alias.write(node, self._call)
+        alias.root.is_fake = fake
         return target
 
-    def _fake_result(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _look(self, func: Any, args: Any, kwargs: Any) -> Any:
         key = func, _key(args), _key(kwargs)
         if key not in self.seen:  # nets repeat themselves
             self.seen[key] = meta_shapes.result(func, args, kwargs)
+        return self.seen[key]
+
+    def _fake_result(self, func: Any, args: Any, kwargs: Any) -> Any:
         home = kwargs.get("device") or tensors((args, kwargs))[0].device
-        return with_tensors(self.seen[key], partial(like, device=home))
+        return with_tensors(self._look(func, args, kwargs), partial(like, device=home))
 
     def _same_as(self, tensor: Tensor) -> Tensor:
         """Another tensor of the same node."""
-        is_fake = tensor in self.is_fake
-        out = like(tensor, device=tensor.device) if is_fake else tensor.clone()
-        self.nodes[out] = self.node_of(tensor)
-        for marks in (self.is_fake, self.zeros):
-            if tensor in marks:
-                marks[out] = True
+        fake, was_zero = self.is_fake(tensor), self.is_zero(tensor)
+        out = like(tensor, device=tensor.device) if fake else tensor.clone()
+        alias = self._keep(out, Alias(self, self.node_of(tensor), is_fake=fake))
+        if was_zero:
+            alias.note_zero()
         return out
 
-    def _handed_on(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
-        """The argument that the result is, if it looks the same: derivative rules leave many of these behind."""
-        return args[func is aten.copy.default] if func in _MAY_HAND_ON else None
+
+READS_VALUES = "it branches on, or takes out, the value of a tensor"
+SHAPED_BY_VALUES = "the shape of a result depends on values"
 
 
 def _key(x: Any) -> Any:
@@ -221,11 +267,6 @@ def _key(x: Any) -> Any:
     return looks(x) if isinstance(x, Tensor) else (type(x), x)
 
 
-_SCATTER_OF = {
-    aten.slice.Tensor: aten.slice_scatter.default,
-    aten.select.int: aten.select_scatter.default,
-    aten.as_strided.default: aten.as_strided_scatter.default,
-}
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _MAY_HAND_ON = {
     aten.expand.default,

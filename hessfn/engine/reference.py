@@ -16,7 +16,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from hessfn.core.errors import Untraceable
 from hessfn.core.torch_private import OpOverload, is_mutable
+from hessfn.engine.decisions import Contents, is_known, varying
 from hessfn.engine.meta_shapes import MASKS, on_meta
+from hessfn.engine.recorder import SHAPED_BY_VALUES
 
 
 def run(
@@ -31,26 +33,36 @@ def run(
         Untraceable: the shape of a result depends on values.
     """
 
-    def traced(function: Callable[..., Any]) -> fx.GraphModule:
-        copies = [t.detach().clone() for t in inputs]
-        return make_fx(lambda *given: list(function(*given)), decomposition_table=dict(rules or {}))(*copies)
+    moving = [i for i, t in enumerate(inputs) if not is_known(t)]
+    fixed = {i: t.detach().clone() for i, t in enumerate(inputs) if is_known(t)}
 
-    module = traced(function)
+    def of_moving(*given: Tensor) -> list[Tensor]:
+        values = dict(zip(moving, given, strict=True))
+        return list(function(*(values[i] if i in values else fixed[i] for i in range(len(inputs)))))
+
+    def traced(function: Callable[..., Any]) -> fx.GraphModule:
+        copies = [inputs[i].detach().clone() for i in moving]
+        return make_fx(function, decomposition_table=dict(rules or {}))(*copies)
+
+    module = traced(of_moving)
     if any(isinstance(node.target, OpOverload) and is_mutable(node.target) for node in module.graph.nodes):
         module = traced(torch.func.functionalize(_Again(module).run, remove="mutations_and_views"))
     _refuse_shapes_by_values(module.graph)
-    return _in_form(module)
+    module = _in_form(module, inputs)
+    module.meta["guards"] = [Contents(inputs)] if fixed else []
+    return module
 
 
 def _refuse_shapes_by_values(graph: fx.Graph) -> None:
     """``make_fx`` writes down the shapes that these values have, which others need not."""
+    moving = varying(graph.find_nodes(op="placeholder"))
     for node in graph.nodes:
         if isinstance(node.target, OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags:
             decisive = node.all_input_nodes
             if node.target is torch.ops.aten.index.Tensor:  # by numbers the shape is known, by a mask it is not
                 decisive = [i for i in node.args[1] if i is not None and i.meta["val"].dtype in MASKS]
-            if any(i.op != "get_attr" for i in decisive):
-                raise Untraceable(f"the shape of a result depends on values ({node.target})")
+            if any(i in moving for i in decisive):
+                raise Untraceable(SHAPED_BY_VALUES)
 
 
 def graph_being_made() -> fx.Graph | None:
@@ -82,7 +94,17 @@ class _Again(fx.Interpreter):
             return super().run_node(n)
 
 
-def _in_form(module: fx.GraphModule) -> fx.GraphModule:
+def _in_form(module: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+    moving = module.graph.find_nodes(op="placeholder")
+    waiting = iter(moving)
+    with module.graph.inserting_before(next(iter(module.graph.nodes))):
+        for i, tensor in enumerate(inputs):
+            node = module.graph.placeholder(f"in{i}")
+            node.meta["val"] = tensor
+            if not is_known(tensor):
+                next(waiting).replace_all_uses_with(node)
+    for node in moving:
+        module.graph.erase_node(node)
     constants: dict[str, Tensor] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":

@@ -17,13 +17,15 @@ from hessfn.core.torch_private import (
     OpOverload,
     current_dispatch_mode,
     decompositions,
+    is_all_true,
     is_mutable,
+    pad_packed_sequence,
     under_functorch,
     without_onednn,
 )
 from hessfn.core.tree import Tree
 from hessfn.engine import reference
-from hessfn.engine.recorder import Recorder
+from hessfn.engine.recorder import READS_VALUES, Recorder
 from hessfn.engine.reference import marked
 
 aten = torch.ops.aten
@@ -72,20 +74,25 @@ def trace(
     given, where = tensors((params, args))
     fixed = tree.leaves((params, args))
 
+    num_params = len(tree.leaves(params))
+
     def flat(*values: Tensor) -> list[Tensor]:
         leaves = list(fixed)
         for i, value in zip(where, values, strict=True):
-            leaves[i] = value
+            # A loss may differentiate by its parameters itself, or by an argument from outside.
+            by = value.is_floating_point() and (i < num_params or fixed[i].requires_grad)
+            leaves[i] = value.requires_grad_() if by else value
         again, rest = tree.unflatten(leaves, (params, args))
         with _Watch(_graph_being_made()):
-            return [loss(again, *rest)]
+            value = loss(again, *rest)
+        _refuse_custom_derivatives(value)
+        return [value]
 
     with _traceable({t.device for t in given if t.is_cuda}):
-        function = torch.func.functionalize(flat, remove="mutations")
-        module = record(function, given, lean=False, rules=decompositions(_WITHOUT_RULES))
+        module = record(flat, given, lean=False, rules={**decompositions(_WITHOUT_RULES), **_RULES})
     for node in module.graph.nodes:
-        if "cut" in node.meta:
-            node.target = aten.detach.default
+        if node.target in (aten.detach.default, aten.alias.default):  # autograd has aliases of its own
+            node.target = aten.detach.default if "cut" in node.meta else aten.alias.default
     return module
 
 
@@ -106,32 +113,70 @@ def refuse_other_functions(graph: fx.Graph, num_params: int) -> None:
             raise Untraceable(f"it changes a tensor that is not its own ({node.target})")
 
 
+def _refuse_custom_derivatives(value: Tensor) -> None:
+    """Raises where autograd has followed an ``autograd.Function``: a graph has its forward, and not its backward."""
+    seen, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                raise Untraceable(
+                    f"it has an autograd.Function ({type(node).__name__.removesuffix('Backward')}), whose own "
+                    "derivative a trace would lose"
+                )
+            seen.add(node)
+            waiting.extend(inner for inner, _ in node.next_functions)
+
+
 def _graph_being_made() -> fx.Graph | None:
     mode = current_dispatch_mode()
     return mode.graph if isinstance(mode, Recorder) else reference.graph_being_made()
 
 
 class _Watch(TorchFunctionMode):
-    """Marks what a trace forgets: nodes ``switched_off`` (computed without derivatives) and ``cut`` from them."""
+    """Marks what a trace forgets: nodes ``switched_off`` (computed without derivatives) and ``cut`` from them.
+
+    And notes what is read where no trace sees it: values that leave torch, and lengths of sequences.
+    """
 
     def __init__(self, graph: fx.Graph | None) -> None:
         super().__init__()
         self.graph = graph
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LEAVES_TORCH:
-            raise Untraceable(f"the loss takes the values of a tensor out of torch ({getattr(func, '__name__', func)})")
+        kwargs = kwargs or {}
+        if func in _READ_ALL or func in _READ_INTEGERS:
+            _decide([t for t in tensors((args, kwargs))[0] if func in _READ_ALL or not t.is_floating_point()])
+        if func is is_all_true and _is_fake(args[0]):
+            return torch.ones((), dtype=torch.bool)  # what is asserted was so at the first evaluation
         off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         marks = ["cut"] if func in _CUTS else ["switched_off"] if off else []
         marking = marked(self.graph, marks) if marks and self.graph is not None else nullcontext()
         with marking, without_onednn() if func in _RECURRENT else nullcontext():
-            # functionalize makes an alias of detach, and nothing of .data
-            return aten.alias.default(args[0]) if func in _CUTS else func(*args, **(kwargs or {}))
+            return (
+                aten.detach.default(args[0]) if func is _DATA else func(*args, **kwargs)
+            )  # of .data there is no trace
 
 
-_CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+def _decide(read: list[Tensor]) -> None:
+    mode = current_dispatch_mode()
+    for tensor in read:
+        if isinstance(mode, Recorder):
+            mode.decide_by(tensor)
+        elif tensor.is_floating_point():
+            raise Untraceable(READS_VALUES)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    mode = current_dispatch_mode()
+    return isinstance(mode, Recorder) and mode.is_fake(tensor)
+
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_CUTS = (Tensor.detach, torch.detach, Tensor.detach_, torch.detach_, _DATA)
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)  # oneDNN's kernel of these has no derivative rule
-_LEAVES_TORCH = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
+_READ_ALL = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
+_READ_INTEGERS = (*_RECURRENT, pad_packed_sequence, torch.ctc_loss, torch.tensor_split, Tensor.tensor_split)
 
 
 @contextmanager
@@ -145,8 +190,7 @@ def _traceable(gpus: set[torch.device]) -> Iterator[None]:
 def _explain(error: Exception) -> str:
     message = str(error) or type(error).__name__
     for symptom, meaning in {
-        "setup_context": "it has an autograd.Function (or re-entrant checkpointing), whose derivative would be lost",
-        "custom_function_call": "it has an autograd.Function, whose derivative would be lost",
+        "Inference tensors": "it computes something where derivatives are off (torch.inference_mode)",
     }.items():
         if symptom in message:
             return meaning
@@ -174,3 +218,18 @@ _WITHOUT_RULES = [
     aten.multi_margin_loss,
     aten.multilabel_margin_loss_forward,
 ]
+
+
+def _masked_select(x: Tensor, mask: Tensor) -> Tensor:
+    x, mask = torch.broadcast_tensors(x, mask)
+    return x[mask]
+
+
+def _pack_padded_sequence(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    x = x.transpose(0, 1) if batch_first else x
+    longest = int(lengths[0])  # they are sorted
+    present = torch.arange(longest)[:, None] < lengths
+    return x[:longest][present.to(x.device)], present.sum(1)
+
+
+_RULES = {aten.masked_select.default: _masked_select, aten._pack_padded_sequence.default: _pack_padded_sequence}
