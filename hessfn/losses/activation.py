@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
-from hessfn.losses.functional import Params, bare, private
+from hessfn.losses.functional import Params, private
 from hessfn.losses.layer_selection import Edge, Layers, choose, refuse_missing
 from hessfn.losses.model_inputs import pair
 from hessfn.losses.samples import length
+from hessfn.losses.skeleton import bare
 
 Shifts = dict[str, Tensor]
 Reduction = Literal["mean", "sum"]

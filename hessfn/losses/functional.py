@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hessfn.core.errors import InvalidInput
-from hessfn.core.torch_private import BatchStatistics, Dropout
+from hessfn.core.torch_private import Dropout, uncompiled
 from hessfn.losses.fsdp import is_fully_sharded, sharded_loss
 from hessfn.losses.model_inputs import arguments, pair, signature_of
 from hessfn.losses.samples import length
+from hessfn.losses.skeleton import bare, registered, skeleton
 from hessfn.losses.weights import MeanOver, mean_over, sum_refused
 
 Params = dict[str, Tensor]
@@ -64,7 +63,8 @@ def functionalize(
 
     def loss(params: Params, batch: Any) -> Tensor:
         inputs, targets = pair(batch)
-        return criterion(forward(params, inputs), targets)
+        with uncompiled():
+            return criterion(forward(params, inputs), targets)
 
     loss.mean_over = about(model, criterion)  # type: ignore[attr-defined]
     return loss, chosen
@@ -111,41 +111,53 @@ def stateless(model: nn.Module, *, params: Choice = "*") -> tuple[Callable[[Para
 
 
 def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
-    """The model's parameters and ``run(params, inputs)`` on a skeleton of it that nobody else has.
+    """The model's parameters and ``run(params, inputs)``, each time on a model that nobody else has.
 
-    ``run(params, inputs, within)`` holds the context ``within(skeleton)`` meanwhile, alone in it also among threads.
+    ``run(params, inputs, within)`` holds the context ``within(module)`` meanwhile. What runs the model again, as
+    checkpoints do in a backward pass, meets the same tensors, since they are put in for good.
     """
     model = bare(model)
     _refuse_randomness(model)
-    everything = {name: p.detach() for name, p in model.named_parameters()}
-    buffers = {name: b.detach() for name, b in model.named_buffers()}
-    name_of = _slots(model)
-    skeleton, signature = _skeleton(model), signature_of(model)
-    one_at_a_time = threading.RLock()  # functional_call swaps tensors on the skeleton while it runs
+    own, signature = skeleton(model), signature_of(model)
+    tensors = {name: t.detach() for name, t in registered(model)}
+    parameters = [name for name, _ in model.named_parameters()]
+    buffers = [name for name in tensors if name not in set(parameters)]
+    everything = {name: as_real(tensors[name]) for name in parameters}
 
     def run(
         params: Params, inputs: Any, within: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
     ) -> Any:
+        unknown = params.keys() - tensors.keys()
+        if unknown:
+            raise InvalidInput(f"{sorted(unknown)[0]!r} is no parameter or buffer of the model; {_known(tensors)}")
         args, kwargs = arguments(inputs, signature)
-        # A module may write to its buffers: it writes to copies.
-        values = {**{name: b.clone() for name, b in buffers.items()}, **everything, **params}
-        state = {slot: values[name] for slot, name in name_of.items()}
-        with nullcontext() if torch.compiler.is_compiling() else one_at_a_time, within(skeleton):
-            return torch.func.functional_call(skeleton, state, args, kwargs, tie_weights=False)
+        values = {**tensors, **{name: like(params[name], tensors[name]) for name in params}}
+        for name in buffers:  # a module may write to them: it writes to copies
+            values[name] = values[name].clone()
+        if torch.compiler.is_compiling():
+            state = {slot: values[name] for slot, name in own.slots.items()}
+            with within(own.module):
+                return torch.func.functional_call(own.module, state, args, kwargs, tie_weights=False)
+        module = own.with_tensors(values)
+        with uncompiled(), within(module):
+            return module(*args, **kwargs)
 
     def closes_over(params: Params) -> list[Any]:
         """What a trace takes for constants: the skeleton is ours alone, and the parameters are given."""
-        return [*buffers.values(), *(p for name, p in everything.items() if name not in params)]
+        return [*own.constants, *(t for name, t in tensors.items() if name not in params)]
 
     run.closes_over = closes_over  # type: ignore[attr-defined]
     return everything, run
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """What data-parallel wrappers wrap: the same function, under the names that the model itself gives."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
-    return model
+def as_real(x: Tensor) -> Tensor:
+    """A complex tensor as its real and imaginary parts, ``(..., 2)``, in the same memory; others as they are."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def like(x: Tensor, tensor: Tensor) -> Tensor:
+    """What ``as_real`` gave for a tensor, or would have, as that tensor was."""
+    return torch.complex(*x.unbind(-1)) if tensor.is_complex() and not x.is_complex() else x
 
 
 def _choose(everything: Params, originals: Params, choice: Choice) -> Params:
@@ -155,8 +167,7 @@ def _choose(everything: Params, originals: Params, choice: Choice) -> Params:
         patterns = [choice] if isinstance(choice, str) else list(choice)
         chosen = {name: p for name, p in everything.items() if any(fnmatch.fnmatchcase(name, pat) for pat in patterns)}
     if not chosen:
-        known = ", ".join(list(everything)[:12]) + ", ..." * (len(everything) > 12)
-        raise InvalidInput(f"no parameter matches params={choice!r}; the model has: {known or 'none'}")
+        raise InvalidInput(f"no parameter matches params={choice!r}; {_known(everything)}")
     for name, p in chosen.items():
         if not p.is_floating_point():
             raise InvalidInput(
@@ -171,41 +182,9 @@ def _choose(everything: Params, originals: Params, choice: Choice) -> Params:
     return chosen
 
 
-def _slots(model: nn.Module) -> dict[str, str]:
-    """Every place of a tensor once, with the tensor's first name.
-
-    torch's own tying swaps a module of two names twice, puts it back wrongly, and the next call is of another net.
-    """
-    first = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-    return {
-        f"{path}.{local}" if path else local: first[id(t)]
-        for path, module in model.named_modules()
-        for local, t in (
-            *module.named_parameters(recurse=False, remove_duplicate=False),
-            *module.named_buffers(recurse=False, remove_duplicate=False),
-        )
-    }
-
-
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the module tree with storage for nothing: parameters and buffers are on the meta device."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        memo[id(tensor)] = tensor.detach().to("meta")
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor):  # a plain attribute: no deepcopy where it has a graph, no copy where not
-                memo[id(value)] = value.detach()
-    skeleton = copy.deepcopy(model, memo)
-    for module in skeleton.modules():
-        if isinstance(module, BatchStatistics) and module.training and module.track_running_stats:
-            # The output depends on the batch alone; without the running buffers there is nothing to write to.
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-        if isinstance(module, nn.TransformerEncoder):
-            # Where nothing asks for a gradient, torch packs away what is padded: another function, 0 there.
-            module.use_nested_tensor = False
-    return skeleton
+def _known(names: Iterable[str]) -> str:
+    known = list(names)
+    return f"the model has: {', '.join(known[:12]) or 'none'}" + ", ..." * (len(known) > 12)
 
 
 def _refuse_randomness(model: nn.Module) -> None:

@@ -18,10 +18,11 @@ from hessfn.core.tree import MatVec
 from hessfn.core.watched import Watched
 from hessfn.losses.activation import Edge, activation_loss, joint_loss
 from hessfn.losses.batches import Weights, mean, share_of
-from hessfn.losses.functional import about, bare, private
+from hessfn.losses.functional import about, as_real, private
 from hessfn.losses.layer_selection import Layers
 from hessfn.losses.model_inputs import pair
 from hessfn.losses.samples import length
+from hessfn.losses.skeleton import bare
 from hessfn.losses.weights import Weigher, refuse_parts
 from hessfn.products.hessian import hvp, linearized_hvp
 
@@ -137,7 +138,7 @@ def sensitivities(
         loss, shifts = joint(batch)
         layer_of = {flow: _layer_of(flow, modules) for flow in shifts}
         weight_of = {layer: names[id(_weight(layer, modules))] for layer in layer_of.values()}
-        point = {**{f"weight {w}": params[w].detach() for w in weight_of.values()}, **shifts}
+        point = {**{f"weight {w}": as_real(params[w].detach()) for w in weight_of.values()}, **shifts}
 
         def both(point: ByName) -> Tensor:
             return loss({w: point[f"weight {w}"] for w in weight_of.values()}, {flow: point[flow] for flow in shifts})
@@ -160,7 +161,7 @@ def sensitivities(
         return Estimate(mean, stderr, result.num_matvecs)
 
     activation_numel = {layer: round(float(entries)) for layer, (_, _, entries) in result.mean.items()}
-    weight_numel = {layer: _weight(layer, modules).numel() for layer in activation_numel}
+    weight_numel = {layer: as_real(_weight(layer, modules).detach()).numel() for layer in activation_numel}
     return Sensitivities(part(0), part(1), weight_numel, activation_numel)
 
 

@@ -15,7 +15,8 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import fingerprint
 from hessfn.core.tree import Tree
 from hessfn.losses.batches import Weights, deal, mean
-from hessfn.losses.functional import bare, functionalize
+from hessfn.losses.functional import functionalize
+from hessfn.losses.skeleton import bare
 from hessfn.losses.weights import Weigher, of_loss
 from hessfn.parallel.all_reduce import ShardedBatches
 from hessfn.products.hessian import mean_hvp
@@ -73,12 +74,19 @@ def prepare(problem: Any, options: Options) -> Prepared:
 
 def converted(model: nn.Module, criterion: Any, options: Options) -> tuple[nn.Module, Any]:
     """Copies in another dtype or on another device, where one is asked for."""
-    model, dtype, device = bare(model), options.torch_dtype, options.torch_device
-    if dtype or device:
-        model = copy.deepcopy(model).to(device=device, dtype=dtype)
-        if isinstance(criterion, nn.Module):
-            criterion = copy.deepcopy(criterion).to(device=device, dtype=dtype)
+    model = bare(model)
+    if options.torch_dtype or options.torch_device:
+        model = _moved(model, options)
+        criterion = _moved(criterion, options) if isinstance(criterion, nn.Module) else criterion
     return model, criterion
+
+
+def _moved(module: nn.Module, options: Options) -> nn.Module:
+    copied, dtype = copy.deepcopy(module).to(device=options.torch_device), options.torch_dtype
+    for t in (*copied.parameters(), *copied.buffers()):
+        if dtype and (t.is_floating_point() or t.is_complex()):  # module.to would keep the real part of a complex one
+            t.data = t.data.to(dtype.to_complex() if t.is_complex() else dtype)
+    return copied
 
 
 def first_pass(problem: Prepared) -> FirstPass:
