@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from hessfn.losses.functional import functionalize, stateless
 
     # Make a matvec from a loss.
+    from hessfn.products.batch_mean import batch_mean
     from hessfn.products.gauss_newton import fvp, ggnvp
     from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
     from hessfn.products.ladder import find_mode
@@ -99,6 +100,7 @@ _HOMES = {
     "hessfn.losses": "batches",
     "hessfn.losses.activation": "activation_loss activation_shapes",
     "hessfn.losses.functional": "functionalize stateless",
+    "hessfn.products.batch_mean": "batch_mean",
     "hessfn.products.gauss_newton": "fvp ggnvp",
     "hessfn.products.hessian": "hvp linearized_hvp mean_hvp",
     "hessfn.products.ladder": "find_mode",
@@ -183,6 +185,7 @@ __all__ = [
     "activation_traces",
     "all_reduce",
     "as_linear_operator",
+    "batch_mean",
     "batches",
     "block",
     "check_matvec",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
+from hessfn.core.flatten import flatten
 from hessfn.core.results import EigenPair, EigenPairs
 
 _LOSS = "loss, params = functionalize(model, criterion)"
@@ -40,7 +41,14 @@ def require_function(x: Any, name: str, call: str) -> None:
 
 
 def require_vector(x: Any, name: str, call: str, *, floating: bool = True) -> None:
-    """A tree of tensors, of floating-point ones unless any will do."""
+    """A tree of tensors, of floating-point ones unless any will do; ``torch.func`` knows no other containers."""
+    closed = next((found.node.x for _, found in flatten(x)[1].holes if found), None)
+    if closed is not None:
+        remedy = f"give dict({name})" if isinstance(closed, Mapping) else "give a dict of its tensors"
+        raise InvalidInput(
+            f"{call}: {name} {'is' if closed is x else 'has'} {kind(closed)}, and a vector is a dict, list or tuple of "
+            f"tensors: {remedy}"
+        )
     for index, leaf in enumerate(tree.leaves(x)):
         if not isinstance(leaf, Tensor) or (floating and not (leaf.is_floating_point() or leaf.is_complex())):
             raise InvalidInput(f"{call}: {_why_no_vector(x, index, name)}")

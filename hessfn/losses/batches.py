@@ -14,9 +14,9 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import checksum, fingerprint
 from hessfn.core.torch_state import known, torch_state_lock
 from hessfn.core.tree import Tree
-from hessfn.losses.samples import length, refuse_uneven, rows, tensors
+from hessfn.losses.samples import length, moved, refuse_uneven, rows, tensors
 from hessfn.losses.weights import Weigher
-from hessfn.parallel.all_reduce import Group, ShardedBatches, across, require_same
+from hessfn.parallel.all_reduce import Group, ShardedBatches, across, all_reduce, require_same
 from hessfn.parallel.same_problem import require_same_problem
 
 Weights = Sequence[float] | Callable[[Any], float | Tensor] | None
@@ -54,31 +54,52 @@ def mean(
     >>> mean(lambda c, x: c * x.mean(), [torch.ones(3), torch.tensor([5.0])])(2.0)
     tensor(4.)
     """
+    return weighted_mean(
+        lambda args, part, _: function(*args, part),
+        batches,
+        weights=weights,
+        microbatch=microbatch,
+        device=device,
+        state=state,
+    )
+
+
+def weighted_mean(
+    function: Callable[[tuple[Any, ...], Any, float | Tensor], Tree],
+    batches: Iterable[Any],
+    *,
+    weights: Weights,
+    microbatch: int | None,
+    device: torch.device | Callable[..., torch.device | None] | None = None,
+    state: Tree = None,
+    passes: int | None = None,
+) -> Callable[..., Tree]:
+    """As :func:`mean`, of ``function(args, part of a batch, its weight)``; of one pass alone if ``passes`` is 1."""
     dealt = batches if isinstance(batches, ShardedBatches) else None
     rank, size = share_of(batches)
     batches = dealt.batches if dealt else batches
-    if isinstance(batches, Iterator):
+    if passes != 1 and isinstance(batches, Iterator):
         raise InvalidInput("batches can be run through only once, and every product is a pass: give list(batches)")
     if number_of(batches) == 0:
         raise InvalidInput("there is no batch: the iterable of batches is empty")
-    if isinstance(getattr(batches, "sampler", None), RandomSampler):
+    if passes != 1 and isinstance(getattr(batches, "sampler", None), RandomSampler):
         raise InvalidInput(f"this DataLoader shuffles: {_SAME_DATA}")
     if microbatch is not None and microbatch < 1:
         raise InvalidInput(f"microbatch={microbatch} must be at least 1")
-    # With a single batch the weights do not count.
     weigher = weights if isinstance(weights, Weigher) else None
-    if microbatch is None and number_of(batches) == 1:
-        weigher = None
+    if weigher and microbatch is None and number_of(batches) == 1:  # the weight does not count
+        weigher, weights = None, lambda batch: 1.0
     first_pass: list[Tensor] = []
 
     def averaged(*args: Any) -> tuple[Tree | None, float | Tensor]:
         total: Tree = None
         total_weight: float | Tensor = 0.0
         this_pass: list[Tensor] = []
+        home = device(*args) if callable(device) else device
         for index, batch in enumerate(_iterate(batches)):
             if index % size != rank:
                 continue
-            batch = tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+            batch = moved(batch, home)
             this_pass.append(checksum(batch))
             if weigher:
                 weigher.look_at(batch, microbatch)
@@ -86,7 +107,7 @@ def mean(
                 if known(torch.as_tensor(weight) == 0):
                     continue  # a mean over nothing is 0 / 0
                 try:
-                    value = function(*args, part)
+                    value = function(args, part, weight)
                 except ValueError as error:
                     raise InvalidInput(f"batch {index}: {error}") from error
                 total = tree.scale(weight, value) if total is None else tree.add(total, value, weight)
@@ -116,6 +137,18 @@ def mean(
         return average(lambda: averaged(*args), args)
 
     return shared
+
+
+def mean_of_kept(
+    functions: Sequence[Callable[..., Tree]], weights: Sequence[float], batches: Iterable[Any]
+) -> Callable[..., Tree]:
+    """The mean of what a pass over batches has left of each; over all processes where these share the batches."""
+    own = mean(lambda *args: args[-1](*args[:-1]), functions, weights=weights) if functions else _nothing
+    return all_reduce(own, sum(weights), group=batches.group) if isinstance(batches, ShardedBatches) else own
+
+
+def _nothing(*args: Any) -> Tree:
+    raise InvalidInput("there is no batch: the iterable of batches is empty")
 
 
 def number_of(batches: Iterable[Any]) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hessfn.core import tree
@@ -16,11 +17,6 @@ from hessfn.core.errors import InvalidInput
 def tensors(batch: Any) -> list[Tensor]:
     """The tensors of a batch, and its arrays as tensors."""
     return [x for x in map(as_tensor, tree.leaves(batch)) if isinstance(x, Tensor)]
-
-
-def named_tensors(batch: Any) -> list[tuple[str, Tensor]]:
-    found = zip(tree.names(batch), map(as_tensor, tree.leaves(batch)), strict=True)
-    return [(name, x) for name, x in found if isinstance(x, Tensor)]
 
 
 def length(batch: Any) -> int:
@@ -37,9 +33,11 @@ def length(batch: Any) -> int:
     return len(first)
 
 
-def lengths(batch: Any) -> tuple[int, ...]:
-    """Those of all tensors that have an axis."""
-    return tuple(len(x) for x in tensors(batch) if x.dim())
+def moved(batch: Any, device: torch.device | None) -> Any:
+    """A batch on a device; the batch itself where it is there."""
+    if device is None or all(x.device == device for x in tree.leaves(batch) if isinstance(x, Tensor)):
+        return batch
+    return tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
 
 
 def rows(batch: Any, start: int, stop: int) -> Any:
@@ -53,18 +51,19 @@ def two_parts(batch: Any, most: int | None = None) -> tuple[Any, Any, Any] | Non
     # What cannot be known is not cut, and a tensor of another length is not one of samples.
     if not all(isinstance(as_tensor(x), (Tensor, *PLAIN)) for x in tree.leaves(batch)):
         return None
-    if set(lengths(batch)) != {size}:
+    if any(x.dim() and len(x) != size for x in tensors(batch)):
         return None
     stop = size if most is None else min(size, most)
     cut = max(1, stop // 3)
-    return (rows(batch, 0, stop), rows(batch, 0, cut), rows(batch, cut, stop)) if stop > 1 else None
+    some = batch if stop == size else rows(batch, 0, stop)
+    return (some, rows(batch, 0, cut), rows(batch, cut, stop)) if stop > 1 else None
 
 
 def refuse_uneven(batch: Any) -> None:
     """Raises where the tensors of a batch are not all cut into the same samples."""
     size = length(batch)
-    for name, x in named_tensors(batch):
-        if x.dim() and len(x) != size:
+    for name, x in zip(tree.names(batch), map(as_tensor, tree.leaves(batch)), strict=True):
+        if isinstance(x, Tensor) and x.dim() and len(x) != size:
             raise InvalidInput(
                 f"microbatch cuts every tensor along its first axis, but {name!r} has shape {tuple(x.shape)} in a "
                 f"batch of {size} samples: give smaller batches instead"

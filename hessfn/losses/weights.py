@@ -14,31 +14,36 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.remembered import Remembered
 from hessfn.core.torch_private import BatchStatistics
 from hessfn.core.torch_state import is_observed
-from hessfn.core.tree import Tree
+from hessfn.core.tree import MatVec, T, Tree
 from hessfn.losses.criteria import Known, known_criterion
-from hessfn.losses.samples import length, lengths, named_tensors, two_parts
+from hessfn.losses.samples import length, rows, two_parts
 
 Rule = Callable[[Any], float | Tensor]  # from a batch to its weight
 IGNORED = -100  # the label that Hugging Face's models leave out of their means
 
 
 class MeanOver(NamedTuple):
-    """What is known of a loss from its model and its criterion; ``functionalize`` leaves it on the loss."""
+    """What is known of a loss from its model and its criterion; it is left on the loss, and on a matvec made of it."""
 
     weight_of: Rule | None = None  # None where it is not known
     summed: str = ""  # the criterion of torch's that is a sum, not a mean
     mixing: str = ""  # a layer in which samples meet, such as BatchNorm in training mode
     state: dict[str, Tensor] | None = None  # all tensors of the model, also those that are constants of the loss
+    value_of: Callable[[Any], Tensor] | None = None  # of a matvec: the loss of a batch
 
 
 def mean_over(model: nn.Module, criterion: Any, targets_of: Callable[[Any], Any], state: dict[str, Tensor]) -> MeanOver:
-    known = known_criterion(criterion)
     mixing = next((f"{type(m).__name__} {name!r}" for name, m in model.named_modules() if _mixes(m)), "")
+    return of_criterion(criterion, targets_of)._replace(mixing=mixing, state=state)
+
+
+def of_criterion(criterion: Any, targets_of: Callable[[Any], Any]) -> MeanOver:
+    known = known_criterion(criterion)
     if known is None:
-        return MeanOver(None, "", mixing, state)
+        return MeanOver()
     if known.reduction not in ("mean", "batchmean"):
-        return MeanOver(None, _named(known) if known.reduction == "sum" else "", mixing, state)
-    return MeanOver(lambda batch: known.weight_of(batch, targets_of(batch)), "", mixing, state)
+        return MeanOver(summed=_named(known) if known.reduction == "sum" else "")
+    return MeanOver(lambda batch: known.weight_of(batch, targets_of(batch)))
 
 
 def _named(known: Known) -> str:
@@ -56,6 +61,13 @@ def _mixes(module: nn.Module) -> bool:
 def of_loss(loss: Any) -> MeanOver:
     found = getattr(loss, "mean_over", None)
     return found if isinstance(found, MeanOver) else MeanOver()
+
+
+def knowing(matvec: MatVec[T], about: MeanOver, value_of: Callable[[Any], Tensor]) -> MatVec[T]:
+    """A matvec with what a mean over batches has to know of it."""
+    if not torch.compiler.is_compiling():
+        matvec.mean_over = about._replace(value_of=value_of)  # type: ignore[attr-defined]
+    return matvec
 
 
 def refuse_parts(about: MeanOver) -> None:
@@ -78,20 +90,35 @@ class Weigher:
     """The weights of batches where none are given; the first batch of two samples tells whether they are right.
 
     Args:
-        value_of: the loss of a batch.
-        about: what is known of it.
+        value_of: the loss of a batch, or another number that is a mean where the loss is.
+        about: what is known of it, or a function of the first batch that tells.
         key: the loss, to be checked once as long as it lives.
         like: what it is computed from, whose coarsest dtype says how exact it is.
         check: whether to check what is not known.
     """
 
     def __init__(
-        self, value_of: Callable[[Any], Tensor], about: MeanOver, key: Any, like: Tree, check: bool = True
+        self,
+        value_of: Callable[[Any], Tensor],
+        about: MeanOver | Callable[[Any], MeanOver],
+        key: Any,
+        like: Tree,
+        check: bool = True,
     ) -> None:
-        self.value_of, self.about, self.key, self.like = value_of, about, key, like
-        self.rule = about.weight_of or _SETTLED.get(key)
-        self.is_settled, self.is_used = self.rule is not None or not check, False
-        self.first_lengths: dict[str, int] = {}
+        self.value_of, self.key, self.like, self.is_checked = value_of, key, like, check
+        self.rule: Rule | None = None
+        self.is_settled = self.is_used = False
+        self.find_out: Callable[[Any], MeanOver] | None = None
+        if isinstance(about, MeanOver):
+            self._learn(about)
+        else:
+            self.find_out = about
+
+    def _learn(self, about: MeanOver) -> None:
+        self.about, self.find_out = about, None
+        self.value_of = about.value_of or self.value_of
+        self.rule = about.weight_of or _SETTLED.get(self.key)
+        self.is_settled = self.rule is not None or not self.is_checked
 
     def __call__(self, batch: Any) -> float | Tensor:
         self.is_used = True
@@ -101,8 +128,12 @@ class Weigher:
         """Finds out what the loss is a mean over, on a batch that comes before any weight is asked for.
 
         Raises:
-            InvalidInput: it is none, by the number of samples; or what the samples of batches are is not to be told.
+            InvalidInput: it is none, by the number of samples.
         """
+        if self.find_out is not None:
+            self._learn(self.find_out(batch if microbatch is None else rows(batch, 0, microbatch)))
+            if microbatch is not None:
+                refuse_parts(self.about)
         if self.about.summed:
             raise sum_refused(self.about.summed)
         if self.is_settled or is_observed() or any(layout(x) for x in tree.leaves(batch)):
@@ -110,29 +141,12 @@ class Weigher:
         parts = two_parts(batch, microbatch and 3 * microbatch)
         if self.rule is None:
             self.rule = _by_labels(self.value_of, parts[0] if parts else batch)
-        if parts is None and self.rule is length and len(set(lengths(batch))) > 1:
-            self._compare(batch)
-            return
         if parts is None and length(batch) < 2:
             return  # the next one may tell
         if parts is not None and not self.about.mixing:
             self._check(self.rule, parts)
         self.is_settled = True
         _SETTLED.put(self.key, self.rule)
-
-    def _compare(self, batch: Any) -> None:
-        """Raises where lengths differ from those of the first batch by unlike factors: which is that of the samples?"""
-        found = {name: len(x) for name, x in named_tensors(batch) if x.dim()}
-        first, size = self.first_lengths or found, length(batch)
-        self.first_lengths = first
-        before = next(iter(first.values()))
-        for name, number in found.items():
-            if number not in (first.get(name), first.get(name, 0) * size / before):
-                raise InvalidInput(
-                    f"this batch has {size} rows of its first tensor, where the first batch has {before}, and {number} "
-                    f"of {name!r}, where that has {first.get(name, 0)}: which of them are its samples? Say by weights= "
-                    "what each batch counts, such as weights=lambda batch: batch.num_graphs"
-                )
 
     def _check(self, rule: Rule, parts: tuple[Any, Any, Any]) -> None:
         values = _values(self.value_of, parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,9 +13,9 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_batches, require_function, require_matvec
 from hessfn.core.probes import gaussian
 from hessfn.core.tree import MatVec, T, Tree
-from hessfn.losses.batches import Weights, mean, weighted_mean
-from hessfn.losses.weights import Weigher, of_loss
-from hessfn.parallel.all_reduce import ShardedBatches, all_reduce
+from hessfn.losses.batches import Weights, mean_of_kept, weighted_mean
+from hessfn.losses.samples import length
+from hessfn.losses.weights import MeanOver, Weigher, of_loss
 
 _CALL = "batch_mean(make, batches)"
 
@@ -29,17 +30,17 @@ def batch_mean(
 ) -> MatVec[T]:
     """Products with the mean over batches of the matrices that ``make`` makes: ``sum_b w_b A_b v / sum_b w_b``.
 
-    So every matvec of one batch becomes that of a data set: ``batch_mean(lambda b: ggnvp(forward, criterion, params, b),
-    batches)``, and the same for :func:`fvp`, :func:`linearized_hvp` and your own; with :func:`hvp` it is
-    :func:`mean_hvp`, which knows a little more. :func:`restrict`, :func:`all_reduce` and :func:`journal` take what it
-    returns.
+    So the matvec of one batch becomes that of a data set: :func:`ggnvp`, :func:`fvp`, :func:`linearized_hvp` and your
+    own, as ``batch_mean(lambda batch: ggnvp(forward, criterion, params, batch), batches)``. With :func:`hvp` it is
+    :func:`mean_hvp`. :func:`restrict`, :func:`all_reduce` and :func:`journal` take what it returns.
 
     Args:
         make: from a batch to its matvec, a symmetric one.
         batches, microbatch: as for :func:`mean_hvp`. Batches are moved to the device of the vector.
         weights: one number a batch, or a function of it. By default a batch weighs what its criterion divides by, where
-            ``make`` returns a product of hessfn's of torch's own criteria, and for all others the number of samples. Of
-            those the first batch is held against two parts of it, for three products, once.
+            ``make`` returns a product of hessfn's with one of torch's own criteria, and for all others the number of
+            samples. Of those the first batch is held against two parts of it, once: by their losses, or of a matvec
+            that is none of hessfn's by three products, unless ``keep``.
         keep: call ``make`` once for each batch, at the first product, and keep what it returns: for
             :func:`linearized_hvp`, whose work is done when it is made. Afterwards ``batches`` are not looked at any
             more, so that they may be an iterator. What all batches keep is in memory at once.
@@ -62,7 +63,12 @@ def batch_mean(
     def form(batch: Any) -> Tensor:
         return tree.dot(probe[0], before(batch)(probe[0]))
 
-    weigher = Weigher(form, lambda batch: of_loss(before(batch)), make, probe)
+    def about(batch: Any) -> MeanOver:
+        found = of_loss(before(batch))
+        # Its parts would be made too, and each batch is to be made once.
+        return found._replace(weight_of=found.weight_of or length) if keep and found.value_of is None else found
+
+    weigher = Weigher(form, about, make, probe)
     averaged = mean_of(made, batches, weights=weigher, microbatch=microbatch, keep=keep)
 
     def matvec(v: T) -> T:
@@ -104,20 +110,11 @@ def mean_of(
             return later[0](v)
         kept.clear()  # of a pass that failed
         result = averaged(v)
-        later.append(_mean_of_kept(list(kept), batches))
+        products = [functools.partial(_product, matvec) for _, matvec in kept]
+        later.append(mean_of_kept(products, [float(weight) for weight, _ in kept], batches))
         return result
 
     return matvec
-
-
-def _mean_of_kept(kept: list[tuple[float | Tensor, MatVec[T]]], batches: Iterable[Any]) -> MatVec[T]:
-    products: list[Callable[[T], T]] = [lambda v, matvec=matvec: _product(matvec, v) for _, matvec in kept]
-    weights = [float(weight) for weight, _ in kept]
-    own = mean(lambda v, product: product(v), products, weights=weights) if kept else None
-    if isinstance(batches, ShardedBatches):
-        return all_reduce(own or (lambda v: v), sum(weights), group=batches.group)
-    assert own is not None
-    return own
 
 
 def _product(matvec: MatVec[T], v: T) -> T:
