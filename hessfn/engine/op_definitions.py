@@ -44,17 +44,27 @@ class _Replacing(TorchFunctionMode):
         return _DEFINITIONS.get(func, func)(*args, **(kwargs or {}))
 
 
-def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **options: Any) -> Tensor:
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,  # a vector is dense
+) -> Tensor:
     if padding_idx is not None:
         padding = torch.arange(len(weight), device=weight.device) == padding_idx % len(weight)
         weight = torch.where(padding[:, None], weight.detach(), weight)
-    return F.embedding(input, weight, None, *args, **options)
+    return F.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq)
 
 
 def _embedding_bag(input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
     mode, weights, padding_idx = (options.get(name) for name in ("mode", "per_sample_weights", "padding_idx"))
     if input.dim() != 2 or mode == "max" or len(args) > 1 or options.get("max_norm") is not None:
-        return F.embedding_bag(input, weight, *args, **options)
+        if len(args) > 5:
+            return F.embedding_bag(input, weight, *args[:5], False, *args[6:], **options)
+        return F.embedding_bag(input, weight, *args, **{**options, "sparse": False})
     counted = torch.ones_like(input, dtype=weight.dtype)
     if padding_idx is not None:
         counted = (input != padding_idx % len(weight)).to(weight.dtype)

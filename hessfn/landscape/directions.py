@@ -36,7 +36,8 @@ def gradient_direction(loss: Loss, params: T, *args: Any) -> T:
     tensor([0.6000, 0.8000])
     """
     require_kinds(loss, params, "gradient_direction(loss, params, ...)", floating=True)
-    return _unit(torch.func.grad(loss)(params, *args))
+    gradient = torch.func.grad(loss)(params, *args)
+    return _unit(tree.map(lambda g: g.to_dense() if g.is_sparse else g, gradient))
 
 
 def direction_to(params: T, other: T) -> T:

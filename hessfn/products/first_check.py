@@ -82,7 +82,8 @@ def _along(loss: Loss, tape: Tape, params: Tree, args: tuple[Any, ...], v: Tree)
         leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(tree.add(params, v, c))]
         with tape.playing(), torch.enable_grad():
             value = loss(tree.unflatten(leaves, params), *args)
-            return list(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
+            gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+            return [g.to_dense() if g.is_sparse else g for g in gradient]
 
     return gradient
 

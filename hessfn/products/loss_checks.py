@@ -108,12 +108,35 @@ def refuse_once_differentiable(loss: Loss, params: Tree, args: tuple[Any, ...]) 
     All other custom backwards mean what their formula says, as all of torch takes them: of a straight-through estimator
     the Hessian is the derivative of its backward, not of its forward.
     """
-    for node in _nodes(_with_graph(loss, params, args)[0]):
-        function = getattr(type(node), "_forward_cls", None)
+    value, leaves = _with_graph(loss, params, args)
+    customs = [(node, function) for node in _nodes(value) if (function := getattr(type(node), "_forward_cls", None))]
+    for _, function in customs:
         code = getattr(getattr(function, "backward", None), "__code__", None)
         if code is not None and code.co_filename == once_differentiable.__code__.co_filename:
-            name = getattr(function, "__name__", "it")
-            raise NoDerivative(f"the backward of {name} has no derivative: it is once_differentiable")
+            raise NoDerivative(f"the backward of {_called(function)} has no derivative: it is once_differentiable")
+    cut: list[Any] = []
+
+    def watching(function: Any) -> Callable[[Any, Any], None]:
+        def hook(results: tuple[Tensor | None, ...], upstream: tuple[Tensor | None, ...]) -> None:
+            # What is linear in something with a derivative, and has none itself, is zero; or it was cut.
+            if any(g is not None and g.requires_grad for g in upstream):
+                parts = [g for g in results if g is not None and g.is_floating_point() and not g.requires_grad]
+                cut.extend(function for g in parts if bool(g.detach().any()))
+
+        return hook
+
+    for node, function in customs:
+        node.register_hook(watching(function))
+    if customs and leaves:
+        torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+    if cut:
+        raise NoDerivative(
+            f"the backward of {_called(cut[0])} has no derivative: it computes where derivatives are off"
+        )
+
+
+def _called(function: Any) -> str:
+    return getattr(function, "__name__", "it")
 
 
 def _random_states(arguments: Any) -> dict[str, Tensor]:
