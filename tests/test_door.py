@@ -140,7 +140,6 @@ VECTORS_THAT_ARE_NONE = {
     "a generator": (MODEL.parameters(), rf"is of type generator, {NO_VECTOR}"),
     "an array": (np.ones(3), rf"is of type ndarray and of shape \(3,\), {NO_VECTOR}"),
     "a tree of arrays": ({"w": np.ones(3)}, "leaf 'w' of .* is of type ndarray and of shape .3,., not a tensor"),
-    "a tree with a hole": ({"w": FLAT, "b": None}, "leaf 'b' of .* is None, not a tensor"),
 }
 
 
