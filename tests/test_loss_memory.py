@@ -196,3 +196,40 @@ def test_modes_that_are_asked_for_are_kept_apart() -> None:
     modes = ("auto", "reverse", "traced", "double_backward", "forward")
     for mode, _ in itertools.product(modes, range(5)):
         assert is_right(product(lambda *a, m=mode: hf.hvp(*a, mode=m), loss, params, batch()), truth)
+
+
+class Masked(nn.Module):
+    """As transformers do: where nothing is masked, the mask is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        out = self.inner(x)
+        if mask.all():
+            return out
+        return out * mask[:, None] + 2 * out.roll(1, 1) * (~mask)[:, None] if mask.sum() > 2 else out.square()
+
+
+def test_a_trace_is_of_the_branch_that_masks_decide() -> None:
+    loss, params = hf.functionalize(Masked(), nn.CrossEntropyLoss())
+    x, y = batch()
+    masks = [torch.ones(8, dtype=torch.bool), torch.arange(8) < 5, torch.arange(8) < 4, torch.arange(8) < 1]
+    for mask in masks * 5:
+        assert is_right(product(hf.hvp, loss, params, ((x, mask), y)), exact(loss, params, ((x, mask), y)))
+        linear = product(hf.linearized_hvp, loss, params, ((x, mask), y))
+        assert is_right(linear, exact(loss, params, ((x, mask), y)))
+    assert sum(map(len, memory_of(loss).traces.values())) == 3  # two of the masks decide alike
+
+
+def test_masks_that_decide_one_by_one_do_not_fill_the_memory() -> None:
+    loss, params = hf.functionalize(
+        net(), lambda out, y: F.cross_entropy(out * (1 + 0.1 * int(y[0] + 3 * y[1] + 9 * y[2])), y)
+    )
+    x, _ = batch()
+    for n in range(27):
+        y = torch.tensor([n % 3, n // 3 % 3, n // 9, 0, 1, 2, 0, 1])
+        for _ in range(5):
+            assert is_right(product(hf.hvp, loss, params, (x, y)), exact(loss, params, (x, y)))
+    assert sum(map(len, memory_of(loss).traces.values())) <= MOST_TRACES

@@ -15,12 +15,12 @@ from hessfn.core.probes import gaussian
 from hessfn.core.torch_state import carries_derivative, is_observed
 from hessfn.core.tree import MatVec, T
 from hessfn.engine import pipeline
-from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.batches import Weights
-from hessfn.losses.weights import Weigher, of_loss, refuse_parts
+from hessfn.losses.weights import Weigher, knowing, of_loss, refuse_parts
 from hessfn.products.batch_mean import mean_of
 from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, verdict
-from hessfn.products.ladder import PATIENCE, blame, product_of
+from hessfn.products.just_in_time import PATIENCE, product_of
+from hessfn.products.ladder import blame
 from hessfn.products.loss_checks import Loss, check_loss
 from hessfn.products.loss_memory import copied, memory_of, shapes_of
 from hessfn.products.modes import ModeName, differentiating
@@ -77,7 +77,7 @@ def hvp(
     def matvec(v: T) -> T:
         return product(params, args, tree.aligned(v, params))
 
-    return matvec
+    return knowing(matvec, of_loss(loss), lambda batch: loss(params, batch))
 
 
 def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, check: bool = True) -> MatVec[T]:
@@ -134,7 +134,7 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
 
     if check:
         _hold(loss, params, args, value, matvec)
-    return matvec
+    return knowing(matvec, of_loss(loss), lambda batch: loss(params, batch))
 
 
 _CONSTANT = (
@@ -159,7 +159,7 @@ def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: M
         return
     message = disagreement("linearized", found, seen, v)
     if said == "wrong":
-        raise Untraceable(f"{message}{blame(by_definition(loss), params, args)}; hvp finds another way")
+        raise Untraceable(f"{message}{blame(loss, params, args)}; hvp finds another way")
     warnings.warn(f"{message}. {AT_A_KINK}", stacklevel=3)
 
 

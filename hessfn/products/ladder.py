@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, NamedTuple, get_args
-
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from hessfn.core import tree
-from hessfn.core.errors import InvalidInput, NoDerivative
+from hessfn.core.errors import NoDerivative, Untraceable
 from hessfn.core.probes import gaussian
 from hessfn.core.results import Mode
-from hessfn.core.torch_private import under_functorch
-from hessfn.core.torch_state import is_differentiated, is_observed, known
+from hessfn.core.torch_state import is_differentiated, is_observed
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
-from hessfn.products.first_check import AT_A_KINK, are_close, disagreement, evidence, is_generic, verdict
+from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, is_generic, verdict
 from hessfn.products.loss_checks import Loss, inspect, two_differences
-from hessfn.products.loss_memory import Memory, Trace, memory_of, shapes_of
-from hessfn.products.modes import MODES, OF_LOSS, ModeName, Product, differentiating, of_loss, of_trace, refuse_mode
+from hessfn.products.loss_memory import Memory, Trace, shapes_of
+from hessfn.products.modes import MODES, Product, differentiating, of_loss, of_trace, refuse_mode
+from hessfn.products.reasons import listed, reason
 from hessfn.products.wrong_operation import wrong_operation
 
-PATIENCE = 3  # a trace costs as much as some products
-_AT_FIRST = ("forward", "traced", "reverse", "double_backward", "difference")
-_DIFFERENTIATED = ("forward", "traced", "reverse")  # what autograd can see through
-_NOT_TRACED = tuple(OF_LOSS)
-_OF_PLAIN_AUTOGRAD = ("double_backward", "difference")
+DIFFERENTIATED = ("forward", "traced", "reverse")  # the modes that autograd can see through
 
 
 def find_mode(loss: Loss, params: Tree, *args: Any) -> Mode:
@@ -38,11 +31,12 @@ def find_mode(loss: Loss, params: Tree, *args: Any) -> Mode:
     Mode(mode='traced', reason='', error=0.0)
     """
     v = gaussian(params, 1)[0]  # not of ones, which nets with norms are often blind to
-    order = _DIFFERENTIATED if is_differentiated(params, args) else MODES
-    return _climb(loss, params, args, v, order, check=True).found.mode
+    order = DIFFERENTIATED if is_differentiated(params, args) else MODES
+    return climb(loss, params, args, v, order, check=True).found.mode
 
 
-class Found(NamedTuple):
+@dataclass
+class Found:
     """What the ladder has found for arguments of some shapes. It holds no loss, which may be gone one day."""
 
     mode: Mode
@@ -51,8 +45,8 @@ class Found(NamedTuple):
     num_products: int = 1  # so far
     patience: int | None = None  # of so many, after which a trace is tried; None where there is nothing to try
 
-    def holds(self, loss: Loss, params: Tree, args: tuple[Any, ...]) -> bool:
-        return self.trace is None or self.trace.holds(loss, params, args)
+    def holds(self, params: Tree, args: tuple[Any, ...]) -> bool:
+        return self.trace is None or self.trace.holds(params, args)
 
     @property
     def is_due(self) -> bool:
@@ -62,104 +56,7 @@ class Found(NamedTuple):
         return self.traced or of_loss(self.mode.mode, loss)
 
 
-def product_of(loss: Loss, mode: ModeName, check: bool = True, trace_after: int = PATIENCE) -> Product:
-    """The product in a mode, which is found, and checked, at the first call for arguments of their shapes.
-
-    What is found is kept with the loss, for all products that are made of it. In mode ``"auto"`` the first products
-    (``trace_after`` of them) are those of the loss as it is, where it has any; then a trace takes over.
-    """
-    if mode not in get_args(ModeName):
-        raise InvalidInput(f"mode={mode!r} must be 'auto' or one of {', '.join(map(repr, MODES))}")
-    if trace_after < 0:
-        raise InvalidInput(f"trace_after={trace_after} must be 0, for a trace at once, or a number of products")
-    memory = memory_of(loss)
-    seen: set[Any] = set()
-
-    def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
-        if torch.compiler.is_compiling():
-            with sdpa_kernel(SDPBackend.MATH):
-                return OF_LOSS["forward" if mode in ("auto", "traced") else mode](loss, params, args, v)
-        differentiated = is_differentiated(params, args)
-        key = (mode, check, trace_after, differentiated, *shapes_of((params, args)))
-        found = memory.modes.get(key)
-        if under_functorch() and (found is None or found.mode.mode in _OF_PLAIN_AUTOGRAD):
-            key = ("transformed", *key)  # where nothing is checked, and plain autograd is of no use
-            found = memory.modes.get(key)
-        if found is None or not found.holds(loss, params, args):
-            order, patience = _order(mode, differentiated, trace_after, found)
-            climbed = _climb(loss, params, args, v, order, check, memory)
-            if "traced" in order and climbed.found.mode.mode not in ("forward", "traced"):
-                patience = None
-            memory.modes[key] = climbed.found._replace(patience=patience)
-            _say(climbed.message, memory)
-            return climbed.result
-        if found.is_due and not is_observed(*tree.leaves((params, args, v))):
-            found, message = _with_trace(found, loss, params, args, v, check, memory)
-            _say(message, memory)
-        memory.modes[key] = found._replace(num_products=found.num_products + 1)
-        with differentiating():
-            result = found.product(loss)(params, args, v)
-        if key not in seen:
-            seen.add(key)
-            _require_finite(result, loss, params, args)
-        return result
-
-    return product
-
-
-def _require_finite(result: Tree, loss: Loss, params: Tree, args: tuple[Any, ...]) -> None:
-    """Raises where the loss is not finite here, which it was where its mode was found."""
-    if not all(known(leaf.isfinite().all()) is not False for leaf in tree.leaves(result)):
-        with differentiating():
-            inspect(loss, params, args)
-
-
-def _order(
-    mode: str, differentiated: bool, trace_after: int, before: Found | None
-) -> tuple[tuple[str, ...], int | None]:
-    """The modes to try, and after how many products a trace."""
-    if mode != "auto":
-        return (mode,), None
-    if differentiated:
-        return _DIFFERENTIATED, None
-    if not trace_after:
-        return MODES, None
-    if before is None:
-        return _AT_FIRST, trace_after
-    # A loss that has changed since it was traced may change again: the next trace is to be worth more products.
-    return _NOT_TRACED, 2 * (before.patience or trace_after)
-
-
-def _say(message: str, memory: Memory) -> None:
-    if message and message not in memory.said:
-        memory.said.add(message)
-        warnings.warn(message, stacklevel=4)
-
-
-def _with_trace(
-    found: Found, loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, check: bool, memory: Memory
-) -> tuple[Found, str]:
-    """A trace in place of the loss as it is, once it is seen to give the same product, which was checked before."""
-    settled = found._replace(patience=None)
-    if "traced" in (memory.wrong.get(shapes_of((params, args))) or ()):
-        return settled, ""
-    try:
-        with differentiating():  # before the trace, which would not hold for a loss that counts its calls
-            before = found.product(loss)(params, args, v) if check else v
-        new = _made("traced", loss, params, args, memory)
-        with differentiating():
-            held = new.product(loss)(params, args, v)
-    except Exception:  # it goes on as it was
-        return settled, ""
-    if check and not are_close(held, before, params):
-        # The check says which of the two is right.
-        memory.wrong.pop(shapes_of((params, args)), None)
-        climbed = _climb(loss, params, args, v, MODES, check, memory)
-        return climbed.found._replace(patience=None), climbed.message
-    return new._replace(num_products=found.num_products, patience=found.patience), ""
-
-
-def _made(name: str, loss: Loss, params: Tree, args: tuple[Any, ...], memory: Memory) -> Found:
+def made(name: str, loss: Loss, params: Tree, args: tuple[Any, ...], memory: Memory) -> Found:
     """A product in a mode.
 
     Raises:
@@ -174,13 +71,13 @@ def _made(name: str, loss: Loss, params: Tree, args: tuple[Any, ...], memory: Me
     return Found(Mode(name, "", 0.0), of_trace(trace, params, args), trace)
 
 
-class _Climbed(NamedTuple):
+class Climbed(NamedTuple):
     found: Found
     result: Tree
     message: str  # for the user
 
 
-def _climb(
+def climb(
     loss: Loss,
     params: Tree,
     args: tuple[Any, ...],
@@ -188,7 +85,7 @@ def _climb(
     order: tuple[str, ...],
     check: bool,
     memory: Memory | None = None,
-) -> _Climbed:
+) -> Climbed:
     """The first of these modes that works, and that agrees with the gradients of the loss itself.
 
     Of one mode alone, which was asked for, it is said what is wrong with it.
@@ -203,19 +100,20 @@ def _climb(
     if check and wrong is None and not observed:
         along = v if is_generic(v) else gaussian(params, 1)[0]
         seen = evidence(loss, params, args, along, inspected.value, inspected.has_custom_backward)
-    defined, reasons, finding = by_definition(loss), [], ""
+    defined, finding = by_definition(loss), ""
+    reasons: list[tuple[str, str]] = []
     wrong = wrong or frozenset()
 
-    def climbed(found: Found, result: Tree, message: str) -> _Climbed:
+    def climbed(found: Found, result: Tree, message: str) -> Climbed:
         if seen is not None:
             memory.wrong[checked] = wrong
-        return _Climbed(found, result, message)
+        return Climbed(found, result, message)
 
     for name in order:
         if name in wrong and len(order) > 1:
             continue
         try:
-            found = _made(name, loss, params, args, memory)
+            found = made(name, loss, params, args, memory)
             with differentiating():
                 apart: Any = 0.0
                 if name == "difference":
@@ -225,9 +123,9 @@ def _climb(
         except Exception as error:
             if len(order) == 1:
                 raise
-            reasons.append(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}")
+            reasons.append((name, reason(error)))
             continue
-        found = found._replace(mode=Mode(name, "; ".join(reasons), float(apart)))
+        found.mode = Mode(name, listed(reasons), float(apart))
         taken = f"{finding}. Taken is mode {name!r}, which agrees" if finding else ""
         if not taken and reasons and name not in ("traced", "forward") and "traced" in order:
             taken = _announce(found.mode)
@@ -246,9 +144,9 @@ def _climb(
         if len(order) == 1:
             return climbed(found, result, message)
         wrong |= {name}
-        finding = finding or message + blame(defined, params, args)
-        reasons.append(f"{name}: not what gradients of the loss say")
-    raise NoDerivative("this loss cannot be differentiated twice in any way:\n" + "\n".join(reasons))
+        finding = finding or message + blame(loss, params, args)
+        reasons.append((name, "not what gradients of the loss say"))
+    raise NoDerivative("this loss cannot be differentiated twice in any way:\n" + listed(reasons, "\n"))
 
 
 _CUSTOM = (
@@ -259,9 +157,13 @@ _CUSTOM = (
 
 
 def blame(loss: Loss, params: Tree, args: tuple[Any, ...]) -> str:
-    """Which operation it is that a trace of the loss differentiates wrongly, where that can be told."""
-    with differentiating():
-        operation = wrong_operation(pipeline.run(pipeline.LOSS, None, pipeline.Job(loss, params, args)), params, args)
+    """Which operation it is that torch differentiates wrongly, where that can be told."""
+    try:
+        with differentiating():
+            graph = pipeline.run(pipeline.LOSS, None, pipeline.Job(by_definition(loss), params, args))
+            operation = wrong_operation(graph, params, args)
+    except Untraceable:
+        return ""
     return f" (wrong is torch's rule for {operation})" if operation else ""
 
 

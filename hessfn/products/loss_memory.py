@@ -32,11 +32,12 @@ class Trace(NamedTuple):
     product: fx.GraphModule | None
     reason: str = ""  # why there is no product: a derivative rule looks at values, say
 
-    def holds(self, loss: Loss, params: Tree, args: tuple[Any, ...]) -> bool:
-        """Whether the loss would be traced to the same graphs again."""
-        if self.guard != snapshot(loss, params):
+    def holds(self, params: Tree, args: tuple[Any, ...]) -> bool:
+        """Whether the loss decides by these integers and masks what it has decided in the trace."""
+        try:
+            return pipeline.holds(self.product or self.loss, params, args)
+        except Exception:  # an index out of its range, or values that nobody may look at, under vmap
             return False
-        return all(pipeline.holds(g, params, args) for g in (self.product or self.loss,))
 
 
 class Memory:
@@ -44,7 +45,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.wrong: dict[Any, frozenset[str]] = {}  # by shapes: the modes that the check has found wrong
-        self.modes: dict[Any, Any] = {}  # by shapes: what the ladder has found
+        self.modes: dict[Any, list[Any]] = {}  # by shapes: what the ladder has found
         self.said: set[str] = set()
         self.traces: dict[Any, list[Trace]] = {}  # by shapes
 
@@ -58,17 +59,18 @@ class Memory:
             Untraceable: no graph can stand for the loss, or there are as many as are kept.
         """
         key = shapes_of((params, args))
-        kept = [t for t in self.traces.get(key, []) if t.guard == snapshot(loss, params)]
+        now = snapshot(loss, params)
+        kept = [t for t in self.traces.get(key, []) if t.guard == now]
         for trace in kept:
-            if trace.holds(loss, params, args):
+            if trace.holds(params, args):
                 return trace
-        others = sum(map(len, self.traces.values())) - len(self.traces.get(key, [])) + len(kept)
-        if others >= MOST_TRACES and for_ever:
-            raise Untraceable(f"{MOST_TRACES} traces are kept of this loss, for batches of other shapes")
+        self.traces[key] = kept  # without those whose constants have changed
+        is_full = sum(map(len, self.traces.values())) >= MOST_TRACES
+        if is_full and for_ever:
+            raise Untraceable(f"{MOST_TRACES} traces are kept of this loss, for other batches")
         trace = make_trace(loss, params, args)
-        if others >= MOST_TRACES:
-            return trace
-        self.traces[key] = [*kept, trace]  # in place of those whose constants have changed
+        if not is_full:
+            self.traces[key] = [*kept, trace]
         return trace
 
 

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn.core import tree
+from hessfn.core.func import gradient, jvp, vjp
 from hessfn.core.torch_state import is_differentiated, torch_state_lock
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
@@ -18,7 +20,6 @@ from hessfn.engine.trace import tensors
 from hessfn.products.loss_checks import Loss, plain_gradient, refuse_once_differentiable, two_differences
 from hessfn.products.loss_memory import Trace, copied
 
-vjp: Callable[..., Any] = torch.func.vjp  # as it is annotated, it always returns an auxiliary output too
 Product = Callable[[Tree, tuple[Any, ...], Tree], Tree]
 ModeName = Literal["auto", "traced", "forward", "reverse", "double_backward", "difference"]
 
@@ -33,16 +34,16 @@ def of_trace(trace: Trace, params: Tree, args: tuple[Any, ...]) -> Product:
 
 
 def forward(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
-    return torch.func.jvp(lambda p: _gradient(loss, p, args), (params,), (v,))[1]
+    return tree.unflatten(jvp(lambda p: _gradient(loss, p, args), params, v), params)
 
 
 def reverse(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
-    return vjp(lambda p: _gradient(loss, p, args), params)[1](v)[0]
+    return vjp(lambda p: _gradient(loss, p, args), params)[1](tree.leaves(v))
 
 
 def double_backward(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
-    leaves, gradient = plain_gradient(loss, params, args, create_graph=True)
-    pairs = [(g, d) for g, d in zip(gradient, tree.leaves(v), strict=True) if g.requires_grad]
+    leaves, gradients = plain_gradient(loss, params, args, create_graph=True)
+    pairs = [(g, d) for g, d in zip(gradients, tree.leaves(v), strict=True) if g.requires_grad]
     if not pairs:
         return tree.map(torch.zeros_like, params)
     outputs, directions = zip(*pairs, strict=True)
@@ -70,9 +71,8 @@ def refuse_mode(name: str, loss: Loss, params: Tree, args: tuple[Any, ...]) -> N
         refuse_once_differentiable(loss, params, args)
 
 
-def _gradient(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tree:
-    value, pullback = vjp(lambda p: loss(p, *args), params)
-    return pullback(torch.ones_like(value))[0]
+def _gradient(loss: Loss, params: Tree, args: tuple[Any, ...]) -> list[Tensor]:
+    return tree.leaves(gradient(lambda p: loss(p, *args), params))
 
 
 def of_loss(name: str, loss: Loss) -> Product:

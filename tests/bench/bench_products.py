@@ -1,13 +1,15 @@
 """What one Hessian-vector product costs, beside those of the peers that are installed: time, error, memory, growth.
 
-``python tests/bench/bench_products.py [resnet20] [gpt] [mlp]``: one table a model. Times are medians of rounds in which
-every way has its turn, so that they share the drift of the machine; memory is the peak of a process of its own.
+``python tests/bench/bench_products.py [resnet20] [gpt] [mlp]``: two tables a model, of products and of first products
+of a loss. Times are medians of rounds in which every way has its turn, so that they share the drift of the machine;
+memory is the peak of a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import re
 import statistics
 import subprocess
@@ -16,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +90,7 @@ WAYS: dict[str, Make] = {
     "curvlinops": curvlinops,
     "hessian-eigenthings": eigenthings,
     "hessfn double backward": with_hessfn(hf.hvp, mode="double_backward"),
-    "hessfn hvp": with_hessfn(hf.hvp),
+    "hessfn hvp": with_hessfn(hf.hvp, trace_after=0),
     "hessfn linearized_hvp": with_hessfn(hf.linearized_hvp),
     "hessfn linearized_hvp, compiled": with_hessfn(hf.linearized_hvp, compile=True),
 }
@@ -146,6 +149,44 @@ def table(model: str, rounds: int) -> Iterator[str]:
         yield f"{name:34} {1e3 * t:7.0f} {t / kept:7.2f} {t / fresh:8.2f} {error:>8} {memory}"
 
 
+# What a training loop makes at each step.
+FIRST: dict[str, Callable[..., hf.MatVec]] = {
+    "jvp of grad": lambda loss, params, batch: partial(plain_product, loss, params, batch),
+    "hvp": hf.hvp,
+    "hvp, unchecked": partial(hf.hvp, check=False),
+    "hvp, traced at once": partial(hf.hvp, trace_after=0),
+    "hvp, traced at once, unchecked": partial(hf.hvp, trace_after=0, check=False),
+    "linearized_hvp": hf.linearized_hvp,
+    "linearized_hvp, unchecked": partial(hf.linearized_hvp, check=False),
+}
+
+
+def plain_product(loss: Any, params: Vector, batch: Any, v: Vector) -> Vector:
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(lambda p: torch.func.grad(loss)(p, batch), (params,), (v,))[1]
+
+
+def first_products(model: str) -> Iterator[str]:
+    """The first products of a loss, each with a closure of its own, in three rounds."""
+    module, criterion, batch = MODELS[model]()
+    run = built("gradient", (module, criterion, batch))
+    gradient = in_turns({"": run}, 5)[""]
+    yield f"\n{model}: the 1st to 6th product of a loss, each with a closure of its own, in gradients"
+    for name, make in FIRST.items():
+        rounds = [seconds_of_products(make, module, criterion, batch) for _ in range(3)]
+        yield f"{name:34} " + " ".join(f"{statistics.median(t) / gradient:7.1f}" for t in zip(*rounds, strict=True))
+
+
+def seconds_of_products(make: Any, module: Any, criterion: Any, batch: Any) -> list[float]:
+    loss, params = hf.functionalize(module, criterion)
+    v, seconds = hf.gaussian(params, 1)[0], []
+    for _ in range(6):
+        start = time.perf_counter()
+        make(loss, params, batch)(v)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 def truth(model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> Vector:
     """The product by double backward, in float64."""
     loss, params = hf.functionalize(model, criterion)
@@ -196,7 +237,8 @@ def main() -> None:
         print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
         return
     for model in arguments.models:
-        for line in growth() if model == "growth" else table(model, arguments.rounds):
+        tables = [growth()] if model == "growth" else [table(model, arguments.rounds), first_products(model)]
+        for line in itertools.chain(*tables):
             print(line, flush=True)
 
 
