@@ -15,6 +15,7 @@ from hessfn.core import tree
 from hessfn.core.arguments import kind, require_vector
 from hessfn.core.dtensor import layout, place
 from hessfn.core.errors import InvalidInput
+from hessfn.core.func import vmap
 from hessfn.core.results import S
 from hessfn.core.tree import T
 
@@ -69,7 +70,7 @@ def each(function: Callable[[T], S], probes: Iterable[T], batch_size: int = 1) -
             continue
         if any(layout(leaf) for leaf in tree.leaves(group[0])):
             raise InvalidInput(f"batch_size={batch_size} is not for DTensors, which vmap does not know: leave it at 1")
-        results = torch.func.vmap(function)(tree.map(lambda *leaves: torch.stack(leaves), *group))
+        results = vmap(function, tree.map(lambda *leaves: torch.stack(leaves), *group))
         for i in range(len(group)):
             yield tree.map(lambda x: x[i], results)  # noqa: B023
 

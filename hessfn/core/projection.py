@@ -8,6 +8,7 @@ import torch
 
 from hessfn.core import tree
 from hessfn.core.dtensor import whole
+from hessfn.core.func import vmap
 from hessfn.core.tree import T
 
 
@@ -20,7 +21,7 @@ def complement_of(vectors: T) -> Callable[[T], T]:
     """
     everywhere = tree.map(whole, vectors)
     one = tree.map(lambda x: x[0], everywhere)
-    rows = torch.func.vmap(lambda v: tree.ravel(v)[0])(everywhere)
+    rows = vmap(lambda v: tree.ravel(v)[0], everywhere)
     basis = torch.linalg.qr(rows.T.to(torch.promote_types(rows.dtype, torch.float32))).Q
 
     def outside(v: T) -> T:

@@ -15,6 +15,7 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_matvec, require_vector, require_vectors
 from hessfn.core.dtensor import whole
 from hessfn.core.errors import InvalidInput
+from hessfn.core.func import vmap
 from hessfn.core.results import EigenPair, EigenPairs, Tridiagonal
 from hessfn.core.tree import MatVec, T
 from hessfn.estimators import krylov
@@ -197,7 +198,7 @@ def eigsh(
 
 def _starts(space: Space[T], v0: T, vectors: T) -> Tensor:
     """Several vectors as rows, their leaves in the order of those of ``v0``."""
-    return torch.func.vmap(lambda v: space.ravel(tree.matched(v, v0, "warm_start", "v0")))(tree.map(whole, vectors))
+    return vmap(lambda v: space.ravel(tree.matched(v, v0, "warm_start", "v0")), tree.map(whole, vectors))
 
 
 def _unrestarted(space: Space[T], v0: T, k: int, which: Which, num_matvecs: int) -> EigenPairs[T]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.arguments import require_vector
 from hessfn.core.errors import InvalidInput
+from hessfn.core.func import gradient as gradient_of
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_state import known
 from hessfn.core.tree import T
@@ -36,7 +37,7 @@ def gradient_direction(loss: Loss, params: T, *args: Any) -> T:
     tensor([0.6000, 0.8000])
     """
     require_kinds(loss, params, "gradient_direction(loss, params, ...)", floating=True)
-    gradient = torch.func.grad(loss)(params, *args)
+    gradient = gradient_of(lambda p: loss(p, *args), params)
     return _unit(tree.map(lambda g: g.to_dense() if g.is_sparse else g, gradient))
 
 

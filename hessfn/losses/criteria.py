@@ -60,13 +60,18 @@ class Known(NamedTuple):
 
 def known_criterion(criterion: Any) -> Known | None:
     """None for a criterion that is not torch's, or one in which samples may meet."""
-    found = _module(criterion) or _function(criterion)
+    found = parts_of(criterion)
     if found is None:
         return None
     name, function, settings = found
     by_class = any(function is other for other in _BY_CLASS.values())
     weight = settings.get("weight")
     return Known(name, settings.get("reduction", "mean"), by_class, weight, settings.get("ignore_index", -100))
+
+
+def parts_of(criterion: Any) -> tuple[str, Callable[..., Tensor], dict[str, Any]] | None:
+    """Its name, the function of torch's that it is, and with which settings; None for one that is not torch's."""
+    return _module(criterion) or _function(criterion)
 
 
 def summed(criterion: Any) -> Callable[[Any, Any], Tensor]:
@@ -82,7 +87,7 @@ def _module(criterion: Any) -> tuple[str, Callable[..., Tensor], dict[str, Any]]
     for kind, function in _ALL.items():
         # A subclass with a forward of its own may be anything.
         if isinstance(criterion, kind) and type(criterion).forward is kind.forward:
-            names = ("weight", "ignore_index", "label_smoothing", "reduction")
+            names = ("weight", "ignore_index", "label_smoothing", "pos_weight", "reduction")
             settings = {name: getattr(criterion, name) for name in names if hasattr(criterion, name)}
             return kind.__name__, function, settings
     return None

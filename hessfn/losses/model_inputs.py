@@ -19,7 +19,7 @@ def pair(batch: Any) -> tuple[Any, Any]:
     Arrays of NumPy become tensors, which share their memory.
     """
     batch = tree.map(as_tensor, batch)
-    if isinstance(batch, Mapping) or tree.is_object(batch):
+    if is_one(batch):
         return batch, batch
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         found = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
@@ -28,6 +28,11 @@ def pair(batch: Any) -> tuple[Any, Any]:
             "others write your own loss"
         )
     return batch[0], batch[1]
+
+
+def is_one(batch: Any) -> bool:
+    """Whether a batch is one mapping or one object, which both the model and its criterion take what they need of."""
+    return isinstance(batch, Mapping) or tree.is_object(batch)
 
 
 class Signature(NamedTuple):

@@ -12,13 +12,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn.core import tree
-from hessfn.core.arguments import require_forward, require_pair
+from hessfn.core.arguments import kind, require_forward, require_pair
+from hessfn.core.arrays import as_tensor
 from hessfn.core.errors import InvalidInput
+from hessfn.core.flatten import flatten
+from hessfn.core.func import gradient, vjp
 from hessfn.core.torch_state import is_observed, torch_state_lock
-from hessfn.core.tree import MatVec, T, Tree
+from hessfn.core.tree import MatVec, T
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.criteria import known_criterion, summed
-from hessfn.products.modes import vjp
+from hessfn.losses.model_inputs import is_one
+from hessfn.losses.samples import length
+from hessfn.losses.weights import knowing, of_criterion
+from hessfn.products.outputs import outputs_of, pushforward
+from hessfn.products.predictive import generator, mean_of_draws, require_distribution
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,14 +59,17 @@ def ggnvp(
     parameters.
 
     Args:
-        forward: ``forward(params, inputs)`` to a tensor or a tree of them, such as :func:`hessfn.stateless` returns.
+        forward: ``forward(params, inputs)``, such as :func:`hessfn.stateless` returns, to a tensor, or to whatever
+            holds tensors: a dict, a dataclass, an output object of Hugging Face's with its caches. The floating-point
+            tensors in it are the outputs; all else is constant.
         criterion: ``criterion(outputs, targets)`` to a scalar.
         params: a tree of tensors.
-        batch: ``(inputs, targets)``.
+        batch: ``(inputs, targets)``. One mapping or one object goes to both sides, as for
+            :func:`hessfn.functionalize`.
 
     Raises:
-        ValueError: an argument is of another kind, such as a loss where the model's outputs are wanted, or a vector
-            does not match ``params``.
+        ValueError: an argument is of another kind, such as a loss where the model's outputs are wanted; the criterion
+            gives the loss that the model itself has computed; or a vector does not match ``params``.
 
     Source: Schraudolph (2002).
 
@@ -69,25 +79,59 @@ def ggnvp(
     tensor([2., 4.])
     """
     require_forward(forward, criterion, params, _call(ggnvp))
-    inputs, targets = require_pair(batch, "batch (inputs, targets)", _call(ggnvp))
-
-    def loss_of(out: Any) -> Tensor:
-        return criterion(out, targets)
+    inputs, targets = _sides(batch, _call(ggnvp))
+    unchecked = [True]
 
     def matvec(v: T) -> T:
         v = tree.aligned(v, params)
-        defined = by_definition(forward)
-
-        def outputs(p: T) -> Any:
-            return defined(p, inputs)
-
         with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
-            out, pullback = vjp(outputs, params)
-            # Reverse mode: the criterion is cheap, and the common ones lack a forward rule.
-            _, curvature = vjp(torch.func.grad(loss_of), out)
-            return pullback(curvature(_pushforward(outputs, params, v))[0])[0]
+            out = outputs_of(by_definition(forward), params, inputs)
 
-    return matvec
+            def slope_at(parts: list[Tensor]) -> list[Tensor]:
+                return gradient(lambda parts: criterion(out.whole(parts), targets), parts)
+
+            # Reverse mode: the criterion is cheap, and the common ones lack a forward rule.
+            slope, curvature = vjp(slope_at, out.parts)
+            image = curvature(out.pushforward(v))
+            if unchecked[0] and not is_observed(*slope, *image):
+                _refuse_own_loss(ggnvp, slope, is_linear=not any(map(_has_entries, image)))
+                unchecked[0] = False
+            return out.pullback(image)
+
+    return knowing(matvec, of_criterion(criterion, _targets), _value_of(forward, criterion, params))
+
+
+def _sides(batch: Any, call: str = "") -> tuple[Any, Any]:
+    """Inputs and targets; what is one goes to both sides. A criterion of torch's takes tensors, not arrays."""
+    inputs, targets = (batch, batch) if is_one(batch) else require_pair(batch, "batch (inputs, targets)", call)
+    return inputs, tree.map(as_tensor, targets)
+
+
+def _targets(batch: Any) -> Any:
+    return _sides(batch)[1]
+
+
+def _value_of(forward: Callable[..., Any], criterion: Callable[..., Tensor], params: Any) -> Callable[[Any], Tensor]:
+    def value_of(batch: Any) -> Tensor:
+        inputs, targets = _sides(batch)
+        return criterion(forward(params, inputs), targets)
+
+    return value_of
+
+
+def _has_entries(x: Tensor) -> bool:
+    return bool((x != 0).any())
+
+
+def _refuse_own_loss(make: Callable[..., Any], slope: list[Tensor], is_linear: bool = True) -> None:
+    """Raises where a criterion is of a single number among larger outputs, such as the loss that the model computed."""
+    used = [x for x in slope if _has_entries(x)]
+    if is_linear and used and all(x.dim() == 0 for x in used) and any(x.dim() for x in slope):
+        raise InvalidInput(
+            f"{make.__name__}: what the criterion takes of the outputs is a single number, such as the loss that the "
+            "model has computed itself, and not the predictions. Give the criterion of these, such as lambda out, "
+            "batch: cross_entropy(out.logits.flatten(0, 1), batch['labels'].flatten())"
+        )
 
 
 @_says_what_is_missing
@@ -97,6 +141,8 @@ def fvp(
     params: T,
     batch: Any,
     *,
+    num_samples: int | None = None,
+    seed: int = 0,
     check: bool = True,
 ) -> MatVec[T]:
     """Products with the empirical Fisher matrix ``1/B sum_i g_i g_i'``, ``g_i`` the gradient of sample ``i``'s loss.
@@ -105,15 +151,24 @@ def fvp(
     torch's ``CrossEntropyLoss`` and ``NLLLoss``, with class weights or ignored targets, it is
     ``B w_i l_i / sum_j w_j``. Of a criterion that is a sum over samples it is the criterion of the sample alone.
 
+    With ``num_samples`` it is the Monte-Carlo Fisher matrix: targets are drawn from the model's own predictions, of
+    classes for ``CrossEntropyLoss`` and ``NLLLoss``, of normal numbers for ``MSELoss`` and of zeros and ones for
+    ``BCEWithLogitsLoss``. Its mean over draws is the Fisher matrix itself, which for criteria of logits and for
+    ``MSELoss`` is the Gauss-Newton matrix of :func:`ggnvp`, class weights and all; its rank is at most that of as many
+    gradients as there are draws. The batch's own targets count only where they are ignored or have weights.
+
     Arguments as :func:`ggnvp`. Samples lie along the first axis of outputs and targets, and the output of a sample must
-    depend on that sample alone. With targets drawn from the model's own predictions it is a Monte-Carlo estimate of the
-    Fisher matrix itself.
+    depend on that sample alone.
 
     Args:
+        num_samples: draws for each sample, in one product of the cost of :func:`ggnvp`'s; None for the targets of the
+            batch.
+        seed: of the draws, which are a function of it and the data: every product has the same.
         check: whether the first product asks that the criterion be the mean, or the sum, of those of single samples.
 
     Raises:
-        ValueError: it is neither, such as a mean by class weights in a criterion of one's own.
+        ValueError: it is neither, such as a mean by class weights in a criterion of one's own; or no targets can be
+            drawn by this criterion.
 
     >>> x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
     >>> square = lambda out, y: (out - y).square().mean()
@@ -122,35 +177,85 @@ def fvp(
     tensor([2., 4.])
     """
     require_forward(forward, criterion, params, _call(fvp))
-    inputs, targets = require_pair(batch, "batch (inputs, targets)", _call(fvp))
+    sides = _sides(batch, _call(fvp))
+    if num_samples is None:
+        matvec = _empirical(forward, criterion, params, batch, sides, check)
+    else:
+        matvec = _monte_carlo(forward, criterion, params, batch, sides, num_samples, seed)
+    return knowing(matvec, of_criterion(criterion, _targets), _value_of(forward, criterion, params))
+
+
+def _monte_carlo(
+    forward: Any, criterion: Any, params: T, batch: Any, sides: tuple[Any, Any], num_samples: int, seed: int
+) -> MatVec[T]:
+    if num_samples < 1 or seed < 0:
+        raise InvalidInput(f"num_samples={num_samples} must be at least 1, and seed={seed} not negative")
+    predict = require_distribution(criterion, _call(fvp))
+    inputs, targets = sides
+
+    def matvec(v: T) -> T:
+        v = tree.aligned(v, params)
+        with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
+            out = outputs_of(by_definition(forward), params, inputs)
+            predictions = out.whole(out.parts)
+            if not isinstance(predictions, Tensor) or not predictions.dim() or not predictions.is_floating_point():
+                raise InvalidInput(f"{_call(fvp)}: targets are drawn by a tensor of outputs, not {kind(predictions)}")
+            (tangent,) = out.pushforward(v)
+            draws = generator(seed, batch)
+            return out.pullback([mean_of_draws(predict(predictions, targets), tangent, num_samples, draws)])
+
+    return matvec
+
+
+def _empirical(forward: Any, criterion: Any, params: T, batch: Any, sides: tuple[Any, Any], check: bool) -> MatVec[T]:
+    inputs, targets = sides
     known = known_criterion(criterion)
     is_weighed = known is not None and known.by_class and known.reduction == "mean"
     # A mean of one sample has its weight divided out, and of one that is ignored it is 0 / 0.
     of_sample = summed(criterion) if is_weighed else criterion
     weight = known.weight_of(batch, targets) if known is not None and is_weighed else None
-    unchecked = [check and known is None]
-
-    def alone(output: Any, target: Any) -> Tensor:
-        one = tree.map(lambda leaf: leaf.unsqueeze(0), (output, target))
-        return of_sample(*one)
+    unchecked = [check]
 
     def matvec(v: T) -> T:
         v = tree.aligned(v, params)
         defined = by_definition(forward)
 
         def losses(p: T) -> Tensor:
-            each = torch.func.vmap(alone)(defined(p, inputs), targets)
+            each = _by_sample(of_sample, defined(p, inputs), targets, may_differ=is_one(batch))
             return each if weight is None else each * torch.as_tensor(each.numel() / weight).to(each)
 
         with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
             each, pullback = vjp(losses, params)
             if unchecked[0] and not is_observed(each):
-                with torch.no_grad():
-                    _require_shares(each, criterion(defined(params, inputs), targets))
+                out = outputs_of(defined, params, inputs)
+                if known is None:
+                    with torch.no_grad():
+                        _require_shares(each, criterion(out.whole(out.parts), targets))
+                if any(x.dim() == 0 for x in out.parts):
+                    slope = gradient(lambda parts: criterion(out.whole(parts), targets), out.parts)
+                    _refuse_own_loss(fvp, slope)
                 unchecked[0] = False
-            return pullback(_pushforward(losses, params, v) / each.numel())[0]
+            return pullback(pushforward(losses, params, v) / each.numel())
 
     return matvec
+
+
+def _by_sample(of_sample: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, may_differ: bool) -> Tensor:
+    """The criterion of each sample alone, as a batch of one; what has no axis of samples is the same for all."""
+    (found, structure), (wanted, like) = flatten(outputs), flatten(targets)
+    size = length(outputs)
+    if not may_differ and any(isinstance(x, Tensor) and x.dim() and len(x) != size for x in wanted):
+        raise InvalidInput(f"fvp: there are outputs of {size} samples, but targets of {length(targets)}")
+    flat = [*found, *wanted]
+    where = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.dim() and len(x) == size]
+
+    def alone(*samples: Tensor) -> Tensor:
+        one = list(flat)
+        for i, sample in zip(where, samples, strict=True):
+            one[i] = sample.unsqueeze(0)
+        return of_sample(structure.unflatten(one[: len(found)]), like.unflatten(one[len(found) :]))
+
+    return torch.func.vmap(alone)(*[flat[i] for i in where])
 
 
 def _require_shares(each: Tensor, whole: Tensor) -> None:
@@ -164,12 +269,3 @@ def _require_shares(each: Tensor, whole: Tensor) -> None:
             "NLLLoss of torch, or a criterion that is a mean over samples; with check=False a sample's loss is the "
             "criterion of it alone"
         )
-
-
-def _pushforward(function: Callable[[Tree], Any], point: Tree, v: Tree) -> Any:
-    """``J v``; without forward rules as the derivative of ``u -> J' u``, which is linear, so any ``u`` will do."""
-    try:
-        return torch.func.jvp(function, (point,), (v,))[1]
-    except (RuntimeError, NotImplementedError):
-        out, pullback = vjp(function, point)
-        return vjp(lambda u: pullback(u)[0], tree.map(torch.zeros_like, out))[1](v)[0]
