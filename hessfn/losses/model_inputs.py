@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from hessfn.core import tree
-from hessfn.core.arrays import as_tensor
+from hessfn.core.arrays import as_tensors
 from hessfn.core.errors import InvalidInput
 
 
@@ -18,7 +18,7 @@ def pair(batch: Any) -> tuple[Any, Any]:
 
     Arrays of NumPy become tensors, which share their memory.
     """
-    batch = tree.map(as_tensor, batch)
+    batch = as_tensors(batch)
     if is_one(batch):
         return batch, batch
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -71,7 +71,7 @@ def arguments(inputs: Any, signature: Signature) -> tuple[tuple[Any, ...], dict[
 
     So is anything else, also what is more than a tuple, such as a packed sequence.
     """
-    inputs = tree.map(as_tensor, inputs)
+    inputs = as_tensors(inputs)
     if isinstance(inputs, Mapping) and signature.takes(inputs):
         return (), dict(inputs)
     return (tuple(inputs) if _is_list(inputs) else (inputs,)), {}

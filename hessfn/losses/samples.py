@@ -42,7 +42,7 @@ def moved(batch: Any, device: torch.device | None) -> Any:
 
 def rows(batch: Any, start: int, stop: int) -> Any:
     """Some samples of a batch; arrays stay arrays."""
-    return tree.map(lambda x: x[start:stop] if isinstance(x, Tensor | np.ndarray) and x.ndim else x, batch)
+    return tree.map(lambda x: x[start:stop] if isinstance(x, (Tensor, np.ndarray)) and x.ndim else x, batch)
 
 
 def two_parts(batch: Any, most: int | None = None) -> tuple[Any, Any, Any] | None:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn.core import tree
 from hessfn.core.arguments import kind, require_forward, require_pair
-from hessfn.core.arrays import as_tensor
+from hessfn.core.arrays import as_tensors
 from hessfn.core.errors import InvalidInput
 from hessfn.core.flatten import flatten
 from hessfn.core.func import gradient, vjp
@@ -104,7 +104,7 @@ def ggnvp(
 def _sides(batch: Any, call: str = "") -> tuple[Any, Any]:
     """Inputs and targets; what is one goes to both sides. A criterion of torch's takes tensors, not arrays."""
     inputs, targets = (batch, batch) if is_one(batch) else require_pair(batch, "batch (inputs, targets)", call)
-    return inputs, tree.map(as_tensor, targets)
+    return inputs, as_tensors(targets)
 
 
 def _targets(batch: Any) -> Any:
