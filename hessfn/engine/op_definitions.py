@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hessfn.core.torch_private import weight_norm
+from hessfn.engine import geometry_definitions
 
 
 def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -24,6 +25,8 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
       derivatives of the fused ones are wrong in every mode, and the second ones compute much of the first ones again.
     - The inverse from a Cholesky factor is a solve: its forward rule is wrong (pytorch#196682).
     - Means of squares, Huber's loss, the soft margin and ``hardsigmoid`` have no rule in forward mode.
+    - Distances and samples of a grid are elementary operations, and leaky ReLUs with a random slope are in eval mode
+      those with the mean slope: the fused ones have no forward rule.
     - Attention divides by the sum of its weights last, so that only one matrix of its size comes into the derivatives
       for two.
 
@@ -62,9 +65,8 @@ def _embedding(
 def _embedding_bag(input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
     mode, weights, padding_idx = (options.get(name) for name in ("mode", "per_sample_weights", "padding_idx"))
     if input.dim() != 2 or mode == "max" or len(args) > 1 or options.get("max_norm") is not None:
-        if len(args) > 5:
-            return F.embedding_bag(input, weight, *args[:5], False, *args[6:], **options)
-        return F.embedding_bag(input, weight, *args, **{**options, "sparse": False})
+        args, dense = ((*args[:5], False, *args[6:]), {}) if len(args) > 5 else (args, {"sparse": False})
+        return F.embedding_bag(input, weight, *args, **{**options, **dense})
     counted = torch.ones_like(input, dtype=weight.dtype)
     if padding_idx is not None:
         counted = (input != padding_idx % len(weight)).to(weight.dtype)
@@ -204,6 +206,14 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return torch.where(inside, input / 6 + 0.5, (input >= 3).to(input.dtype))
 
 
+def _rrelu(
+    input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Tensor:
+    if training:
+        return F.rrelu(input, lower, upper, training, inplace)
+    return F.leaky_relu(input, (lower + upper) / 2, inplace)
+
+
 _DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
@@ -217,4 +227,10 @@ _DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
     F.huber_loss: _huber_loss,
     F.soft_margin_loss: _soft_margin_loss,
     F.hardsigmoid: _hardsigmoid,
+    F.rrelu: _rrelu,
+    torch.rrelu: _rrelu,
+    torch.cdist: geometry_definitions.cdist,
+    F.pdist: geometry_definitions.pdist,
+    torch.pdist: geometry_definitions.pdist,
+    F.grid_sample: geometry_definitions.grid_sample,
 }

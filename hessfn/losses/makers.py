@@ -11,6 +11,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -41,24 +42,25 @@ def is_made_of_attributes(kind: type) -> bool:
 
 def _is_python(kind: type) -> bool:
     makes_itself = isinstance(vars(kind).get("__new__"), types.BuiltinFunctionType)
-    return bool(kind.__flags__ & _HEAP_TYPE) and not makes_itself
+    return kind.__flags__ & _PYTHON == _PYTHON and not makes_itself
 
 
-_HEAP_TYPE = 1 << 9  # Python's own flag of a class that is not compiled in
+_PYTHON = 1 << 9 | 1 << 10  # Python's own flags of a class that is not compiled in, and may have subclasses
 
 
 def attributes_of(x: Any) -> Iterator[tuple[str, Any]]:
     """Those of an instance, also in slots."""
     yield from ((name, part) for name, part in getattr(x, "__dict__", {}).items() if name != _COMPILED_CALL)
-    yield from ((slot.__name__, slot.__get__(x)) for slot in _slots(x))
+    yield from ((slot.__name__, part) for slot, part in _slots(x))
 
 
-def _slots(x: Any) -> Iterator[Any]:
-    """The slots of an instance that are set."""
-    for base in type(x).__mro__:
-        for name, slot in vars(base).items():
-            if isinstance(slot, types.MemberDescriptorType) and is_made_of_attributes(base) and hasattr(x, name):
-                yield slot
+def _slots(x: Any) -> Iterator[tuple[Any, Any]]:
+    """The slots of an instance that are set, and what is in them."""
+    slots = [slot for base in type(x).__mro__ if is_made_of_attributes(base) for slot in vars(base).values()]
+    for slot in slots:
+        if isinstance(slot, types.MemberDescriptorType):
+            with suppress(AttributeError):  # not set
+                yield slot, slot.__get__(x)
 
 
 _COMPILED_CALL = "_compiled_call_impl"  # what module.compile() leaves on a module
@@ -86,8 +88,8 @@ def _object(x: Any, memo: Memo, cast: Cast) -> Any:
 
 def _with_slots(x: Any, memo: Memo, cast: Cast) -> Any:
     new = _object(x, memo, cast)
-    for slot in _slots(x):
-        slot.__set__(new, cast(slot.__get__(x)))
+    for slot, part in _slots(x):
+        slot.__set__(new, cast(part))
     return new
 
 
