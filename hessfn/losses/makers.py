@@ -75,7 +75,8 @@ def contents_of(cell: types.CellType) -> tuple[Any, ...]:
 
 def copied_shallow(x: Any, memo: Memo, cast: Cast) -> Any:
     """Of a container in which nothing is copied."""
-    new = memo[id(x)] = x.copy()
+    is_empty = not x and type(x) in (dict, collections.OrderedDict)  # as nearly all that a module has: the faster way
+    new = memo[id(x)] = type(x)() if is_empty else x.copy()
     return new
 
 
