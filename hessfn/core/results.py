@@ -4,6 +4,10 @@ Tensors are float64 where the device has it, unless said otherwise. ``T`` is the
 on; ``k`` is the number of eigenpairs, ``m`` of Lanczos steps, ``p`` of probes, ``n`` of entries of a vector, ``g`` of
 points. The unit of the eigenvalues is that of the matrix: for a Hessian, of the loss over that of the parameters
 squared. Under ``vmap`` all tensors carry the batch's axis in front.
+
+Every tensor is contiguous and has memory of its own, so that a file has no more than is seen. ``torch.load`` reads the
+results with its default ``weights_only=True``: when this module is loaded, which ``import hessfn`` does, it adds these
+classes, which hold data and run nothing, to the list of what may be read.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 from typing import Generic
 
 from torch import Tensor
+from torch.serialization import add_safe_globals
 from typing_extensions import NamedTuple, TypeVar  # typing's own cannot be generic before Python 3.11
 
 from hessfn.core.tree import T
@@ -114,3 +119,6 @@ class Mode(NamedTuple):
     mode: str  #: one of the modes of :func:`hessfn.hvp`
     reason: str  #: why no earlier mode would do; empty where the first one did
     error: float  #: relative error of the product where it is a difference, 0.0 where it is exact
+
+
+add_safe_globals([kind for kind in list(globals().values()) if hasattr(kind, "_fields")])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from hessfn.core.flatten import leaves
+from hessfn.core.flatten import flatten, leaves
 from hessfn.core.locks import TORCH
 from hessfn.core.torch_private import (
     current_dispatch_mode,
@@ -22,6 +24,10 @@ from hessfn.core.torch_private import (
 )
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 def torch_state_lock() -> AbstractContextManager[Any]:
     """Held while a loss is traced or differentiated, and while a loader draws from the global generator.
 
@@ -31,6 +37,30 @@ def torch_state_lock() -> AbstractContextManager[Any]:
     it. A thread may take it twice, and a fork waits for it.
     """
     return nullcontext() if torch.compiler.is_compiling() else TORCH
+
+
+def recorded(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that differentiates, for callers within ``torch.inference_mode()`` too.
+
+    There autograd records nothing, and tensors that were made there it never takes: the function runs outside of that
+    mode, with copies of such tensors.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            flat, structure = flatten((args, kwargs))
+            if any(_is_of_inference(x) for x in flat):
+                args, kwargs = structure.unflatten([x.clone() if _is_of_inference(x) else x for x in flat])
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _is_of_inference(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_inference()
 
 
 def is_differentiated(*arguments: Any) -> bool:

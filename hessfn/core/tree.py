@@ -14,6 +14,7 @@ from hessfn.core.containers import is_closed, opened, paths
 from hessfn.core.dtensor import layout, over_ranks, place, whole
 from hessfn.core.errors import InvalidInput
 from hessfn.core.flatten import flatten, leaves
+from hessfn.core.memory import own
 from hessfn.core.torch_state import known
 
 Tree = Any
@@ -129,6 +130,7 @@ def ravel(tree: T) -> tuple[Tensor, Callable[[Tensor], T]]:
 
     The way back also takes stacks of vectors ``(..., n)``: each leaf then carries the leading axes. Leaves of unlike
     dtypes meet in the wider one and get their own back. Of sharded leaves the flat vector holds all, on every process.
+    Leaves and flat vector share no memory, unless the tree is a single tensor.
 
     >>> flat, unravel = ravel({"a": torch.zeros(2), "b": torch.ones(1, 2)})
     >>> flat
@@ -147,10 +149,15 @@ def ravel(tree: T) -> tuple[Tensor, Callable[[Tensor], T]]:
         lead = flat.shape[:-1]
         pieces = flat.split(sizes, dim=-1)
         restored = [p.reshape((*lead, *s)).to(d) for p, s, d in zip(pieces, shapes, dtypes, strict=True)]
-        placed = [place(x, where, len(lead)) for x, where in zip(restored, layouts, strict=True)]
+        placed = [place(own(x), where, len(lead)) for x, where in zip(restored, layouts, strict=True)]
         return structure.unflatten(placed)
 
     return torch.cat([whole(part).reshape(-1) for part in parts]), unravel
+
+
+def owned(tree: T) -> T:
+    """The tree with every leaf contiguous and in memory of its own: copies of those that are parts of more."""
+    return map(lambda x: own(x) if isinstance(x, Tensor) else x, tree)
 
 
 def select(tree: Tree, patterns: str | Iterable[str]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from hessfn.core.arguments import require_matvec, require_vector, require_vector
 from hessfn.core.dtensor import whole
 from hessfn.core.errors import InvalidInput
 from hessfn.core.func import vmap
+from hessfn.core.memory import own
 from hessfn.core.results import EigenPair, EigenPairs, Tridiagonal
 from hessfn.core.tree import MatVec, T
 from hessfn.estimators import krylov
@@ -108,7 +109,7 @@ def lanczos(matvec: MatVec[T], v0: T, num_matvecs: int) -> Tridiagonal[T]:
     _require_between("num_matvecs", num_matvecs, tree.numel(v0))
     space = krylov.flatten(matvec, v0)
     alpha, beta, basis, residual = space.finished(krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps))
-    return Tridiagonal(alpha, beta[:-1], space.unravel(basis), space.unravel(residual))
+    return Tridiagonal(alpha, own(beta[:-1]), space.unravel(basis), space.unravel(residual))
 
 
 def eigsh(

@@ -65,4 +65,4 @@ def _of(count: int, mean: S, root: S) -> Estimate[S]:
         stderr = tree.map(lambda r: torch.full_like(r, torch.inf), root)
     else:
         stderr = tree.map(lambda r: r / math.sqrt(count * (count - 1)), root)
-    return Estimate(mean, stderr, torch.tensor(count))
+    return Estimate(tree.owned(mean), tree.owned(stderr), torch.tensor(count))

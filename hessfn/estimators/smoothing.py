@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfn.core.errors import InvalidInput
+from hessfn.core.memory import own
 from hessfn.core.results import Quadrature
 from hessfn.core.torch_state import known
 
@@ -54,4 +55,4 @@ def smoothed(
         return (-0.5 * z.square()).exp() @ weight / (width * math.sqrt(2 * math.pi))
 
     rows = torch.stack([row(theta, weight) for theta, weight in zip(nodes, weights, strict=True)])
-    return grid, rows if linthresh is None else rows / (grid.square() + linthresh**2).sqrt()
+    return own(grid), rows if linthresh is None else rows / (grid.square() + linthresh**2).sqrt()

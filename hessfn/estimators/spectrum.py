@@ -10,6 +10,7 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.arguments import require_function, require_matvec, require_probes, require_quadrature
 from hessfn.core.errors import InvalidInput
+from hessfn.core.memory import own
 from hessfn.core.probes import each
 from hessfn.core.results import Band, Cumulative, Density, Estimate, Quadrature
 from hessfn.core.tree import MatVec, T
@@ -160,7 +161,7 @@ def cumulative(quadrature: Quadrature, grid: Tensor | None = None) -> Cumulative
         return Cumulative(nodes, steps)
     # The zero takes the grid along under vmap, which would else hand on a view that searchsorted warns of.
     count = torch.searchsorted(nodes, grid.to(nodes) + torch.zeros_like(nodes[:1]), right=True)
-    return Cumulative(grid, torch.cat([torch.zeros_like(steps[:1]), steps])[count])
+    return Cumulative(own(grid), torch.cat([torch.zeros_like(steps[:1]), steps])[count])
 
 
 def wasserstein(a: Quadrature, b: Quadrature | Tensor) -> Tensor:

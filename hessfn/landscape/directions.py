@@ -12,7 +12,7 @@ from hessfn.core.arguments import require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.func import gradient as gradient_of
 from hessfn.core.probes import gaussian
-from hessfn.core.torch_state import known
+from hessfn.core.torch_state import known, recorded
 from hessfn.core.tree import T
 from hessfn.landscape.slices import Loss, require_kinds
 
@@ -27,6 +27,7 @@ def random_direction(params: T, *, seed: int = 0) -> T:
     return _unit(gaussian(params, 1, seed=seed)[0])
 
 
+@recorded
 def gradient_direction(loss: Loss, params: T, *args: Any) -> T:
     """The gradient of the loss, at unit norm: the direction of steepest ascent.
 
@@ -58,7 +59,7 @@ def direction_to(params: T, other: T) -> T:
     tensor([1., 4., 9.])
     """
     require_vector(params, "params", "direction_to(params, other)", floating=False)
-    return tree.add(tree.aligned(other, params, "the other checkpoint"), params, -1.0)
+    return tree.owned(tree.add(tree.aligned(other, params, "the other checkpoint"), params, -1.0))
 
 
 def filter_normalized(direction: T, params: T, *, keep_vectors: bool = False) -> T:
@@ -90,11 +91,11 @@ def filter_normalized(direction: T, params: T, *, keep_vectors: bool = False) ->
         ratio = torch.where(ours > 0, theirs / ours, 0.0).to(d.dtype)
         return d * ratio.reshape(-1, *[1] * (d.dim() - 1)) if p.dim() else d * ratio[0]
 
-    return tree.map(rescale, tree.aligned(direction, params, "the direction"), params)
+    return tree.owned(tree.map(rescale, tree.aligned(direction, params, "the direction"), params))
 
 
 def _unit(direction: T) -> T:
     length = tree.norm(tree.require_finite(direction, "the direction"))
     if known((length > 0) & length.isfinite()) is False:
         raise InvalidInput(f"a direction of norm {float(length)} cannot be scaled to norm 1")
-    return tree.scale(1 / length, direction)
+    return tree.owned(tree.scale(1 / length, direction))

@@ -10,6 +10,7 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.arguments import require_sequence
 from hessfn.core.errors import InvalidInput
+from hessfn.core.memory import own
 from hessfn.core.results import Trajectory
 from hessfn.core.torch_state import known
 from hessfn.core.tree import T, Tree
@@ -65,7 +66,8 @@ def principal_directions(checkpoints: Sequence[T], k: int = 2, *, origin: T | No
     axes = axes * torch.where(axes.gather(0, axes.abs().argmax(0)[None]) < 0, -1.0, 1.0)  # eigh leaves the sign open
     weights = (axes / lengths).T
     rows = torch.cat([weights @ part for part in _displacements(checkpoints, origin)], dim=1)
-    return Trajectory(tuple(unravel(row) for row in rows), axes * lengths, values[:k] / values.clamp(min=0).sum())
+    fractions = values[:k] / values.clamp(min=0).sum()
+    return Trajectory(tuple(unravel(row) for row in rows), own(axes * lengths), fractions)
 
 
 def _displacements(checkpoints: Sequence[Tree], origin: Tree) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from hessfn.core.arguments import require_function
 from hessfn.core.config import numerics
 from hessfn.core.errors import InvalidInput, JournalError
 from hessfn.core.fingerprints import fingerprint, kind
+from hessfn.core.memory import own
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_private import is_functorch_wrapped_tensor
 from hessfn.core.tree import MatVec, T, Tree
@@ -148,7 +149,7 @@ def _like(product: Tree, v: Tree) -> list[Tensor]:
     if named.keys() != set(tree.names(v)):
         raise InvalidInput("the product is a tree of other leaves than the vector: a journal needs the same names")
     # Contiguous as what is read: the order of sums, and so their last bits, are the memory's.
-    return [named[name].detach().contiguous() for name in tree.names(v)]
+    return [own(named[name].detach()) for name in tree.names(v)]
 
 
 def _require_plain(v: Tree) -> None:

@@ -71,6 +71,6 @@ def _block(
         padded = [v[name] if name in entering else torch.zeros_like(x) for name, x in blank]
         image = tree.matched(matvec(tree.unflatten(padded, like)), like, "the product", "like")
         whole = dict(zip(known, tree.leaves(image), strict=True))
-        return {name: whole[name] for name in leaving}
+        return tree.owned({name: whole[name] for name in leaving})
 
     return product
