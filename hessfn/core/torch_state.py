@@ -23,7 +23,6 @@ from hessfn.core.torch_private import (
     under_functorch,
 )
 
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

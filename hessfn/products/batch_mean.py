@@ -119,7 +119,7 @@ def mean_of(
 
 def _product(matvec: MatVec[T], v: T) -> T:
     require_matvec(matvec, f"{_CALL}: make(batch)")
-    return tree.require_finite(tree.matched(matvec(v), v, "the product", "its vector"), "the product")
+    return tree.owned(tree.require_finite(tree.matched(matvec(v), v, "the product", "its vector"), "the product"))
 
 
 def _home(v: Tree) -> torch.device | None:

@@ -9,7 +9,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn.core import tree
 from hessfn.core.arguments import kind, require_forward, require_pair
@@ -17,13 +16,14 @@ from hessfn.core.arrays import as_tensors
 from hessfn.core.errors import InvalidInput
 from hessfn.core.flatten import flatten
 from hessfn.core.func import gradient, vjp
-from hessfn.core.torch_state import is_observed, torch_state_lock
+from hessfn.core.torch_state import is_observed, recorded
 from hessfn.core.tree import MatVec, T
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.criteria import known_criterion, summed
 from hessfn.losses.model_inputs import is_one
 from hessfn.losses.samples import length
 from hessfn.losses.weights import knowing, of_criterion
+from hessfn.products.modes import differentiating
 from hessfn.products.outputs import outputs_of, pushforward
 from hessfn.products.predictive import generator, mean_of_draws, require_distribution
 
@@ -82,9 +82,10 @@ def ggnvp(
     inputs, targets = _sides(batch, _call(ggnvp))
     unchecked = [True]
 
+    @recorded
     def matvec(v: T) -> T:
         v = tree.aligned(v, params)
-        with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
+        with differentiating():
             out = outputs_of(by_definition(forward), params, inputs)
 
             def slope_at(parts: list[Tensor]) -> list[Tensor]:
@@ -96,7 +97,7 @@ def ggnvp(
             if unchecked[0] and not is_observed(*slope, *image):
                 _refuse_own_loss(ggnvp, slope, is_linear=not any(map(_has_entries, image)))
                 unchecked[0] = False
-            return out.pullback(image)
+            return tree.owned(out.pullback(image))
 
     return knowing(matvec, of_criterion(criterion, _targets), _value_of(forward, criterion, params))
 
@@ -193,16 +194,18 @@ def _monte_carlo(
     predict = require_distribution(criterion, _call(fvp))
     inputs, targets = sides
 
+    @recorded
     def matvec(v: T) -> T:
         v = tree.aligned(v, params)
-        with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
+        with differentiating():
             out = outputs_of(by_definition(forward), params, inputs)
             predictions = out.whole(out.parts)
             if not isinstance(predictions, Tensor) or not predictions.dim() or not predictions.is_floating_point():
                 raise InvalidInput(f"{_call(fvp)}: targets are drawn by a tensor of outputs, not {kind(predictions)}")
             (tangent,) = out.pushforward(v)
             draws = generator(seed, batch)
-            return out.pullback([mean_of_draws(predict(predictions, targets), tangent, num_samples, draws)])
+            slopes = [mean_of_draws(predict(predictions, targets), tangent, num_samples, draws)]
+            return tree.owned(out.pullback(slopes))
 
     return matvec
 
@@ -216,6 +219,7 @@ def _empirical(forward: Any, criterion: Any, params: T, batch: Any, sides: tuple
     weight = known.weight_of(batch, targets) if known is not None and is_weighed else None
     unchecked = [check]
 
+    @recorded
     def matvec(v: T) -> T:
         v = tree.aligned(v, params)
         defined = by_definition(forward)
@@ -224,7 +228,7 @@ def _empirical(forward: Any, criterion: Any, params: T, batch: Any, sides: tuple
             each = _by_sample(of_sample, defined(p, inputs), targets, may_differ=is_one(batch))
             return each if weight is None else each * torch.as_tensor(each.numel() / weight).to(each)
 
-        with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
+        with differentiating():
             each, pullback = vjp(losses, params)
             if unchecked[0] and not is_observed(each):
                 out = outputs_of(defined, params, inputs)
@@ -235,7 +239,7 @@ def _empirical(forward: Any, criterion: Any, params: T, batch: Any, sides: tuple
                     slope = gradient(lambda parts: criterion(out.whole(parts), targets), out.parts)
                     _refuse_own_loss(fvp, slope)
                 unchecked[0] = False
-            return pullback(pushforward(losses, params, v) / each.numel())
+            return tree.owned(pullback(pushforward(losses, params, v) / each.numel()))
 
     return matvec
 

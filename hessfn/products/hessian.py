@@ -12,7 +12,7 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_batches, require_loss, require_vector
 from hessfn.core.errors import InvalidInput, Untraceable
 from hessfn.core.probes import gaussian
-from hessfn.core.torch_state import carries_derivative, is_observed
+from hessfn.core.torch_state import carries_derivative, is_observed, recorded
 from hessfn.core.tree import MatVec, T
 from hessfn.engine import pipeline
 from hessfn.losses.batches import Weights
@@ -75,11 +75,12 @@ def hvp(
     product = product_of(loss, mode, check, trace_after)
 
     def matvec(v: T) -> T:
-        return product(params, args, tree.aligned(v, params))
+        return tree.owned(product(params, args, tree.aligned(v, params)))
 
     return knowing(matvec, of_loss(loss), lambda batch: loss(params, batch))
 
 
+@recorded
 def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, check: bool = True) -> MatVec[T]:
     """The products of :func:`hvp`, with all that does not depend on the vector computed once, here: the fastest ones.
 
@@ -130,7 +131,7 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
     product = pipeline.linear_product(copied(trace.product), job)
 
     def matvec(v: T) -> T:
-        return tree.unflatten(product(*tree.leaves(tree.aligned(v, params))), params)
+        return tree.owned(tree.unflatten(product(*tree.leaves(tree.aligned(v, params))), params))
 
     if check:
         _hold(loss, params, args, value, matvec)

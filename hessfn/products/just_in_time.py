@@ -6,19 +6,18 @@ import warnings
 from typing import Any, get_args
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.torch_private import under_functorch
-from hessfn.core.torch_state import is_differentiated, is_observed, known
+from hessfn.core.torch_state import is_differentiated, is_observed, known, recorded
 from hessfn.core.tree import Tree
 from hessfn.products.first_check import are_close
 from hessfn.products.guards import snapshot
 from hessfn.products.ladder import DIFFERENTIATED, Found, climb, made
 from hessfn.products.loss_checks import Loss, inspect
 from hessfn.products.loss_memory import Memory, memory_of, shapes_of
-from hessfn.products.modes import MODES, OF_LOSS, ModeName, Product, differentiating
+from hessfn.products.modes import MODES, OF_LOSS, ModeName, Product, differentiating, math_attention
 
 PATIENCE = 3  # a trace costs as much as some products
 _AT_FIRST = ("forward", "traced", "reverse", "double_backward", "difference")
@@ -39,9 +38,10 @@ def product_of(loss: Loss, mode: ModeName, check: bool = True, trace_after: int 
     memory = memory_of(loss)
     seen: set[Any] = set()
 
+    @recorded
     def product(params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
         if torch.compiler.is_compiling():
-            with sdpa_kernel(SDPBackend.MATH):
+            with math_attention():
                 return OF_LOSS["forward" if mode in ("auto", "traced") else mode](loss, params, args, v)
         differentiated = is_differentiated(params, args)
         key = (mode, check, trace_after, differentiated, *shapes_of((params, args)))

@@ -9,7 +9,7 @@ from hessfn.core import tree
 from hessfn.core.errors import NoDerivative, Untraceable
 from hessfn.core.probes import gaussian
 from hessfn.core.results import Mode
-from hessfn.core.torch_state import is_differentiated, is_observed
+from hessfn.core.torch_state import is_differentiated, is_observed, recorded
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
@@ -23,6 +23,7 @@ from hessfn.products.wrong_operation import wrong_operation
 DIFFERENTIATED = ("forward", "traced", "reverse")  # the modes that autograd can see through
 
 
+@recorded
 def find_mode(loss: Loss, params: Tree, *args: Any) -> Mode:
     """The mode that ``hvp(mode="auto")`` comes to take for this loss, and why; at the cost of one product, the trace
     and two gradients.

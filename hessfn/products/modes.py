@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -81,8 +81,13 @@ def of_loss(name: str, loss: Loss) -> Product:
     return lambda params, args, v: OF_LOSS[name](defined, params, args, v)
 
 
+def math_attention() -> AbstractContextManager[None]:
+    """Attention by its math kernel: the others have no second derivatives."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 @contextmanager
 def differentiating() -> Iterator[None]:
-    """Holds what torch has only once, with attention's math kernel: the others have no second derivatives."""
-    with torch_state_lock(), sdpa_kernel(SDPBackend.MATH):
+    """Holds what torch has only once, with attention's math kernel."""
+    with torch_state_lock(), math_attention():
         yield

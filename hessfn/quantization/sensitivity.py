@@ -158,7 +158,7 @@ def sensitivities(
 
     def part(i: int) -> Estimate[ByName]:
         mean, stderr = ({layer: x[i] for layer, x in found.items()} for found in (result.mean, result.stderr))
-        return Estimate(mean, stderr, result.num_matvecs)
+        return Estimate(mean, stderr, result.num_matvecs.clone())
 
     activation_numel = {layer: round(float(entries)) for layer, (_, _, entries) in result.mean.items()}
     weight_numel = {layer: as_real(_weight(layer, modules).detach()).numel() for layer in activation_numel}
