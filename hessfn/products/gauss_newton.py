@@ -21,7 +21,7 @@ from hessfn.core.tree import MatVec, T
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.criteria import known_criterion, summed
 from hessfn.losses.model_inputs import is_one
-from hessfn.losses.samples import length
+from hessfn.losses.samples import length, tensors
 from hessfn.losses.weights import knowing, of_criterion
 from hessfn.products.modes import differentiating
 from hessfn.products.outputs import outputs_of, pushforward
@@ -104,7 +104,8 @@ def ggnvp(
 
 def _sides(batch: Any, call: str = "") -> tuple[Any, Any]:
     """Inputs and targets; what is one goes to both sides. A criterion of torch's takes tensors, not arrays."""
-    inputs, targets = (batch, batch) if is_one(batch) else require_pair(batch, "batch (inputs, targets)", call)
+    is_both = is_one(batch) and tensors(batch)
+    inputs, targets = (batch, batch) if is_both else require_pair(batch, "batch (inputs, targets)", call)
     return inputs, as_tensors(targets)
 
 
