@@ -720,6 +720,34 @@ def test_products_of_live_parameters_have_a_derivative_unless_it_is_off() -> Non
     assert not any(x.requires_grad for x in hf.hvp(loss, params, BATCH)(v).values())
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autograd.set_detect_anomaly(True), torch.no_grad])
+def test_products_are_those_of_the_loss_in_every_mode_of_torch(mode: Callable[[], Any]) -> None:
+    model = seeded(mlp)
+    v, expected = differences(model)
+    with mode():
+        before = torch.is_anomaly_enabled()
+        loss, params = hf.functionalize(model, F.mse_loss)
+        for make in (hf.hvp, hf.linearized_hvp, lambda loss, params, batch: hf.mean_hvp(loss, params, [batch])):
+            matvec = make(loss, params, BATCH)
+            for _ in range(5):  # of which the last are traced
+                product = matvec({name: x.clone() for name, x in v.items()})
+            assert_same(product, expected)
+        assert hf.find_mode(loss, params, BATCH).mode == "traced"
+        assert torch.is_anomaly_enabled() == before
+
+
+def test_a_loss_of_ones_own_may_be_compiled() -> None:
+    @compiled
+    def loss(w: Tensor) -> Tensor:
+        return compiled_tanh(w).pow(3).sum()
+
+    w, v = normal(4), normal(4, seed=2)
+    expected = torch.autograd.functional.hvp(lambda w: torch.tanh(w).pow(3).sum(), w, v)[1]
+    for make in (hf.hvp, hf.linearized_hvp):
+        assert torch.allclose(make(loss, w)(v), expected, rtol=1e-10)
+    assert hf.find_mode(loss, w).mode == "traced"
+
+
 # Several models at once.
 
 

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn.core import tree
 from hessfn.core.func import gradient, jvp, vjp
-from hessfn.core.torch_state import is_differentiated, torch_state_lock
+from hessfn.core.torch_private import uncompiled
+from hessfn.core.torch_state import is_differentiated, torch_state_lock, without_anomaly_mode
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
@@ -88,6 +89,10 @@ def math_attention() -> AbstractContextManager[None]:
 
 @contextmanager
 def differentiating() -> Iterator[None]:
-    """Holds what torch has only once, with attention's math kernel."""
-    with torch_state_lock(), math_attention():
+    """Holds what torch has only once, with attention's math kernel.
+
+    What ``torch.compile`` made runs as it was written: compiled code has no second derivatives. Anomaly mode, which
+    looks at values, would end every trace.
+    """
+    with torch_state_lock(), math_attention(), uncompiled(), without_anomaly_mode():
         yield

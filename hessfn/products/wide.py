@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hessfn.core import tree
+from hessfn.core.torch_private import uncompiled
 
 
 def widened(x: Any) -> Any:
@@ -39,12 +40,12 @@ class Tape:
     @contextmanager
     def recording(self) -> Iterator[None]:
         self.constants.clear()
-        with _Mode(self, None):
+        with uncompiled(), _Mode(self, None):
             yield
 
     @contextmanager
     def playing(self) -> Iterator[None]:
-        with _Mode(self, iter(self.constants)):
+        with uncompiled(), _Mode(self, iter(self.constants)):
             yield
 
 
@@ -63,6 +64,8 @@ class _Mode(TorchFunctionMode):
             args, kwargs = tree.map(widened, (args, kwargs))
         if func is F.embedding and (args[2:3] or (kwargs.get("padding_idx"),))[0] is not None:
             args, kwargs = self._with_padding(*args, **kwargs)
+        if func is torch.autograd.grad and not (args[4:5] or (kwargs.get("create_graph"),))[0]:
+            return self._constant(func, args, kwargs)  # it has no derivative
         if func in _CUTS or (self.tape.all_without_grad and not torch.is_grad_enabled()):
             return self._constant(func, args, kwargs)
         return self._wide(func(*args, **kwargs))
