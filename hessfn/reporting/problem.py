@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from hessfn.core import tree
+from hessfn.core.arrays import as_tensors
 from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import fingerprint
 from hessfn.core.tree import Tree
 from hessfn.losses.batches import Weights, deal, mean
 from hessfn.losses.functional import functionalize
 from hessfn.losses.skeleton import bare
+from hessfn.losses.samples import length, tensors
 from hessfn.losses.weights import Weigher, of_loss
 from hessfn.parallel.all_reduce import ShardedBatches
 from hessfn.products.hessian import mean_hvp
@@ -60,7 +62,7 @@ def prepare(problem: Any, options: Options) -> Prepared:
         return x.to(home, dtype if dtype and x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
 
     def loss(params: Tree, batch: Any) -> Tensor:
-        return of_batch(params, tree.map(cast, batch))
+        return of_batch(params, tree.map(cast, as_tensors(batch)))
 
     if weights is None:
         weights = Weigher(lambda batch: loss(theta, batch), of_loss(of_batch), loss, theta)
@@ -107,9 +109,9 @@ def first_pass(problem: Prepared) -> FirstPass:
 
     def checked(batch: Any) -> Tensor:
         value = check_loss(computed, problem.params, (batch,))
-        tensors = [x for x in tree.leaves(batch) if isinstance(x, Tensor)]
-        sizes.append(len(tensors[0]))
-        data.append(fingerprint(tensors))
+        found = tensors(batch)
+        sizes.append(length(batch) if any(x.dim() for x in found) else 1)
+        data.append(fingerprint(found))
         losses.append(value)
         return value
 
