@@ -17,8 +17,8 @@ from hessfn.core.fingerprints import fingerprint
 from hessfn.core.tree import Tree
 from hessfn.losses.batches import Weights, deal, mean
 from hessfn.losses.functional import functionalize
-from hessfn.losses.skeleton import bare
 from hessfn.losses.samples import length, tensors
+from hessfn.losses.skeleton import bare
 from hessfn.losses.weights import Weigher, of_loss
 from hessfn.parallel.all_reduce import ShardedBatches
 from hessfn.products.hessian import mean_hvp
