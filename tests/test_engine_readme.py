@@ -27,10 +27,13 @@ small compiler, with the usual parts under their usual names:
 | `decisions.py` | what was decided by the values of integers and masks, and the guard of a graph |
 | `kinds.py` | what kinds of operation there are: in place, a view, composite, read by value |
 | `reference.py` | `make_fx`, which the recorder is held against, and which takes its place where it fails |
+| `explain.py` | what an error of torch means for whoever wrote the loss |
+| `graph_module.py` | a graph as a module, compiled when it is first called, in no cache of the process |
 | `listing.py` | a graph as text |
 | `meta_shapes.py` | shapes, strides and dtypes of results, without torch's compiler |
 | `zero_propagation.py` | what derivative rules do with zeros, left out |
 | `op_definitions.py` | operations by their definitions, where torch's derivatives are wrong or cost more |
+| `geometry_definitions.py` | distances and samples of a grid, among these |
 | `rewrites.py` | passes that rewrite a graph in place: folding of BatchNorm, layouts, reassociation |
 | `linearize.py` | forward-over-reverse, constant folding |
 | `memory_plan.py` | alias analysis, out-variant rewrite, liveness: where results go |

@@ -102,6 +102,29 @@ def branching(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.out(hidden)
 
 
+def packed(m: Any, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    sequence = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    return nn.utils.rnn.pad_packed_sequence(m.rnn(sequence)[0], batch_first=True)[0].sum(1)
+
+
+def spectra(m: Any, x: torch.Tensor) -> torch.Tensor:
+    wave = m.inp(x).tanh().repeat(1, 4)
+    found = torch.stft(wave, 8, window=WINDOW, return_complex=True)
+    return m.out(torch.istft(found * found.abs(), 8, window=WINDOW)[:, 4:8])
+
+
+def turned(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    grid = F.affine_grid(by, [4, 1, 3, 3], align_corners=True)
+    return F.grid_sample(x, grid, "bicubic", "reflection", align_corners=True)
+
+
+def slopes(m: Any, x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().requires_grad_()
+    hidden = torch.tanh(m.inp(x))
+    (slope,) = torch.autograd.grad(hidden.sin().sum(), x, create_graph=True)
+    return m.out(hidden + m.block(slope))
+
+
 def zero_slice(m: Any, x: torch.Tensor) -> torch.Tensor:
     hidden = torch.tanh(m.inp(x)).clone()
     hidden[:, 1:3].zero_()
@@ -130,6 +153,8 @@ X = normal(4, 4)
 IMAGES = normal(4, 1, 5, 5)
 REAL = normal(4, 3, seed=7)
 UNIT = torch.sigmoid(REAL)
+LENGTHS = torch.tensor([3, 5, 1, 4])
+WINDOW = torch.hann_window(8, dtype=torch.float64)
 
 ROWS = [
     # layers
@@ -168,6 +193,10 @@ ROWS = [
         lambda m, x: m.out(m.rnn(x)[0][:, -1]), rnn=nn.LSTM(4, 3, 2, bidirectional=True), out=nn.Linear(6, 3)),
         SEQUENCE),
     Row("GRU", lambda: Module(lambda m, x: m.rnn(x)[0][:, -1], rnn=nn.GRU(4, 3)), SEQUENCE),
+    Row("RNN and GRU, batch_first", lambda: Module(
+        lambda m, x: m.gru(m.rnn(x)[0])[0][:, -1], rnn=nn.RNN(4, 4, batch_first=True),
+        gru=nn.GRU(4, 3, batch_first=True)), SEQUENCE),
+    Row("LSTM, packed sequences", lambda: Module(packed, rnn=nn.LSTM(4, 3, batch_first=True)), (SEQUENCE, LENGTHS)),
     Row("weight_norm (parametrization)", lambda: nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)), X),
     Row("spectral_norm, eval", lambda: nn.Sequential(
@@ -181,7 +210,21 @@ ROWS = [
     Row("grid_sample", lambda: Module(
         lambda m, x: m.out(F.grid_sample(x, 0.2 + 0.1 * m.where(x.flatten(1)).tanh().view(4, 3, 3, 2),
                                        align_corners=False).flatten(1)),
-        where=nn.Linear(25, 18), out=nn.Linear(9, 3)), IMAGES, way="reverse"),
+        where=nn.Linear(25, 18), out=nn.Linear(9, 3)), IMAGES),
+    Row("affine_grid, bicubic samples", lambda: Module(
+        lambda m, x: m.out(turned(x, m.where(x.flatten(1)).tanh().view(4, 2, 3)).flatten(1)),
+        where=nn.Linear(25, 6), out=nn.Linear(9, 3)), IMAGES),
+    Row("circular padding", lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), nn.Tanh(), nn.Flatten(), nn.Linear(50, 3)), IMAGES),
+    Row("cdist and pdist", lambda: Module(
+        lambda m, x: torch.cdist(m.inp(x), m.out.weight) + F.pdist(m.block(x))[:3] ** 2, **three()), X),
+    Row("RReLU, eval", net(nn.RReLU()), X),
+    Row("stft and istft", lambda: Module(spectra, **three()), X),
+    Row("orthogonal (parametrization)", lambda: nn.Sequential(
+        nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)), X),
+    Row("svdvals, qr, matrix norms", lambda: Module(lambda m, x: m.out(m.inp(x).tanh()) * (
+        torch.linalg.svdvals(m.block.weight).prod() + torch.linalg.qr(m.inp.weight)[1].sum()
+        + torch.linalg.matrix_norm(m.inp.weight, 2) + torch.linalg.det(m.block.weight)), **three()), X),
     Row("tied weights", tied, X),
     Row("frozen parameters", partly_frozen, X),
     Row("unused parameters", lambda: Module(lambda m, x: m.out(torch.tanh(m.inp(x))), **three()), X),
@@ -213,6 +256,10 @@ ROWS = [
         lambda m, x: m.out(Cube.apply(m.inp(x))), **three()), X, way="double_backward"),
     Row("autograd.Function with setup_context", lambda: Module(
         lambda m, x: m.out(CubeWithSetup.apply(m.inp(x))), **three()), X, way="reverse"),
+    Row("control flow on integers and masks", lambda: Module(
+        lambda m, x, mask: m.out(m.inp(x).tanh() if mask.all() else m.inp(x).sin() * mask[:, None]), **three()),
+        (X, torch.tensor([True, True, False, True]))),
+    Row("gradient by the input inside", lambda: Module(slopes, **three()), X),
     Row("control flow on values", lambda: Module(branching, **three()), X, way="forward"),
     Row("outputs in a dict", lambda: Module(lambda m, x: {"logits": m.out(torch.tanh(m.inp(x)))}, **three()), X,
         lambda o, t: F.cross_entropy(o["logits"], t)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import linecache
 import sys
 import types
 import warnings
@@ -38,6 +39,9 @@ from torch._C._functorch import peek_interpreter_stack as _peek_interpreter_stac
 
 # Operations that lack a derivative rule, in terms of those that have one. Without: our own definition of each.
 from torch._decomp import get_decompositions
+
+# Where the sources of graphs are kept, so that a debugger finds them.
+from torch.fx.graph_module import _loader
 
 OpOverload = type(torch.ops.aten.add.Tensor)  # one operation on tensors of one kind of arguments; no private name
 
@@ -147,6 +151,13 @@ def set_scripted(module: torch.jit.ScriptModule, name: str, value: torch.Tensor)
     functools.reduce(lambda part, step: part.getattr(step), path, module._c).setattr(last, value)
 
 
+def forget_source(module: torch.fx.GraphModule) -> None:
+    """Takes a graph's source out of the caches of the process. Without: what make_fx has made stays there for ever."""
+    key = type(module).forward.__code__.co_filename
+    _loader.eval_cache.pop(key, None)
+    linecache.cache.pop(key, None)
+
+
 def decompositions(operations: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
     """Those of the operations that torch can decompose, by what they decompose to."""
     return dict(get_decompositions(list(operations)))
@@ -159,6 +170,7 @@ __all__ = [
     "TorchDispatchMode",
     "current_dispatch_mode",
     "decompositions",
+    "forget_source",
     "is_all_true",
     "is_composite",
     "is_functorch_wrapped_tensor",

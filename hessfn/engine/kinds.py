@@ -27,6 +27,7 @@ class Kind(NamedTuple):
 def kind_of(func: Any) -> Kind:
     name, _, overload = str(func).removeprefix("aten.").partition(".")
     plain = getattr(getattr(aten, name[:-1], None), overload, None) if name.endswith("_") else None
+    plain = aten.transpose.int if func is aten.transpose_.default else plain
     tags = func.tags
     return Kind(
         is_mutable(func),

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from hessfn.core import tree
 from hessfn.core.errors import WrongProduct
+from hessfn.engine.graph_module import GraphModule
 from hessfn.engine.meta_shapes import looks
 from hessfn.engine.rewrites import drop_dead, fixed_nodes
 from hessfn.engine.trace import Record, graph_of
@@ -87,7 +88,7 @@ def fold_constants(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModu
     for node in given:
         graph.erase_node(node)
     trim_heap()
-    return fx.GraphModule(module, graph)  # with the buffers that it still uses
+    return GraphModule(module, graph)  # with the buffers that it still uses
 
 
 def _leave_out_zeros(node: fx.Node, module: fx.GraphModule) -> None:
@@ -111,6 +112,8 @@ def trim_heap() -> None:
 
 def compiled(module: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[Tensor]]:
     """The module through ``torch.compile``, once one product has been seen to be the same."""
+    if isinstance(module, GraphModule):
+        module.compiled()
     product = torch.compile(module, fullgraph=True, dynamic=False)
     v = [torch.arange(p.numel(), device=p.device).cos().to(p.dtype).view_as(p) for p in like]
     with torch.no_grad():

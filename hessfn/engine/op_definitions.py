@@ -176,7 +176,8 @@ def _cholesky_inverse(L: Tensor, upper: bool = False, **options: Any) -> Tensor:
 
 def _mse_loss(input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **options: Any) -> Tensor:
     if args or any(x is not None for x in options.values()) or input.shape != target.shape:
-        return F.mse_loss(input, target, *args, reduction=reduction, **options)
+        fused: Any = F.mse_loss
+        return fused(input, target, *args, reduction=reduction, **options)
     return _reduced((input - target).square(), reduction)
 
 
@@ -184,14 +185,16 @@ def _huber_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
 ) -> Tensor:
     if weight is not None or input.shape != target.shape:
-        return F.huber_loss(input, target, reduction, delta, weight)
+        fused: Any = F.huber_loss
+        return fused(input, target, reduction, delta, weight)
     apart = (input - target).abs()
     return _reduced(torch.where(apart <= delta, 0.5 * apart.square(), delta * (apart - 0.5 * delta)), reduction)
 
 
 def _soft_margin_loss(input: Tensor, target: Tensor, *args: Any, reduction: str = "mean", **options: Any) -> Tensor:
     if args or any(x is not None for x in options.values()) or input.shape != target.shape:
-        return F.soft_margin_loss(input, target, *args, reduction=reduction, **options)
+        fused: Any = F.soft_margin_loss
+        return fused(input, target, *args, reduction=reduction, **options)
     return _reduced((-target * input).exp().log1p(), reduction)
 
 

@@ -24,6 +24,8 @@ from hessfn.core.errors import Untraceable
 from hessfn.core.torch_private import TorchDispatchMode
 from hessfn.engine import meta_shapes, zero_propagation
 from hessfn.engine.decisions import Decision, Guard, contents, is_known, seen
+from hessfn.engine.explain import READS_VALUES, SHAPED_BY_VALUES
+from hessfn.engine.graph_module import GraphModule
 from hessfn.engine.kinds import Kind, kind_of
 from hessfn.engine.meta_shapes import MASKS, like, looks, on_meta, tensors, with_tensors
 from hessfn.engine.views import Alias
@@ -74,7 +76,7 @@ class Recorder(TorchDispatchMode):
             outputs = function(*inputs)
         guard = Guard(self.decisions, self.constants, given)
         self.graph.output([self.node_of(output) for output in outputs])
-        module = fx.GraphModule(self.constants, self.graph)
+        module = GraphModule(self.constants, self.graph)
         module.meta["guards"] = [guard] if guard else []
         return module
 
@@ -183,7 +185,10 @@ class Recorder(TorchDispatchMode):
     def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         """The node of a call: in a lean graph the one that is there already (derivative rules repeat themselves)."""
         if not self.lean:
-            return self.graph.call_function(func, args, kwargs)
+            node = self.graph.call_function(func, args, kwargs)
+            if not torch.is_grad_enabled():  # as in a backward pass without create_graph
+                node.meta["switched_off"] = True
+            return node
         key = _key((func, args, kwargs))
         if key not in self.calls:
             self.calls[key] = self.graph.call_function(func, args, kwargs)
@@ -253,10 +258,6 @@ class Recorder(TorchDispatchMode):
         if was_zero:
             alias.note_zero()
         return out
-
-
-READS_VALUES = "it branches on, or takes out, the value of a tensor"
-SHAPED_BY_VALUES = "the shape of a result depends on values"
 
 
 def _key(x: Any) -> Any:

@@ -15,10 +15,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from hessfn.core.errors import Untraceable
-from hessfn.core.torch_private import OpOverload, is_mutable
+from hessfn.core.torch_private import OpOverload, forget_source, is_mutable
 from hessfn.engine.decisions import Contents, is_known, varying
+from hessfn.engine.explain import SHAPED_BY_VALUES
+from hessfn.engine.graph_module import GraphModule
 from hessfn.engine.meta_shapes import MASKS, on_meta
-from hessfn.engine.recorder import SHAPED_BY_VALUES
 
 
 def run(
@@ -42,7 +43,9 @@ def run(
 
     def traced(function: Callable[..., Any]) -> fx.GraphModule:
         copies = [inputs[i].detach().clone() for i in moving]
-        return make_fx(function, decomposition_table=dict(rules or {}))(*copies)
+        module = make_fx(function, decomposition_table=dict(rules or {}))(*copies)
+        forget_source(module)
+        return module
 
     module = traced(of_moving)
     if any(isinstance(node.target, OpOverload) and is_mutable(node.target) for node in module.graph.nodes):
@@ -113,4 +116,4 @@ def _in_form(module: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
             node.meta["val"] = on_meta(node.meta["val"])
     (output,) = module.graph.find_nodes(op="output")
     output.args = (list(output.args[0]),)
-    return fx.GraphModule(constants, module.graph)
+    return GraphModule(constants, module.graph)

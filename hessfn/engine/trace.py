@@ -25,7 +25,8 @@ from hessfn.core.torch_private import (
 )
 from hessfn.core.tree import Tree
 from hessfn.engine import reference
-from hessfn.engine.recorder import READS_VALUES, Recorder
+from hessfn.engine.explain import READS_VALUES, explain
+from hessfn.engine.recorder import Recorder, Unsupported
 from hessfn.engine.reference import marked
 
 aten = torch.ops.aten
@@ -55,7 +56,7 @@ def graph_of(function: Callable[..., list[Tensor]], inputs: list[Tensor], *, lea
         except Untraceable:
             raise
         except Exception as error:
-            raise Untraceable(f"it cannot be traced: {_explain(failure)}") from error
+            raise Untraceable(explain(failure)) from error
 
 
 def trace(
@@ -105,12 +106,19 @@ def refuse_other_functions(graph: fx.Graph, num_params: int) -> None:
             continue
         if "switched_off" in node.meta and node in follows_params:
             raise Untraceable(
-                f"it computes {node.target} from its parameters where derivatives are off (torch.no_grad)"
+                f"it computes {_name(node)} from its parameters where derivatives are off (torch.no_grad, or "
+                "torch.autograd.grad without create_graph=True)"
             )
         if torch.Tag.nondeterministic_seeded in node.target.tags:
-            raise Untraceable(f"it draws random numbers ({node.target})")
+            raise Untraceable(
+                f"it draws random numbers ({_name(node)}): draw them before, and give them with the batch"
+            )
         if is_mutable(node.target):
-            raise Untraceable(f"it changes a tensor that is not its own ({node.target})")
+            raise Untraceable(explain(Unsupported(f"it changes a tensor that is not its own ({node.target})")))
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").partition(".")[0]
 
 
 def _refuse_custom_derivatives(value: Tensor) -> None:
@@ -185,16 +193,6 @@ def _traceable(gpus: set[torch.device]) -> Iterator[None]:
     kernels = sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False)
     with kernels[0], kernels[1], torch.enable_grad(), torch.random.fork_rng(devices=list(gpus)):
         yield
-
-
-def _explain(error: Exception) -> str:
-    message = str(error) or type(error).__name__
-    for symptom, meaning in {
-        "Inference tensors": "it computes something where derivatives are off (torch.inference_mode)",
-    }.items():
-        if symptom in message:
-            return meaning
-    return message.splitlines()[0]
 
 
 def _dependents(roots: list[fx.Node], but_for: Any = None) -> dict[fx.Node, None]:

@@ -12,6 +12,7 @@ from hessfn.engine import rewrites
 from hessfn.engine.conv3x3 import kernel
 from hessfn.engine.conv3x3.kernel import is_profitable
 from hessfn.engine.conv3x3.operations import convolutions, correlations
+from hessfn.engine.graph_module import GraphModule
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ def lower_to_kernel(module: fx.GraphModule) -> fx.GraphModule:
                 new.meta = dict(node.meta)
                 node.replace_all_uses_with(new)
         rewrites.only_used_gradients(graph)
-    return fx.GraphModule(module, graph)
+    return GraphModule(module, graph)
 
 
 def _is_profitable(node: Any) -> bool:
