@@ -1,9 +1,10 @@
-"""Locks of threads that a fork and a pickle leave open: what goes on is what they guard, not who holds them."""
+"""What belongs to a process and is not handed on: locks that others hold, and what was found out or opened here."""
 
 from __future__ import annotations
 
 import os
 import threading
+from typing import Any
 from weakref import WeakSet
 
 
@@ -28,6 +29,13 @@ class Lock:
         """In a child, which has none of them: no other thread will ever open it."""
         if self._owner != threading.get_ident():
             self._lock = threading.RLock()
+
+
+class OfThisProcess(dict[Any, Any]):
+    """A dict that is empty where it is unpickled."""
+
+    def __reduce__(self) -> tuple[type[OfThisProcess], tuple[()]]:
+        return OfThisProcess, ()
 
 
 _ALL: WeakSet[Lock] = WeakSet()

@@ -46,6 +46,11 @@ def graph_of(function: Callable[..., list[Tensor]], inputs: list[Tensor], *, lea
     Raises:
         Untraceable: it depends on the values of tensors, or no tracer can follow it.
     """
+    with torch.autograd.set_detect_anomaly(False):  # it asks for values, which a trace has none of
+        return _graph_of(function, inputs, lean=lean, rules=rules)
+
+
+def _graph_of(function: Callable[..., list[Tensor]], inputs: list[Tensor], *, lean: bool, rules: Any) -> Any:
     try:
         return Recorder(fx.Graph(), rules=rules, lean=lean).run(function, inputs)
     except Untraceable:

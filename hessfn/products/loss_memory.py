@@ -49,6 +49,10 @@ class Memory:
         self.said: set[str] = set()
         self.traces: dict[Any, list[Trace]] = {}  # by shapes
 
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        """Another process finds out anew."""
+        return Memory, ()
+
     def trace(self, loss: Loss, params: Tree, args: tuple[Any, ...], for_ever: bool = True) -> Trace:
         """The trace of a loss, from memory where it holds. Under ``modes.differentiating``.
 

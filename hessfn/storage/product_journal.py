@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from hessfn.core.arguments import require_function
 from hessfn.core.config import numerics
 from hessfn.core.errors import InvalidInput, JournalError
 from hessfn.core.fingerprints import fingerprint, kind
+from hessfn.core.locks import OfThisProcess
 from hessfn.core.memory import own
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_private import is_functorch_wrapped_tensor
@@ -79,8 +79,8 @@ def journal(
     """
     require_function(matvec, "matvec", "journal(matvec, folder)")
     path = Path(folder)
-    opened: dict[int, _Opened] = {}  # by process: a fork has none of its parent's holds
-    asked: defaultdict[str, set[int]] = defaultdict(set)
+    opened: dict[int, _Opened] = OfThisProcess()  # by process: a fork has none of its parent's holds
+    asked: dict[str, set[int]] = OfThisProcess()
 
     def opened_here(v: T) -> _Opened:
         process = os.getpid()
@@ -100,12 +100,13 @@ def journal(
         _require_plain(v)
         here, vector = opened_here(v), fingerprint(v)
         with here.hold.turn:
-            number = next(i for i in itertools.count(1) if i not in asked[vector])
-            asked[vector].add(number)
+            before = asked.setdefault(vector, set())
+            number = next(i for i in itertools.count(1) if i not in before)
+            before.add(number)
         try:
             return here.product(f"{vector}-{number}", matvec, v)
         except BaseException:
-            asked[vector].discard(number)  # it was not had: who asks again, asks for this one
+            before.discard(number)  # it was not had: who asks again, asks for this one
             raise
 
     return journaled
