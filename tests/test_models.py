@@ -207,6 +207,16 @@ def test_two_threads_see_their_own_parameters(dtype: torch.dtype) -> None:
     assert not torch.equal(found[0], found[1])
 
 
+def test_a_loss_can_be_sent_to_another_process() -> None:
+    cloudpickle = pytest.importorskip("cloudpickle")
+    model = seeded(lambda: Holder(*HOLDERS["list"]))
+    v, expected = differences(model)
+    sent = cloudpickle.dumps(hf.functionalize(model, F.mse_loss))
+    del model
+    loss, params = cloudpickle.loads(sent)
+    assert_same(hf.hvp(loss, params, BATCH)(v), expected)
+
+
 def test_a_call_leaves_nothing_for_the_next() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -499,6 +509,18 @@ def test_a_model_that_runs_again_meets_the_same_tensors(kind: str) -> None:
     plain = seeded(lambda: Branching(lambda inner, x: inner(x)))
     model.inner.again = functools.partial(checkpoint, use_reentrant=True)  # as transformers keep it: no autograd.grad
     assert_right(model, plain, linear=False)
+
+
+@pytest.mark.parametrize("needs_input", [True, False])
+def test_a_checkpoint_without_gradients_by_parameters_is_refused(needs_input: bool) -> None:
+    def again(inner: nn.Module, x: Tensor) -> Tensor:
+        entering = inner[0](x) if needs_input else x.clone().requires_grad_()
+        return checkpoint(inner[1:] if needs_input else inner, entering, use_reentrant=True)
+
+    loss, params = hf.functionalize(seeded(lambda: Branching(again)), F.mse_loss)
+    for make in (hf.hvp, hf.linearized_hvp):
+        with pytest.raises(InvalidInput, match="use_reentrant=True.*use_reentrant=False"):
+            make(loss, params, BATCH)(params)
 
 
 def test_a_backward_that_loses_its_derivative_is_seen() -> None:

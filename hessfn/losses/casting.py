@@ -10,7 +10,7 @@ import collections
 import functools
 import types
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,12 @@ class Mould(NamedTuple):
     """What copies are made from."""
 
     root: Any
+    replaced: Sequence[Tensor]
     makers: dict[int, Maker]  # of what is copied, by id
     objects: dict[int, Any]  # all that the root leads to, by id, which keeps the ids valid
+
+    def __reduce__(self) -> Any:
+        return mould, (self.root, self.replaced)  # another process has other ids
 
     def cast(self, values: Mapping[int, Any], other: Callable[[Any, dict[int, Any]], Any] | None = None) -> Any:
         """A copy with ``values[id(x)]`` for x. All else that is not copied is shared, or is ``other(x, memo)``."""
@@ -44,8 +48,8 @@ class Mould(NamedTuple):
         return cast(self.root)
 
 
-def mould(root: Any, replaced: Container[int], *, whole: bool = False) -> Mould:
-    """The mould of an object graph in which the tensors of the ids ``replaced`` will be others.
+def mould(root: Any, replaced: Sequence[Tensor] = (), *, whole: bool = False) -> Mould:
+    """The mould of an object graph in which the tensors ``replaced`` will be others.
 
     Copied are modules, what they keep in lists, dicts and sets, and whatever else leads to a module or to a tensor that
     is replaced: tuples, objects, bound methods, ``functools.partial``, functions with closures, weak references to
@@ -54,6 +58,7 @@ def mould(root: Any, replaced: Container[int], *, whole: bool = False) -> Mould:
     Args:
         whole: whether objects that modules keep, and what leads to any tensor, are copied as well.
     """
+    will_be_others = set(map(id, replaced))
     objects: dict[int, Any] = {}
     users: dict[int, list[int]] = collections.defaultdict(list)
     live: list[int] = []  # to be copied, as are its users
@@ -67,7 +72,8 @@ def mould(root: Any, replaced: Container[int], *, whole: bool = False) -> Mould:
         visited.add((key, is_owned))
         objects[key] = x
         owns = isinstance(x, _CONTAINERS) or (whole and _is_plain(x) and not hasattr(type(x), "__deepcopy__"))
-        if key in replaced or isinstance(x, nn.Module) or (is_owned and owns) or (whole and isinstance(x, Tensor)):
+        is_replaced = key in will_be_others or (whole and isinstance(x, Tensor))
+        if is_replaced or isinstance(x, nn.Module) or (is_owned and owns):
             live.append(key)
         # What a closure or an object keeps is not the module's own.
         keeps = is_owned and (owns or isinstance(x, (nn.Module, tuple)))
@@ -83,7 +89,7 @@ def mould(root: Any, replaced: Container[int], *, whole: bool = False) -> Mould:
     for key in () if whole else makers:
         if isinstance(objects[key], _CONTAINERS) and not any(id(part) in makers for part in _parts(objects[key])):
             makers[key] = copied_shallow
-    return Mould(root, makers, objects)
+    return Mould(root, replaced, makers, objects)
 
 
 _ATOMS = (bool, int, float, complex, str, bytes, type, type(None), types.ModuleType, types.BuiltinFunctionType)

@@ -28,12 +28,14 @@ def functionalize(
     """A model and its criterion as ``loss(params, batch)``, a pure function, with the parameters to call it with.
 
     Args:
-        model: any module, also within ``DataParallel`` or ``DistributedDataParallel``. It is never touched, also not
-            while the loss runs: the loss owns a skeleton of it without storage. Its mode counts as it is now: call
-            ``model.eval()`` before. In training mode BatchNorm uses the statistics of the batch and leaves its running
-            ones alone. A model under ``fully_shard`` is the exception: it is written over while the loss runs, and
-            restored to the bit; each rank gives its own batch, the loss is the mean over all, and products are
-            differences of gradients.
+        model: any module, also within ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel`` or
+            ``torch.compile``: names are those of the model itself, and nothing runs compiled. It is never touched, also
+            not while the loss runs: for every call a copy of its structure is made, with the tensors of the call in
+            every place where it keeps them. Its mode counts as it is now: call ``model.eval()`` before. In training
+            mode BatchNorm uses the statistics of the batch and leaves its running ones alone. What TorchScript runs has
+            products by plain autograd only. A model under ``fully_shard`` is the exception: it is written over while
+            the loss runs, and restored to the bit; each rank gives its own batch, the loss is the mean over all, and
+            products are differences of gradients.
         criterion: ``criterion(outputs, targets)`` to a scalar, a mean over the batch if batches are to be averaged. Of
             torch's own it is known what they are means over, such as the class weights of targets that are not
             ignored: ``loss.mean_over.weight_of(batch)`` is what a batch weighs.
@@ -44,11 +46,14 @@ def functionalize(
         ``(loss, params)``. ``loss(params, (inputs, targets))``, with ``inputs`` a tensor, a tuple (``*args``) or a
         mapping (``**kwargs``). A batch that is one mapping, as Hugging Face's collators make, goes to both sides:
         ``criterion(model(**batch), batch)``. ``params``: dict from name to detached tensor. The tensors share memory
-        with the model's, so they follow an optimiser that steps in place; clone them to keep a moment.
+        with the model's, so they follow an optimiser that steps in place; clone them to keep a moment. A complex
+        parameter is its real view ``(..., 2)``. Buffers may be given in the same dict: they then stand for the model's,
+        which are constants, as do those of each of several models under ``vmap``.
 
     Raises:
-        ValueError: nothing matches, a chosen parameter is not floating-point, they lie on more than one device, or
-            dropout is in training mode, which is not a function of the parameters.
+        ValueError: nothing matches, a chosen parameter is not floating-point, they lie on more than one device, one is
+            not initialised yet, dropout is in training mode, which is not a function of the parameters, or the model
+            keeps something that cannot be copied, such as a generator. The loss: a name in its dict is unknown.
 
     >>> model = nn.Linear(3, 2)
     >>> loss, params = functionalize(model, nn.MSELoss(), params="weight")

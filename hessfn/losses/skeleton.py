@@ -40,7 +40,7 @@ def bare(model: nn.Module) -> nn.Module:
         elif (inner := uncompiled_part(model)) is not None:
             model = inner
         elif any(uncompiled_part(module) is not None for module in model.modules()):
-            return mould(model, ()).cast({})
+            return mould(model).cast({})
         else:
             return model
 
@@ -59,13 +59,13 @@ def skeleton(model: nn.Module) -> Skeleton:
         if torch.nn.parameter.is_lazy(tensor):
             raise InvalidInput(f"{name!r} has no shape yet: call the model once, on any batch, before")
     empty = {name: t.detach().to("meta") for name, t in registered(model)}
-    whole = mould(model, names, whole=True)
+    whole = mould(model, whole=True)
     constants = {key: x.detach() for key, x in whole.objects.items() if isinstance(x, Tensor) and key not in names}
     values: dict[int, Any] = {**constants, **{key: empty[name] for key, name in names.items()}}
     values.update({key: _differentiable(x) for key, x in whole.objects.items() if _is_checkpoint(x)})
     own = whole.cast(values, lambda x, memo: _copy_of(x, memo, model))
     _prepare(own)
-    pattern = mould(own, {id(t) for t in empty.values()})
+    pattern = mould(own, list(empty.values()))
     scripted = next((f"{type(m).__name__} {n!r}" for n, m in own.named_modules() if _is_scripted(m)), "")
 
     def with_tensors(values: Mapping[str, Tensor]) -> nn.Module:
@@ -153,6 +153,6 @@ def _place(x: Any, model: nn.Module) -> str:
     """Where a model keeps an object."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name != "_modules" and id(x) in mould(value, (), whole=True).objects:
+            if name != "_modules" and id(x) in mould(value, whole=True).objects:
                 return repr(f"{path}.{name}" if path else name)
     return "an attribute"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import CheckpointFunction
 
 from hessfn.core import tree
 from hessfn.core.dtensor import layout
@@ -53,8 +54,13 @@ def inspect(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Inspected:
         raise InvalidInput(f"the loss is {value.item()} at these parameters: curvature needs a finite one")
     if leaves:
         _require_dependence(value, leaves, tree.names(params))
-    custom = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _nodes(value))
-    return Inspected(value.detach(), custom)
+    customs = [node for node in _nodes(value) if isinstance(node, torch.autograd.function.BackwardCFunction)]
+    if any(_function_of(node) is CheckpointFunction for node in customs):
+        raise InvalidInput(
+            "the loss is checkpointed with use_reentrant=True, and torch.autograd.grad has no gradients of that, or "
+            "zeros: call torch.utils.checkpoint.checkpoint with use_reentrant=False, which computes the same"
+        )
+    return Inspected(value.detach(), bool(customs))
 
 
 def _with_graph(loss: Loss, params: Tree, args: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
@@ -109,7 +115,7 @@ def refuse_once_differentiable(loss: Loss, params: Tree, args: tuple[Any, ...]) 
     the Hessian is the derivative of its backward, not of its forward.
     """
     value, leaves = _with_graph(loss, params, args)
-    customs = [(node, function) for node in _nodes(value) if (function := getattr(type(node), "_forward_cls", None))]
+    customs = [(node, function) for node in _nodes(value) if (function := _function_of(node))]
     for _, function in customs:
         code = getattr(getattr(function, "backward", None), "__code__", None)
         if code is not None and code.co_filename == once_differentiable.__code__.co_filename:
@@ -133,6 +139,11 @@ def refuse_once_differentiable(loss: Loss, params: Tree, args: tuple[Any, ...]) 
         raise NoDerivative(
             f"the backward of {_called(cut[0])} has no derivative: it computes where derivatives are off"
         )
+
+
+def _function_of(node: Any) -> Any:
+    """The ``autograd.Function`` that a node of a graph is of, if it is of one."""
+    return getattr(type(node), "_forward_cls", None)
 
 
 def _called(function: Any) -> str:
