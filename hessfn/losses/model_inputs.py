@@ -35,6 +35,11 @@ def is_one(batch: Any) -> bool:
     return isinstance(batch, Mapping) or tree.is_object(batch)
 
 
+def taken(loss: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments as a loss takes them: one that is made of a model takes tensors for arrays, one's own what is given."""
+    return as_tensors(arguments) if hasattr(loss, "mean_over") else arguments
+
+
 class Signature(NamedTuple):
     """Which arguments the forward of a model has by name: whether a mapping is its arguments or one of them."""
 
