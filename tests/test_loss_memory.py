@@ -233,3 +233,17 @@ def test_masks_that_decide_one_by_one_do_not_fill_the_memory() -> None:
         for _ in range(5):
             assert is_right(product(hf.hvp, loss, params, (x, y)), exact(loss, params, (x, y)))
     assert sum(map(len, memory_of(loss).traces.values())) <= MOST_TRACES
+
+
+def test_a_mode_is_checked_although_another_was() -> None:
+    """A constant that the loss makes by a derivative without a graph moves within a trace of torch's rules alone."""
+    wrong = torch.tensor([0.5, -0.3, 0.0, 0.0], dtype=torch.float64)
+
+    def loss(w: Tensor) -> Tensor:
+        return w[:2].norm() ** 2 + w[2:].norm() ** 2 + w.pow(3).sum()
+
+    with pytest.warns(UserWarning, match="mode 'reverse' is not the curvature"):
+        hf.hvp(loss, wrong, mode="reverse")(torch.ones_like(wrong))
+    with pytest.warns(UserWarning, match="mode 'forward' is not the curvature"):
+        found = hf.hvp(loss, wrong)(torch.ones_like(wrong))
+    torch.testing.assert_close(found, 2 + 6 * wrong, rtol=1e-6, atol=1e-6)

@@ -12,8 +12,8 @@ from hessfn.core.probes import gaussian
 from hessfn.losses.functional import functionalize, stateless
 from hessfn.products.gauss_newton import fvp, ggnvp
 from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
-from hessfn.products.loss_checks import check_loss
 from hessfn.products.ladder import find_mode
+from hessfn.products.loss_checks import check_loss
 from hessfn.transforms.conversion import dense
 from hessfn.transforms.matvec_check import check_matvec
 
@@ -135,9 +135,12 @@ def test_what_has_no_forward_rule_falls_back_with_a_warning_that_names_it():
         return Square.apply(torch.sin(w)).sum()
 
     w = normal(5)
-    matvec = hvp(loss, w)
+    matvec = hvp(loss, w, trace_after=0)
     with pytest.warns(UserWarning, match="mode 'reverse', which is exact .*autograd.Function.*forward: .*jvp"):
         matvec(w)
+    again = hvp(lambda w: loss(w), w)
+    with pytest.warns(UserWarning, match="mode 'reverse'"):  # once it is known that there is no trace
+        close(torch.stack([again(w) for _ in range(5)]), matvec(w).expand(5, 5))
     close(dense(matvec, w), dense_hessian(loss, w))
 
 

@@ -81,7 +81,7 @@ def _along(loss: Loss, tape: Tape, params: Tree, args: tuple[Any, ...], v: Tree)
         # Not plain_gradient: the tape would hold its detached leaves fast.
         leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(tree.add(params, v, c))]
         with tape.playing(), torch.enable_grad():
-            value = loss(tree.unflatten(leaves, params), *args)
+            value = tape.loss = loss(tree.unflatten(leaves, params), *args)
             gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
             return [g.to_dense() if g.is_sparse else g for g in gradient]
 

@@ -16,6 +16,7 @@ from hessfn.core.torch_state import carries_derivative, is_observed, recorded
 from hessfn.core.tree import MatVec, T
 from hessfn.engine import pipeline
 from hessfn.losses.batches import Weights
+from hessfn.losses.model_inputs import taken
 from hessfn.losses.weights import Weigher, knowing, of_loss, refuse_parts
 from hessfn.products.batch_mean import mean_of
 from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, verdict
@@ -37,7 +38,9 @@ def hvp(
 
     Args:
         loss: a function to a scalar tensor.
-        params: a tree of floating-point tensors, where the Hessian is taken.
+        params: a tree of floating-point tensors, where the Hessian is taken. Of those that require gradients, as the
+            live ``nn.Parameter``s of a model do, a product has derivatives, and keeps the graph for them: give them
+            detached, or under ``torch.no_grad()``, where none are wanted.
         args: what else the loss takes, such as a batch.
         mode: how. ``"auto"`` takes the first mode of this list that the loss's operations allow, and says so in one
             warning where it is not exact forward-over-reverse:
@@ -72,6 +75,7 @@ def hvp(
     tensor([ 6., 12.])
     """
     _require_kinds(loss, params, "hvp(loss, params, ...)")
+    args = taken(loss, args)
     product = product_of(loss, mode, check, trace_after)
 
     def matvec(v: T) -> T:
@@ -115,10 +119,14 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
     tensor([ 6., 12.])
     """
     _require_kinds(loss, params, "linearized_hvp(loss, params, ...)")
+    args = taken(loss, args)
     if carries_derivative(params, args):
         raise InvalidInput(_CONSTANT)
-    # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new.
-    params, args = tree.map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (params, args))
+    # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new. A loss may
+    # differentiate by what requires gradients.
+    params, args = tree.map(
+        lambda x: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, (params, args)
+    )
     with differentiating():
         value = check_loss(loss, params, args)
         try:
@@ -147,7 +155,7 @@ _CONSTANT = (
 def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: MatVec[T]) -> None:
     """Raises where the linearized product is not what gradients of the loss say, once for its shapes."""
     memory, key = memory_of(loss), ("linearized", *shapes_of((params, args)))
-    if memory.wrong.get(key) == frozenset() or is_observed(*tree.leaves((params, args))):
+    if memory.is_right.get(key) or is_observed(*tree.leaves((params, args))):
         return
     v = gaussian(params, 1)[0]
     seen = evidence(loss, params, args, v, value)
@@ -155,7 +163,7 @@ def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: M
         return
     found = matvec(v)
     said = verdict(found, seen)
-    memory.wrong[key] = frozenset({"linearized"} if said == "wrong" else ())
+    memory.is_right[key] = said != "wrong"
     if said in ("agrees", "unknown"):
         return
     message = disagreement("linearized", found, seen, v)
@@ -213,7 +221,7 @@ def mean_hvp(
     if weights is None:
         weights = Weigher(lambda batch: loss(params, batch), about, loss, params, check)
     averaged = mean_of(
-        lambda batch: lambda v: product(params, (batch,), v),
+        lambda batch: lambda v: product(params, taken(loss, (batch,)), v),
         batches,
         weights=weights,
         microbatch=microbatch,

@@ -14,13 +14,14 @@ from hessfn.core.torch_state import is_differentiated, is_observed, known, recor
 from hessfn.core.tree import Tree
 from hessfn.products.first_check import are_close
 from hessfn.products.guards import snapshot
-from hessfn.products.ladder import DIFFERENTIATED, Found, climb, made
+from hessfn.products.ladder import DIFFERENTIATED, Found, announcement, climb, made
 from hessfn.products.loss_checks import Loss, inspect
 from hessfn.products.loss_memory import Memory, memory_of, shapes_of
 from hessfn.products.modes import MODES, OF_LOSS, ModeName, Product, differentiating, math_attention
+from hessfn.products.reasons import reason
 
 PATIENCE = 3  # a trace costs as much as some products
-_AT_FIRST = ("forward", "traced", "reverse", "double_backward", "difference")
+_AT_FIRST = ("forward", "reverse", "double_backward", "traced", "difference")  # what is exact before a trace
 _NOT_TRACED = tuple(OF_LOSS)
 _OF_PLAIN_AUTOGRAD = ("double_backward", "difference")
 
@@ -53,7 +54,7 @@ def product_of(loss: Loss, mode: ModeName, check: bool = True, trace_after: int 
             order, patience = _order(mode, differentiated, trace_after, stale)
             climbed = climb(loss, params, args, v, order, check, memory)
             new = climbed.found
-            new.patience = patience if new.mode.mode in ("forward", "traced") or "traced" not in order else None
+            new.patience = None if "traced" in order and new.mode.mode == "difference" else patience
             memory.modes.setdefault(key, []).append(new)
             _say(climbed.message, memory)
             return climbed.result
@@ -119,8 +120,8 @@ def _add_trace(
 ) -> str:
     """A trace in place of the loss as it is, once it is seen to give the same product, which was checked before."""
     patience, found.patience = found.patience, None
-    shapes = shapes_of((params, args))
-    if "traced" in (memory.wrong.get(shapes) or ()):
+    traced = ("traced", *shapes_of((params, args)))
+    if check and memory.is_right.get(traced) is False:
         return ""
     try:
         with differentiating():  # before the trace, which would not hold for a loss that counts its calls
@@ -128,11 +129,14 @@ def _add_trace(
         new = made("traced", loss, params, args, memory)
         with differentiating():
             held = new.product(loss)(params, args, v)
-    except Exception:  # it goes on as it was
-        return ""
+    except Exception as error:  # it goes on as it was
+        why = f"traced: {reason(error)}; {found.mode.reason}".removesuffix("; ")
+        found.mode = found.mode._replace(reason=why)
+        return announcement(found.mode)
     message = ""
-    if check and not are_close(held, before, params):
-        memory.wrong.pop(shapes, None)
+    if check and are_close(held, before, params):
+        memory.is_right[traced] = True
+    elif check:
         climbed = climb(loss, params, args, v, MODES, check, memory)  # the check says which of the two is right
         new, message, patience = climbed.found, climbed.message, None
     found.mode, found.traced, found.trace, found.patience = new.mode, new.traced, new.trace, patience

@@ -13,8 +13,8 @@ from hessfn.core.torch_state import is_differentiated, is_observed, recorded
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
-from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, is_generic, verdict
-from hessfn.products.loss_checks import Loss, inspect, two_differences
+from hessfn.products.first_check import AT_A_KINK, Evidence, disagreement, evidence, is_generic, verdict
+from hessfn.products.loss_checks import Inspected, Loss, inspect, two_differences
 from hessfn.products.loss_memory import Memory, Trace, shapes_of
 from hessfn.products.modes import MODES, Product, differentiating, of_loss, of_trace, refuse_mode
 from hessfn.products.reasons import listed, reason
@@ -93,32 +93,24 @@ def climb(
     """
     with differentiating():
         inspected = inspect(loss, params, args)
-    memory = memory or Memory()
-    checked = (*(order if len(order) == 1 else ()), *shapes_of((params, args)))
-    observed = is_observed(*tree.leaves((params, args, v)))
-    wrong = None if observed else memory.wrong.get(checked)
-    seen, along = None, v
-    if check and wrong is None and not observed:
-        along = v if is_generic(v) else gaussian(params, 1)[0]
-        seen = evidence(loss, params, args, along, inspected.value, inspected.has_custom_backward)
-    defined, finding = by_definition(loss), ""
-    reasons: list[tuple[str, str]] = []
-    wrong = wrong or frozenset()
-
-    def climbed(found: Found, result: Tree, message: str) -> Climbed:
-        if seen is not None:
-            memory.wrong[checked] = wrong
-        return Climbed(found, result, message)
-
+    memory, shapes = memory or Memory(), shapes_of((params, args))
+    is_checked = check and not is_observed(*tree.leaves((params, args, v)))
+    judge = Judge(loss, params, args, v, inspected)
+    if is_checked and (order[0], *shapes) not in memory.is_right:
+        judge.ask()  # before a trace, which would not hold for a loss that counts its calls
+    finding, reasons = "", list[tuple[str, str]]()
     for name in order:
-        if name in wrong and len(order) > 1:
+        key = (name, *shapes)
+        is_right = memory.is_right.get(key) if is_checked else True
+        if is_right is False and len(order) > 1:
+            reasons.append((name, _WRONG))
             continue
         try:
             found = made(name, loss, params, args, memory)
             with differentiating():
                 apart: Any = 0.0
                 if name == "difference":
-                    result, apart = two_differences(defined, params, args, v)
+                    result, apart = two_differences(by_definition(loss), params, args, v)
                 else:
                     result = found.product(loss)(params, args, v)
         except Exception as error:
@@ -127,29 +119,58 @@ def climb(
             reasons.append((name, reason(error)))
             continue
         found.mode = Mode(name, listed(reasons), float(apart))
-        taken = f"{finding}. Taken is mode {name!r}, which agrees" if finding else ""
-        if not taken and reasons and name not in ("traced", "forward") and "traced" in order:
-            taken = _announce(found.mode)
-        if seen is None or name == "difference":
-            return climbed(found, result, taken)
-        with differentiating():
-            held = result if along is v else found.product(loss)(params, args, along)
-        said = verdict(held, seen)
-        if said in ("agrees", "unknown"):
-            return climbed(found, result, taken)
-        message = disagreement(name, held, seen, along)
-        if inspected.has_custom_backward:
-            return climbed(found, result, f"{message}. {_CUSTOM}")
-        if said == "kink":
-            return climbed(found, result, f"{message}. {AT_A_KINK}")
-        if len(order) == 1:
-            return climbed(found, result, message)
-        wrong |= {name}
-        finding = finding or message + blame(loss, params, args)
-        reasons.append((name, "not what gradients of the loss say"))
+        message = f"{finding}. Taken is mode {name!r}, which agrees" if finding else ""
+        if not message and "traced" in order[: order.index(name)]:
+            message = announcement(found.mode)
+        if is_right or name == "difference":
+            return Climbed(found, result, message)
+        judged = judge(name, found, result)
+        memory.is_right[key] = judged.is_right
+        if judged.is_right or len(order) == 1:
+            return Climbed(found, result, judged.message or message)
+        finding = finding or judged.message + blame(loss, params, args)
+        reasons.append((name, _WRONG))
     raise NoDerivative("this loss cannot be differentiated twice in any way:\n" + listed(reasons, "\n"))
 
 
+class Judged(NamedTuple):
+    is_right: bool  # or nothing better can be had: there is a kink, or it cannot be told
+    message: str
+
+
+class Judge:
+    """Holds products against gradients of the loss, which it asks for once, and only if it is asked."""
+
+    def __init__(self, loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, inspected: Inspected) -> None:
+        self.loss, self.params, self.args, self.v, self.inspected = loss, params, args, v, inspected
+        self.along = v
+        self.seen: Evidence | None = None
+        self.is_asked = False
+
+    def ask(self) -> None:
+        if not self.is_asked:
+            loss, inspected = self.loss, self.inspected
+            self.along = self.v if is_generic(self.v) else gaussian(self.params, 1)[0]
+            custom = inspected.has_custom_backward
+            self.seen = evidence(loss, self.params, self.args, self.along, inspected.value, custom)
+            self.is_asked = True
+
+    def __call__(self, name: str, found: Found, result: Tree) -> Judged:
+        self.ask()
+        if self.seen is None:
+            return Judged(True, "")
+        with differentiating():
+            held = result if self.along is self.v else found.product(self.loss)(self.params, self.args, self.along)
+        said = verdict(held, self.seen)
+        if said in ("agrees", "unknown"):
+            return Judged(True, "")
+        message = disagreement(name, held, self.seen, self.along)
+        if self.inspected.has_custom_backward:
+            return Judged(True, f"{message}. {_CUSTOM}")
+        return Judged(True, f"{message}. {AT_A_KINK}") if said == "kink" else Judged(False, message)
+
+
+_WRONG = "not what gradients of the loss say"
 _CUSTOM = (
     "The loss has an autograd.Function, and the product is the derivative of its backward, as in all of torch: right "
     "for a straight-through estimator, and without its curvature where the Function keeps its gradient from forward to "
@@ -168,7 +189,10 @@ def blame(loss: Loss, params: Tree, args: tuple[Any, ...]) -> str:
     return f" (wrong is torch's rule for {operation})" if operation else ""
 
 
-def _announce(chosen: Mode) -> str:
+def announcement(chosen: Mode) -> str:
+    """Of a mode that costs more than it might, or is not exact."""
+    if chosen.mode in ("traced", "forward"):
+        return ""
     exact = "is exact (of an autograd.Function, the derivative of its backward) but may cost more"
     if chosen.mode == "difference":
         exact = f"is not exact: its relative error is about {chosen.error:.1g}"

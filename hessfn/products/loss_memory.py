@@ -17,6 +17,7 @@ from hessfn.core.errors import Untraceable
 from hessfn.core.remembered import Remembered
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
+from hessfn.engine.graph_module import GraphModule
 from hessfn.engine.op_definitions import by_definition
 from hessfn.products.guards import PLAIN, Snapshot, snapshot
 from hessfn.products.loss_checks import Loss
@@ -44,7 +45,7 @@ class Memory:
     """Of one loss. It holds graphs and no function, which could lead back to the loss."""
 
     def __init__(self) -> None:
-        self.wrong: dict[Any, frozenset[str]] = {}  # by shapes: the modes that the check has found wrong
+        self.is_right: dict[Any, bool] = {}  # by mode and shapes: what the check has found
         self.modes: dict[Any, list[Any]] = {}  # by shapes: what the ladder has found
         self.said: set[str] = set()
         self.traces: dict[Any, list[Trace]] = {}  # by shapes
@@ -93,7 +94,7 @@ def make_trace(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Trace:
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
     """A graph to be lowered: the one that is kept stays what it is, and the constants are shared."""
-    return fx.GraphModule(module, copy.deepcopy(module.graph))
+    return GraphModule(module, copy.deepcopy(module.graph))
 
 
 def memory_of(loss: Loss) -> Memory:
@@ -112,7 +113,7 @@ def shapes_of(arguments: Any) -> Any:
     flat = tree.leaves(arguments)
     devices = {x.device.type for x in flat if isinstance(x, Tensor)}
     casts = [torch.get_autocast_dtype(d) for d in devices if d != "meta" and torch.is_autocast_enabled(d)]
-    return (*tree.names(arguments), *map(_kind, flat), *casts, torch.get_default_dtype())
+    return (tree.structure(arguments), *map(_kind, flat), *casts, torch.get_default_dtype())
 
 
 def _kind(x: Any) -> Any:

@@ -13,6 +13,7 @@ _MEANINGS: dict[str, str] = {
     r"[Dd]erivative for '?(?:aten::)?(\w+)'? is not implemented": "torch has no second derivative of {0}",
     r"ZeroTensors are immutable": "a derivative rule of torch writes into a zero that it must not change",
     r"once_differentiable|differentiate twice a function": "what it computes can be differentiated once only",
+    r"jvp staticmethod|jvp function": "its autograd.Function has no jvp, which forward mode needs",
     r"setup_context|custom_function_call": "torch.func does not take its autograd.Function (or checkpointing)",
     r"requires_grad_\(\)|autograd\.functional": "torch.func does not take losses that call requires_grad_()",
     r"torch\.autograd\.grad|does not require grad and does not have a grad_fn|not have been used in the graph": (

@@ -36,6 +36,7 @@ class Tape:
     def __init__(self, wide: bool, all_without_grad: bool = True) -> None:
         self.wide, self.all_without_grad = wide, all_without_grad
         self.constants: list[Any] = []
+        self.loss: Tensor | None = None  # what is differentiated from outside
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -64,11 +65,15 @@ class _Mode(TorchFunctionMode):
             args, kwargs = tree.map(widened, (args, kwargs))
         if func is F.embedding and (args[2:3] or (kwargs.get("padding_idx"),))[0] is not None:
             args, kwargs = self._with_padding(*args, **kwargs)
-        if func is torch.autograd.grad and not (args[4:5] or (kwargs.get("create_graph"),))[0]:
-            return self._constant(func, args, kwargs)  # it has no derivative
+        if func is torch.autograd.grad and not self._has_derivative(*args, **kwargs):
+            return self._constant(func, args, kwargs)
         if func in _CUTS or (self.tape.all_without_grad and not torch.is_grad_enabled()):
             return self._constant(func, args, kwargs)
         return self._wide(func(*args, **kwargs))
+
+    def _has_derivative(self, outputs: Any, *args: Any, create_graph: bool = False, **_: Any) -> bool:
+        """Of a gradient within the loss, which is a constant where it has no graph; not of that of the loss."""
+        return create_graph or args[3:4] == (True,) or any(x is self.tape.loss for x in tree.leaves(outputs))
 
     def _type(self, x: Tensor, kind: Any) -> Any:
         narrow = isinstance(kind, str) and kind.split(".")[-1] in ("FloatTensor", "HalfTensor", "BFloat16Tensor")
