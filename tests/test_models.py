@@ -10,6 +10,7 @@ import types
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hessfn as hf
 from hessfn.core.errors import InvalidInput, Untraceable
+from hessfn.reporting.options import Options
+from hessfn.reporting.problem import converted
 
 BATCH = normal(5, 3), normal(5, 2, seed=3)
 UNTRACED = "ignore:Hessian-vector products in mode 'double_backward', which is exact"
@@ -621,6 +624,36 @@ def test_sensitivities_of_complex_weights_are_by_real_and_imaginary_parts() -> N
     trace = dense_hessian(loss, params, BATCH).trace()
     assert found.weight_numel == {"0": 9, "1": 24, "2": 16}
     assert (found.weights.mean["1"] - trace).abs() < 4 * found.weights.stderr["1"]
+
+
+def single_precision() -> nn.Module:
+    model = fourier()
+    for t in (*model.parameters(), *model.buffers()):
+        t.data = t.data.to(torch.complex64 if t.is_complex() else torch.float32)
+    return model
+
+
+def test_imaginary_parts_stay_in_another_dtype() -> None:
+    model = single_precision()
+    copied, _ = converted(model, F.mse_loss, Options(dtype="float64"))
+    for name, t in copied.state_dict().items():
+        assert t.dtype in (torch.complex128, torch.float64)
+        assert torch.equal(t, model.state_dict()[name].to(t.dtype))
+    assert model.weight.dtype == torch.complex64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["", "float64"])
+def test_a_report_takes_a_model_with_complex_parameters(dtype: str, tmp_path: Path) -> None:
+    model = single_precision()
+    batch = BATCH[0].float(), BATCH[1].float()
+    counts: dict[str, Any] = {"k": 2, "num_probes": 3, "num_runs": 1, "num_steps": 5, "num_activation_probes": 3}
+    found = hf.report((model, F.mse_loss, [batch]), tmp_path / "out", **counts, **({"dtype": dtype} if dtype else {}))
+    wide = converted(model, F.mse_loss, Options(dtype="float64"))[0]
+    loss, params = hf.functionalize(wide, F.mse_loss)
+    batch = batch[0].double(), batch[1].double()
+    largest = torch.linalg.eigvalsh(dense_hessian(loss, params, batch)).abs().max()
+    assert abs(max(map(abs, found["eigenvalues"])) - float(largest)) < 1e-3 * float(largest)
 
 
 # Sparse gradients.

@@ -62,11 +62,6 @@ def _is_of_inference(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_inference()
 
 
-def without_anomaly_mode() -> AbstractContextManager[Any]:
-    """Anomaly mode off, which belongs to the process: to be held under the lock."""
-    return torch.autograd.set_detect_anomaly(False) if torch.is_anomaly_enabled() else nullcontext()
-
-
 def is_differentiated(*arguments: Any) -> bool:
     """Whether what is computed from these trees is to be differentiated, by ``torch.func`` or by plain autograd."""
     if under_derivative():

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hessfn.core import tree
 from hessfn.core.func import gradient, jvp, vjp
 from hessfn.core.torch_private import uncompiled
-from hessfn.core.torch_state import is_differentiated, torch_state_lock, without_anomaly_mode
+from hessfn.core.torch_state import is_differentiated, torch_state_lock
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
@@ -91,8 +91,7 @@ def math_attention() -> AbstractContextManager[None]:
 def differentiating() -> Iterator[None]:
     """Holds what torch has only once, with attention's math kernel.
 
-    What ``torch.compile`` made runs as it was written: compiled code has no second derivatives. Anomaly mode, which
-    looks at values, would end every trace.
+    What ``torch.compile`` made runs as it was written: compiled code has no second derivatives.
     """
-    with torch_state_lock(), math_attention(), uncompiled(), without_anomaly_mode():
+    with torch_state_lock(), math_attention(), uncompiled():
         yield
