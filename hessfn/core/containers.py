@@ -50,7 +50,8 @@ class Node(NamedTuple):
 
     @property
     def key(self) -> Hashable:
-        what = self.x if self.kind == "constant" else type(self.x) if self.kind in ("container", "object") else None
+        above = self.kind in ("above", "weak")
+        what = None if above else self.x if isinstance(self.x, type) else type(self.x)
         return self.kind, what, self.names, tuple(node.key for node in self.nodes), self.place
 
     def rebuilt(self, leaves: Iterator[Any], copies: dict[int, Any]) -> Any:
