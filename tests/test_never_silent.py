@@ -488,3 +488,23 @@ def test_an_optimiser_that_steps_leads_to_no_new_trace() -> None:
     found, after = matvec(v), len(calls)
     assert after == traced > 0
     assert hf.tree.norm(hf.tree.add(found, exact(v), -1.0)) < 1e-10 * hf.tree.norm(found)
+
+
+def test_a_warning_points_at_the_line_of_the_user() -> None:
+    w = torch.tensor([0.5, -0.3, 0.0, 0.0], dtype=torch.float64)
+
+    def loss(w: Any) -> Any:
+        return norms_squared(w)
+
+    def of_batch(w: Any, batch: Any) -> Any:
+        return norms_squared(w) * batch.mean()
+
+    makers = (
+        lambda: hf.hvp(loss, w),
+        lambda: hf.mean_hvp(of_batch, w, [torch.ones(3, dtype=torch.float64)]),
+    )
+    for make in makers:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            make()(torch.ones_like(w))
+        assert {one.filename for one in said} == {__file__}

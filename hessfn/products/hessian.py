@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ from hessfn.core.errors import InvalidInput, Untraceable
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_state import carries_derivative, is_observed, recorded
 from hessfn.core.tree import MatVec, T
+from hessfn.core.warn import warn
 from hessfn.engine import pipeline
 from hessfn.losses.batches import Weights
 from hessfn.losses.model_inputs import taken
@@ -169,7 +169,7 @@ def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: M
     message = disagreement("linearized", found, seen, v)
     if said == "wrong":
         raise Untraceable(f"{message}{blame(loss, params, args)}; hvp finds another way")
-    warnings.warn(f"{message}. {AT_A_KINK}", stacklevel=3)
+    warn(f"{message}. {AT_A_KINK}")
 
 
 def mean_hvp(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, get_args
 
 import torch
@@ -12,6 +11,7 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.torch_private import under_functorch
 from hessfn.core.torch_state import is_differentiated, is_observed, known, recorded
 from hessfn.core.tree import Tree
+from hessfn.core.warn import warn
 from hessfn.products.first_check import are_close
 from hessfn.products.guards import snapshot
 from hessfn.products.ladder import DIFFERENTIATED, Found, announcement, climb, made
@@ -112,7 +112,7 @@ def _order(
 def _say(message: str, memory: Memory) -> None:
     if message and message not in memory.said:
         memory.said.add(message)
-        warnings.warn(message, stacklevel=4)
+        warn(message)
 
 
 def _add_trace(

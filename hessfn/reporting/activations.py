@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from operator import length_hint
 from typing import Any
 
@@ -13,6 +12,7 @@ from hessfn.core import tree
 from hessfn.core.errors import JournalError
 from hessfn.core.results import Sensitivities
 from hessfn.core.tree import MatVec
+from hessfn.core.warn import warn
 from hessfn.quantization.sensitivity import has_matrix, sensitivities
 from hessfn.reporting.options import Options
 from hessfn.reporting.problem import Prepared, converted
@@ -46,7 +46,7 @@ def analyse_activations(problem: Prepared, options: Options, keep: Keep) -> Sens
         except (ValueError, RuntimeError) as error:
             if JournalError in (type(error), type(error.__cause__)):  # the cause where a batch is named
                 raise
-            warnings.warn(f"the report leaves the activations out: {error}", stacklevel=5)
+            warn(f"the report leaves the activations out: {error}")
             return None
 
 
