@@ -85,6 +85,14 @@ class Frozen:
         assert isinstance(self.x, Tensor) and self.x.dim() == 2  # nobody's __init__ is called with anything else
 
 
+class Masked(collections.UserDict[str, Any]):
+    """A mapping with tensors beside its entries."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        super().__init__(x=x)
+        self.targets = [y, {"n": 1}]
+
+
 class Slots:
     __slots__ = ("__weakref__", "_y", "unset", "x")
 
@@ -178,6 +186,7 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Te
     "mapping proxy": (lambda x, y: types.MappingProxyType({"x": x, "y": y}), by_key),
     "user dict": (user_dict, by_key),
     "user dict in one": (lambda x, y: collections.UserDict(d=user_dict(x, y)), lambda b: by_key(b["d"])),
+    "user dict and more": (Masked, lambda b: (b["x"], b.targets[0])),
     "attribute dict": (lambda x, y: AttributeDict(x=x, y=y, n=3), lambda b: (b.x, b["y"])),
     "dict of one's own": (lambda x, y: Items(x=x, y=y), by_key),
     "list of one's own": (lambda x, y: Many([x, y]), lambda b: (b[0], b[1])),

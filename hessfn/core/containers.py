@@ -117,26 +117,48 @@ class _Walk:
         return tuple(self.visit(value, (*path, name)) for name, value in zip(names, values, strict=True))
 
     def _object(self, x: Any, path: Path) -> Node:
-        start, before, num_back = len(self.leaves), dict(self.met), self.num_back
-        self.met[id(x)] = len(self.met)
         entries, attributes = _entries(x), _attributes(x)
+        start = self._mark()
+        self.met[id(x)] = len(self.met)
         nodes = self._all(tuple(entries), list(entries.values()), path)
-        if isinstance(x, UserDict):  # it is read by its keys, and may have more: a tokenizer's encodings, say
-            nodes += (self.visit(attributes.pop("data"), path),)
-            nodes += tuple(
-                self.visit(value, (*path, name)) if is_closed(value) else Node("constant", value)
-                for name, value in attributes.items()
-            )
-            attributes = {"data": None, **attributes}
+        if isinstance(x, UserDict):
+            attributes = {"data": attributes.pop("data"), **attributes}
+            nodes += (self.visit(attributes["data"], path),)
+            nodes += tuple(self._beside(value, (*path, name)) for name, value in list(attributes.items())[1:])
         else:
             nodes += self._all(tuple(attributes), list(attributes.values()), path)
-        found = self.leaves[start:]
-        is_known = all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in found)
-        if is_known or self.num_back > num_back or any(isinstance(leaf, Tensor) for leaf in found):
+        if self._is_known(start):
             return Node("object", x, (*entries, *attributes), nodes)
-        del self.leaves[start:], self.paths[start:]
-        self.met = before
+        self._back_to(start)
         return self._leaf(x, path)
+
+    def _beside(self, x: Any, path: Path) -> Node:
+        """What a mapping has besides its entries, by which it is read: it may be a tokenizer's encodings, say."""
+        start = self._mark()
+        node = self.visit(x, path)
+        if self._is_known(start):
+            return node
+        self._back_to(start)
+        return Node("constant", x)
+
+    def _is_known(self, start: _Mark) -> bool:
+        """Whether what was met since then has to be opened, or can be: it leads to tensors, or is plain all through."""
+        found = self.leaves[start.num_leaves :]
+        leads_on = self.num_back > start.num_back or any(isinstance(leaf, Tensor) for leaf in found)
+        return leads_on or all(isinstance(leaf, PLAIN) for leaf in found)
+
+    def _mark(self) -> _Mark:
+        return _Mark(len(self.leaves), dict(self.met), self.num_back)
+
+    def _back_to(self, start: _Mark) -> None:
+        del self.leaves[start.num_leaves :], self.paths[start.num_leaves :]
+        self.met = start.met
+
+
+class _Mark(NamedTuple):
+    num_leaves: int
+    met: dict[int, int]
+    num_back: int
 
 
 def paths(x: Any, path: Path = ()) -> Iterator[Path]:
