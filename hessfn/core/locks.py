@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet
+
+R = TypeVar("R")
 
 
 class Lock:
@@ -29,6 +32,17 @@ class Lock:
         """In a child, which has none of them: no other thread will ever open it."""
         if self._owner != threading.get_ident():
             self._lock = threading.RLock()
+
+
+class MadeHere(Generic[R]):
+    """What a function of the library makes; where it is unpickled, it is made again of the same arguments."""
+
+    def __init__(self, make: Callable[..., R], *args: Any) -> None:
+        self.made = make(*args)
+        self._how = make, *args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MadeHere, self._how
 
 
 class OfThisProcess(dict[Any, Any]):

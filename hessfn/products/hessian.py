@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +10,10 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.arguments import require_batches, require_loss, require_vector
 from hessfn.core.errors import InvalidInput, Untraceable
+from hessfn.core.locks import MadeHere
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_state import carries_derivative, is_observed, recorded
-from hessfn.core.tree import MatVec, T
+from hessfn.core.tree import MatVec, T, Tree
 from hessfn.core.warn import warn
 from hessfn.engine import pipeline
 from hessfn.losses.batches import Weights
@@ -129,21 +130,27 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
     )
     with differentiating():
         value = check_loss(loss, params, args)
-        try:
-            trace = memory_of(loss).trace(loss, params, args, for_ever=False)
-        except Untraceable as error:
-            raise Untraceable(f"{error}; hvp finds another way") from error
-    if trace.product is None:
-        raise Untraceable(f"{trace.reason}; hvp finds another way")
-    job = pipeline.Job(loss, params, args, linearized=True, compile=compile)
-    product = pipeline.linear_product(copied(trace.product), job)
+    product = MadeHere(_linear_product, loss, params, args, compile)
 
     def matvec(v: T) -> T:
-        return tree.owned(tree.unflatten(product(*tree.leaves(tree.aligned(v, params))), params))
+        return tree.owned(tree.unflatten(product.made(*tree.leaves(tree.aligned(v, params))), params))
 
     if check:
         _hold(loss, params, args, value, matvec)
     return knowing(matvec, of_loss(loss), lambda batch: loss(params, batch))
+
+
+def _linear_product(loss: Loss, params: Tree, args: tuple[Any, ...], compile: bool) -> Callable[..., list[Tensor]]:
+    """From a vector's tensors in a row to its product's."""
+    try:
+        with differentiating():
+            trace = memory_of(loss).trace(loss, params, args, for_ever=False)
+    except Untraceable as error:
+        raise Untraceable(f"{error}; hvp finds another way") from error
+    if trace.product is None:
+        raise Untraceable(f"{trace.reason}; hvp finds another way")
+    job = pipeline.Job(loss, params, args, linearized=True, compile=compile)
+    return pipeline.linear_product(copied(trace.product), job)
 
 
 _CONSTANT = (
