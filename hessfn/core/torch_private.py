@@ -103,6 +103,11 @@ def python_meta_kernel(func: Any) -> Callable[..., Any] | None:
     return func.py_kernels.get(torch._C.DispatchKey.Meta)
 
 
+def arguments_of(func: OpOverload) -> list[tuple[str, str]]:
+    """Names and types of what an operation takes. ``_schema`` is the only place where they stand."""
+    return [(argument.name, str(argument.type)) for argument in func._schema.arguments]
+
+
 def is_mutable(func: Any) -> bool:
     """Whether an operation writes into an argument."""
     return func._schema.is_mutable

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hessfn.core.torch_private import is_composite, is_mutable, is_view
+from hessfn.core.torch_private import arguments_of, is_composite, is_mutable, is_view
 
 aten = torch.ops.aten
 
@@ -25,9 +25,6 @@ class Kind(NamedTuple):
 
 @cache
 def kind_of(func: Any) -> Kind:
-    name, _, overload = str(func).removeprefix("aten.").partition(".")
-    plain = getattr(getattr(aten, name[:-1], None), overload, None) if name.endswith("_") else None
-    plain = aten.transpose.int if func is aten.transpose_.default else plain
     tags = func.tags
     return Kind(
         is_mutable(func),
@@ -35,5 +32,13 @@ def kind_of(func: Any) -> Kind:
         is_view(func),
         torch.Tag.data_dependent_output in tags,
         torch.Tag.dynamic_output_shape in tags,
-        plain,
+        _plain(func),
     )
+
+
+def _plain(func: Any) -> Any:
+    """That of the same arguments, whose overload may have another name: ``pow_.Scalar`` is ``pow.Tensor_Scalar``."""
+    name = str(func).removeprefix("aten.").partition(".")[0]
+    found = getattr(aten, name[:-1], None) if name.endswith("_") else None
+    overloads = [getattr(found, overload) for overload in found.overloads()] if found is not None else []
+    return next((plain for plain in overloads if arguments_of(plain) == arguments_of(func)), None)
