@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import gc
 import threading
 import types
 import weakref
@@ -208,6 +209,34 @@ def test_two_threads_see_their_own_parameters(dtype: torch.dtype) -> None:
         found = list(threads.map(lambda p: [forward(p, x) for _ in range(20)][-1], many))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("place", ["list", "parent", "bound method", "closure"])
+def test_a_call_keeps_no_tensors(place: str) -> None:
+    forward, params = hf.stateless(seeded(lambda: Holder(*HOLDERS[place])))
+    gc.disable()
+    try:
+        for _ in range(2):
+            moved = {name: 1.1 * p for name, p in params.items()}
+            kept = [weakref.ref(p) for p in moved.values()]
+            assert torch.isfinite(forward(moved, BATCH[0])).all()
+            del moved
+            assert not any(ref() is not None for ref in kept)
+    finally:
+        gc.enable()
+
+
+def test_outputs_may_be_functions_of_the_model() -> None:
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return lambda scale: self.layer(scale * x)
+
+    model = seeded(Returning)
+    assert_right(model, criterion=lambda outputs, targets: F.mse_loss(outputs(2.0), targets))
 
 
 def test_a_loss_can_be_sent_to_another_process() -> None:

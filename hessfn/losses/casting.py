@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from hessfn.core.torch_private import uncompiled_part
-from hessfn.losses.makers import Maker, attributes_of, contents_of, copied_shallow, is_made_of_attributes, maker_of
+from hessfn.losses.makers import (
+    Maker,
+    Memo,
+    attributes_of,
+    contents_of,
+    copied_shallow,
+    is_made_of_attributes,
+    maker_of,
+)
+
+Other = Callable[[Any, Memo], Any]
 
 
 class Mould(NamedTuple):
@@ -31,29 +41,35 @@ class Mould(NamedTuple):
     def __reduce__(self) -> Any:
         return mould, (self.root, self.replaced)  # another process has other ids
 
-    def cast(self, values: Mapping[int, Any], other: Callable[[Any, dict[int, Any]], Any] | None = None) -> Any:
+    def cast(self, values: Mapping[int, Any], other: Other | None = None) -> Any:
         """A copy with ``values[id(x)]`` for x. All else that is not copied is shared, or is ``other(x, memo)``."""
-        memo: dict[int, Any] = dict(values)
-        makers = self.makers
+        return _Casting(self.makers, dict(values), other)(self.root)
 
-        def cast(x: Any) -> Any:
-            key = id(x)
-            if key in memo:
-                return memo[key]
-            make = makers.get(key)
-            if make is None:
-                return x if other is None else other(x, memo)
-            return make(x, memo, cast)
 
-        return cast(self.root)
+class _Casting:
+    """From an object to what stands for it; no closure, which would refer to itself and so keep the values for long."""
+
+    __slots__ = ("makers", "memo", "other")
+
+    def __init__(self, makers: Mapping[int, Maker], memo: Memo, other: Other | None) -> None:
+        self.makers, self.memo, self.other = makers, memo, other
+
+    def __call__(self, x: Any) -> Any:
+        key = id(x)
+        if key in self.memo:
+            return self.memo[key]
+        make = self.makers.get(key)
+        if make is None:
+            return x if self.other is None else self.other(x, self.memo)
+        return make(x, self.memo, self)
 
 
 def mould(root: Any, replaced: Sequence[Tensor] = (), *, whole: bool = False) -> Mould:
     """The mould of an object graph in which the tensors ``replaced`` will be others.
 
     Copied are modules, what they keep in lists, dicts and sets, and whatever else leads to a module or to a tensor that
-    is replaced: tuples, objects, bound methods, ``functools.partial``, functions with closures, weak references to
-    modules. What ``torch.compile`` made is what it was made from.
+    is replaced: tuples, objects, bound methods, ``functools.partial``, functions with closures, weak
+    references. What ``torch.compile`` made is what it was made from.
 
     Args:
         whole: whether objects that modules keep, and what leads to any tensor, are copied as well.
@@ -118,8 +134,8 @@ def _parts(x: Any) -> Iterator[Any]:
     elif isinstance(x, types.CellType):
         yield from contents_of(x)
     elif isinstance(x, weakref.ref):
-        # Not a tensor: by such references torch's recurrent layers see that their weights are others.
-        yield from (target for target in (x(),) if isinstance(target, nn.Module))
+        # Torch's recurrent layers see by these whether their weights are others, and would then move them in memory.
+        yield from (target for target in (x(),) if isinstance(target, (nn.Module, Tensor)))
     elif _is_plain(x) or isinstance(x, types.SimpleNamespace):
         yield from (part for _, part in attributes_of(x))
 

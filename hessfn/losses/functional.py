@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.torch_private import Dropout, uncompiled
+from hessfn.core.torch_state import carries_derivative
 from hessfn.losses.fsdp import is_fully_sharded, sharded_loss
 from hessfn.losses.model_inputs import arguments, pair, signature_of
 from hessfn.losses.samples import length
-from hessfn.losses.skeleton import bare, registered, skeleton
+from hessfn.losses.skeleton import bare, empty, registered, skeleton, unwrapped
 from hessfn.losses.weights import MeanOver, mean_over, sum_refused
 
 Params = dict[str, Tensor]
@@ -63,7 +65,7 @@ def functionalize(
     torch.Size([])
     """
     if is_fully_sharded(model):
-        return _of_parts(model, criterion, params)
+        return _of_parts(unwrapped(model), criterion, params)
     forward, chosen = stateless(model, params=params)
 
     def loss(params: Params, batch: Any) -> Tensor:
@@ -145,7 +147,10 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
                 return torch.func.functional_call(own.module, state, args, kwargs, tie_weights=False)
         module = own.with_tensors(values)
         with uncompiled(), within(module):
-            return module(*args, **kwargs)
+            outputs = module(*args, **kwargs)
+        if all(isinstance(x, Tensor) for x in tree.leaves(outputs)) and not carries_derivative(outputs):
+            empty(module)  # nothing will run it again
+        return outputs
 
     def closes_over(params: Params) -> list[Any]:
         """What a trace takes for constants: the skeleton is ours alone, and the parameters are given."""

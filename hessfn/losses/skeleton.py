@@ -32,17 +32,17 @@ def bare(model: nn.Module) -> nn.Module:
     Wrappers are those for data-parallel training and for averaged weights, and what ``torch.compile`` returns; of the
     latter also those within a model, of which it is then another copy with the same tensors.
     """
-    while True:
-        if isinstance(
-            model, (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
-        ):
-            model = model.module
-        elif (inner := uncompiled_part(model)) is not None:
-            model = inner
-        elif any(uncompiled_part(module) is not None for module in model.modules()):
-            return mould(model).cast({})
-        else:
-            return model
+    model = unwrapped(model)
+    if any(uncompiled_part(module) is not None for module in model.modules()):
+        return mould(model).cast({})
+    return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model without the wrappers around it."""
+    while isinstance(model, _WRAPPERS) or uncompiled_part(model) is not None:
+        model = model.module if isinstance(model, _WRAPPERS) else uncompiled_part(model)
+    return model
 
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -58,14 +58,14 @@ def skeleton(model: nn.Module) -> Skeleton:
     for name, tensor in registered(model):
         if torch.nn.parameter.is_lazy(tensor):
             raise InvalidInput(f"{name!r} has no shape yet: call the model once, on any batch, before")
-    empty = {name: t.detach().to("meta") for name, t in registered(model)}
+    places = {name: t.detach().to("meta") for name, t in registered(model)}
     whole = mould(model, whole=True)
     constants = {key: x.detach() for key, x in whole.objects.items() if isinstance(x, Tensor) and key not in names}
-    values: dict[int, Any] = {**constants, **{key: empty[name] for key, name in names.items()}}
+    values: dict[int, Any] = {**constants, **{key: places[name] for key, name in names.items()}}
     values.update({key: _differentiable(x) for key, x in whole.objects.items() if _is_checkpoint(x)})
     own = whole.cast(values, lambda x, memo: _copy_of(x, memo, model))
     _prepare(own)
-    pattern = mould(own, list(empty.values()))
+    pattern = mould(own, list(places.values()))
     scripted = next((f"{type(m).__name__} {n!r}" for n, m in own.named_modules() if _is_scripted(m)), "")
 
     def with_tensors(values: Mapping[str, Tensor]) -> nn.Module:
@@ -74,7 +74,7 @@ def skeleton(model: nn.Module) -> Skeleton:
                 f"{scripted} is run by TorchScript, which neither traces nor transforms of torch.func see into: "
                 "mode='double_backward' is right; the Python model that it was made from has all modes"
             )
-        return pattern.cast({id(t): values[name] for name, t in empty.items()})
+        return pattern.cast({id(t): values[name] for name, t in places.items()})
 
     return Skeleton(own, _slots(model, names), list(constants.values()), with_tensors)
 
@@ -82,6 +82,13 @@ def skeleton(model: nn.Module) -> Skeleton:
 def registered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def empty(module: nn.Module) -> None:
+    """Takes everything out of a module, which may refer to itself and then would keep its tensors for a long time."""
+    for part in list(module.modules()):
+        if not _is_scripted(part):
+            vars(part).clear()
 
 
 def _slots(model: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
