@@ -94,8 +94,9 @@ def mould(root: Any, replaced: Sequence[Tensor] = (), *, whole: bool = False) ->
         # What a closure or an object keeps is not the module's own.
         keeps = is_owned and (owns or isinstance(x, (nn.Module, tuple)))
         for part in _parts(x):
-            users[id(part)].append(key)
-            waiting.append((part, keeps))
+            if type(part) not in _MOST:
+                users[id(part)].append(key)
+                waiting.append((part, keeps))
     makers: dict[int, Maker] = {}
     while live:
         key = live.pop()
@@ -109,6 +110,7 @@ def mould(root: Any, replaced: Sequence[Tensor] = (), *, whole: bool = False) ->
 
 
 _ATOMS = (bool, int, float, complex, str, bytes, type, type(None), types.ModuleType, types.BuiltinFunctionType)
+_MOST = {type(None), bool, int, float, str}  # of which a list may hold a million
 _CONTAINERS = (dict, list, set, collections.deque)
 
 
