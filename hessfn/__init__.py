@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
     # Make a matvec from a loss.
     from hessfn.products.batch_mean import batch_mean
-    from hessfn.products.gauss_newton import fvp, ggnvp
+    from hessfn.products.fisher import fvp
+    from hessfn.products.gauss_newton import ggnvp
     from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
     from hessfn.products.ladder import find_mode
 
@@ -101,7 +102,8 @@ _HOMES = {
     "hessfn.losses.activation": "activation_loss activation_shapes",
     "hessfn.losses.functional": "functionalize stateless",
     "hessfn.products.batch_mean": "batch_mean",
-    "hessfn.products.gauss_newton": "fvp ggnvp",
+    "hessfn.products.fisher": "fvp",
+    "hessfn.products.gauss_newton": "ggnvp",
     "hessfn.products.hessian": "hvp linearized_hvp mean_hvp",
     "hessfn.products.ladder": "find_mode",
     "hessfn.parallel.all_reduce": "ShardedBatches all_reduce",

@@ -1,4 +1,4 @@
-"""What a model returns: the tensors that a criterion can be differentiated by, and all else as it is."""
+"""What a model returns, and a criterion takes: tensors that can be differentiated by, and all else as it is."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.arguments import require_pair
+from hessfn.core.arrays import as_tensors
+from hessfn.core.errors import InvalidInput
 from hessfn.core.flatten import flatten
 from hessfn.core.func import jvp, vjp, vjp_with
 from hessfn.core.tree import T, Tree
+from hessfn.losses.model_inputs import is_one
+from hessfn.losses.samples import tensors
 
 
 class Outputs(NamedTuple):
@@ -65,3 +70,37 @@ def pushforward(function: Callable[[Tree], Any], point: Tree, v: Tree) -> Any:
     except (RuntimeError, NotImplementedError):
         out, pullback = vjp(function, point)
         return vjp(lambda u: tree.leaves(pullback(u)), tree.map(torch.zeros_like, out))[1](tree.leaves(v))
+
+
+def sides(batch: Any, call: str = "") -> tuple[Any, Any]:
+    """Inputs and targets; what is one goes to both sides. A criterion of torch's takes tensors, not arrays."""
+    is_both = is_one(batch) and tensors(batch)
+    inputs, targets = (batch, batch) if is_both else require_pair(batch, "batch (inputs, targets)", call)
+    return inputs, as_tensors(targets)
+
+
+def targets_of(batch: Any) -> Any:
+    return sides(batch)[1]
+
+
+def value_of(forward: Callable[..., Any], criterion: Callable[..., Tensor], params: Any) -> Callable[[Any], Tensor]:
+    def of_batch(batch: Any) -> Tensor:
+        inputs, targets = sides(batch)
+        return criterion(forward(params, inputs), targets)
+
+    return of_batch
+
+
+def has_entries(x: Tensor) -> bool:
+    return bool((x != 0).any())
+
+
+def refuse_own_loss(make: Callable[..., Any], slope: list[Tensor], is_linear: bool = True) -> None:
+    """Raises where a criterion is of a single number among larger outputs, such as the loss that the model computed."""
+    used = [x for x in slope if has_entries(x)]
+    if is_linear and used and all(x.dim() == 0 for x in used) and any(x.dim() for x in slope):
+        raise InvalidInput(
+            f"{make.__name__}: what the criterion takes of the outputs is a single number, such as the loss that the "
+            "model has computed itself, and not the predictions. Give the criterion of these, such as lambda out, "
+            "batch: cross_entropy(out.logits.flatten(0, 1), batch['labels'].flatten())"
+        )

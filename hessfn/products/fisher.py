@@ -1,0 +1,190 @@
+"""From a model and its criterion to a matvec: the Fisher matrix, of the data's targets or of drawn ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.arguments import kind, require_forward
+from hessfn.core.errors import InvalidInput
+from hessfn.core.flatten import flatten
+from hessfn.core.func import gradient, vjp
+from hessfn.core.torch_state import is_observed, recorded
+from hessfn.core.tree import MatVec, T
+from hessfn.engine.op_definitions import by_definition
+from hessfn.losses.criteria import known_criterion, summed
+from hessfn.losses.model_inputs import is_one
+from hessfn.losses.samples import length
+from hessfn.losses.weights import knowing, of_criterion
+from hessfn.products.gauss_newton import call_of, says_what_is_missing
+from hessfn.products.modes import differentiating
+from hessfn.products.outputs import outputs_of, pushforward, refuse_own_loss, sides, targets_of, value_of
+from hessfn.products.predictive import generator, mean_of_draws, require_distribution
+
+
+@says_what_is_missing
+def fvp(
+    forward: Callable[[T, Any], Any],
+    criterion: Callable[[Any, Any], Tensor],
+    params: T,
+    batch: Any,
+    *,
+    num_samples: int | None = None,
+    seed: int = 0,
+    check: bool = True,
+) -> MatVec[T]:
+    """Products with the empirical Fisher matrix ``1/B sum_i g_i g_i'``, ``g_i`` the gradient of sample ``i``'s loss.
+
+    A sample's loss is B times its share of the mean loss, so that the mean of ``g_i`` is the gradient of that: of
+    torch's ``CrossEntropyLoss`` and ``NLLLoss``, with class weights or ignored targets, it is
+    ``B w_i l_i / sum_j w_j``. Of a criterion that is a sum over samples it is the criterion of the sample alone.
+
+    With ``num_samples`` it is the Monte-Carlo Fisher matrix: targets are drawn from the model's own predictions, of
+    classes for ``CrossEntropyLoss`` and ``NLLLoss``, of normal numbers for ``MSELoss`` and of zeros and ones for
+    ``BCEWithLogitsLoss``. Its mean over draws is the Fisher matrix itself, which for criteria of logits and for
+    ``MSELoss`` is the Gauss-Newton matrix of :func:`ggnvp`, class weights and all; its rank is at most that of as many
+    gradients as there are draws. The batch's own targets count only where they are ignored or have weights.
+
+    Arguments as :func:`ggnvp`. Samples lie along the first axis of outputs and targets, and the output of a sample must
+    depend on that sample alone.
+
+    Args:
+        num_samples: draws for each sample, in one product of the cost of :func:`ggnvp`'s; None for the targets of the
+            batch.
+        seed: of the draws, which are a function of it and the data: every product has the same.
+        check: whether the first product asks that the criterion be the mean, or the sum, of those of single samples.
+
+    Raises:
+        ValueError: it is neither, such as a mean by class weights in a criterion of one's own; or no targets can be
+            drawn by this criterion.
+
+    >>> x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    >>> square = lambda out, y: (out - y).square().mean()
+    >>> matvec = fvp(lambda w, x: x @ w, square, torch.zeros(2), (x, torch.ones(2)))
+    >>> matvec(torch.tensor([1.0, 0.0]))
+    tensor([2., 4.])
+    """
+    require_forward(forward, criterion, params, call_of(fvp))
+    both = sides(batch, call_of(fvp))
+    about, loss = of_criterion(criterion, targets_of), value_of(forward, criterion, params)
+    if num_samples is not None:
+        matvec = _monte_carlo(forward, criterion, params, batch, both, num_samples, seed)
+        return knowing(matvec, about, loss)
+    if about.weight_of is not None:
+        about = about._replace(weight_of=_alike(about.weight_of))
+    return knowing(_empirical(forward, criterion, params, batch, both, check), about, loss)
+
+
+def _alike(weight_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The weight of a batch, where it counts as much a sample as the first one does."""
+    first: list[float] = []
+
+    def checked(batch: Any) -> Any:
+        weight, targets = weight_of(batch), targets_of(batch)
+        each = float(weight) / length(targets)
+        if not first:
+            first.append(each)
+        if not math.isclose(each, first[0], rel_tol=1e-5):
+            raise InvalidInput(
+                f"fvp: the criterion counts {first[0]:.4g} a sample in one batch, and {each:.4g} in another, by class "
+                "weights or ignored targets. In the empirical Fisher matrix a sample's gradient is by its share of its "
+                "batch, so that the mean over batches is not the matrix of the data: take num_samples= or ggnvp, or "
+                "any weights= for the mean as it is"
+            )
+        return weight
+
+    return checked
+
+
+def _monte_carlo(
+    forward: Any, criterion: Any, params: T, batch: Any, both: tuple[Any, Any], num_samples: int, seed: int
+) -> MatVec[T]:
+    if num_samples < 1 or seed < 0:
+        raise InvalidInput(f"num_samples={num_samples} must be at least 1, and seed={seed} not negative")
+    predict = require_distribution(criterion, call_of(fvp))
+    inputs, targets = both
+
+    @recorded
+    def matvec(v: T) -> T:
+        v = tree.aligned(v, params)
+        with differentiating():
+            out = outputs_of(by_definition(forward), params, inputs)
+            predictions = out.whole(out.parts)
+            if not isinstance(predictions, Tensor) or not predictions.dim() or not predictions.is_floating_point():
+                raise InvalidInput(f"{call_of(fvp)}: targets are drawn by a tensor of outputs, not {kind(predictions)}")
+            (tangent,) = out.pushforward(v)
+            draws = generator(seed, batch)
+            slopes = [mean_of_draws(predict(predictions, targets), tangent, num_samples, draws)]
+            return tree.owned(out.pullback(slopes))
+
+    return matvec
+
+
+def _empirical(forward: Any, criterion: Any, params: T, batch: Any, both: tuple[Any, Any], check: bool) -> MatVec[T]:
+    inputs, targets = both
+    known = known_criterion(criterion)
+    is_weighed = known is not None and known.by_class and known.reduction == "mean"
+    # A mean of one sample has its weight divided out, and of one that is ignored it is 0 / 0.
+    of_sample = summed(criterion) if is_weighed else criterion
+    weight = known.weight_of(batch, targets) if known is not None and is_weighed else None
+    unchecked = [check]
+
+    @recorded
+    def matvec(v: T) -> T:
+        v = tree.aligned(v, params)
+        defined = by_definition(forward)
+
+        def losses(p: T) -> Tensor:
+            each = _by_sample(of_sample, defined(p, inputs), targets, may_differ=is_one(batch))
+            return each if weight is None else each * torch.as_tensor(each.numel() / weight).to(each)
+
+        with differentiating():
+            each, pullback = vjp(losses, params)
+            if unchecked[0] and not is_observed(each):
+                out = outputs_of(defined, params, inputs)
+                if known is None:
+                    with torch.no_grad():
+                        _require_shares(each, criterion(out.whole(out.parts), targets))
+                if any(x.dim() == 0 for x in out.parts):
+                    slope = gradient(lambda parts: criterion(out.whole(parts), targets), out.parts)
+                    refuse_own_loss(fvp, slope)
+                unchecked[0] = False
+            return tree.owned(pullback(pushforward(losses, params, v) / each.numel()))
+
+    return matvec
+
+
+def _by_sample(of_sample: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, may_differ: bool) -> Tensor:
+    """The criterion of each sample alone, as a batch of one; what has no axis of samples is the same for all."""
+    (found, structure), (wanted, like) = flatten(outputs), flatten(targets)
+    size = length(outputs)
+    if not may_differ and any(isinstance(x, Tensor) and x.dim() and len(x) != size for x in wanted):
+        raise InvalidInput(f"fvp: there are outputs of {size} samples, but targets of {length(targets)}")
+    flat = [*found, *wanted]
+    where = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.dim() and len(x) == size]
+
+    def alone(*samples: Tensor) -> Tensor:
+        one = list(flat)
+        for i, sample in zip(where, samples, strict=True):
+            one[i] = sample.unsqueeze(0)
+        return of_sample(structure.unflatten(one[: len(found)]), like.unflatten(one[len(found) :]))
+
+    return torch.func.vmap(alone)(*[flat[i] for i in where])
+
+
+def _require_shares(each: Tensor, whole: Tensor) -> None:
+    tolerance = max(torch.finfo(whole.dtype).eps ** 0.5, 1e-5)
+    mean, total, value = float(each.mean()), float(each.sum()), float(whole)
+    size = float(each.abs().max())
+    if math.isfinite(value) and not (abs(mean - value) <= tolerance * size or abs(total - value) <= tolerance * size):
+        raise InvalidInput(
+            f"fvp: the criterion is {value:.6g} on the batch, and {mean:.6g} is the mean of it on single samples: what "
+            "one adds to it depends on the others, as with class weights or ignored targets. Take CrossEntropyLoss or "
+            "NLLLoss of torch, or a criterion that is a mean over samples; with check=False a sample's loss is the "
+            "criterion of it alone"
+        )
