@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 from hessfn.core.containers import Opened, is_closed, opened
@@ -43,15 +43,20 @@ class Structure(NamedTuple):
         return pytree.tree_unflatten(flat, self.spec)
 
 
-def flatten(x: Any) -> tuple[list[Any], Structure]:
-    flat, spec = pytree.tree_flatten(x)
+IsLeaf = Callable[[Any], bool] | None
+
+
+def flatten(x: Any, is_leaf: IsLeaf = None) -> tuple[list[Any], Structure]:
+    """The leaves of a tree, and the rest of it. What ``is_leaf`` finds to be one is not opened."""
+    flat, spec = pytree.tree_flatten(x, is_leaf)
     if all(map(is_closed, flat)):
         return flat, Structure(spec)
     out: list[Any] = []
     holes: list[tuple[int, Opened | None]] = []
     for place, leaf in enumerate(flat):
-        found = None if leaf is None or is_closed(leaf) else opened(leaf)
-        if leaf is None or found:
+        kept = is_closed(leaf) or (is_leaf is not None and is_leaf(leaf))
+        found = None if leaf is None or kept else opened(leaf)
+        if found or (leaf is None and not kept):
             holes.append((place, found))
             out.extend(found.leaves if found else ())
         else:
@@ -59,11 +64,11 @@ def flatten(x: Any) -> tuple[list[Any], Structure]:
     return out, Structure(spec, tuple(holes))
 
 
-def leaves(x: Any) -> list[Any]:
-    """The leaves of a tree, in order.
+def leaves(x: Any, is_leaf: IsLeaf = None) -> list[Any]:
+    """The leaves of a tree, in order; objects that hold tensors are opened, and ``None`` is an empty tree.
 
     >>> leaves({"a": 1, "b": [2, None]})
     [1, 2]
     """
-    flat = pytree.tree_leaves(x)
-    return flat if all(map(is_closed, flat)) else flatten(x)[0]
+    flat = pytree.tree_leaves(x, is_leaf)
+    return flat if all(map(is_closed, flat)) else flatten(x, is_leaf)[0]

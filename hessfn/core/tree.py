@@ -13,7 +13,7 @@ from typing_extensions import TypeVar  # typing's own has no default before Pyth
 from hessfn.core.containers import is_closed, opened, paths
 from hessfn.core.dtensor import layout, over_ranks, place, whole
 from hessfn.core.errors import InvalidInput
-from hessfn.core.flatten import flatten, leaves
+from hessfn.core.flatten import IsLeaf, flatten, leaves
 from hessfn.core.memory import own
 from hessfn.core.torch_state import known
 
@@ -22,13 +22,15 @@ T = TypeVar("T", default=Tree)
 MatVec = Callable[[T], T]  # MatVec[dict[str, Tensor]] is one on dicts
 
 
-def map(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+def map(function: Callable[..., Any], tree: Tree, *others: Tree, is_leaf: IsLeaf = None) -> Tree:
     """``function`` of every leaf, and of those of other trees of the same structure.
+
+    It is torch's ``tree_map``, but that objects that hold tensors come out as copies, and ``None`` as it is.
 
     >>> map(lambda a, b: a + b, {"x": 1, "y": None}, {"x": 2, "y": None})
     {'x': 3, 'y': None}
     """
-    flat, structure = flatten(tree)
+    flat, structure = flatten(tree, is_leaf)
     if not structure.holes:
         rest = [structure.spec.flatten_up_to(other) for other in others]
     else:
