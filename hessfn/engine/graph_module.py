@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx
@@ -37,3 +39,16 @@ class GraphModule(fx.GraphModule):
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """The graph's results."""
         return self.compiled()(self, *inputs)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """A graph is many small objects that all stay: to look for garbage among them takes a third of a trace."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

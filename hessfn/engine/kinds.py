@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -42,3 +43,9 @@ def _plain(func: Any) -> Any:
     found = getattr(aten, name[:-1], None) if name.endswith("_") else None
     overloads = [getattr(found, overload) for overload in found.overloads()] if found is not None else []
     return next((plain for plain in overloads if arguments_of(plain) == arguments_of(func)), None)
+
+
+@cache
+def name_of(func: Any) -> str:
+    """What a node of it is called, but for a number: ``mm_default``."""
+    return re.sub(r"(?<=[a-z])([A-Z])", r"_\1", func.__name__).replace(".", "_").lower()

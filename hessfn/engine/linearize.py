@@ -60,9 +60,11 @@ def fold_constants(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModu
     constants: dict[fx.Node, fx.Node] = {}
     waiting = {node: set(node.users) for node in graph.nodes}
     trim_heap()
-    for count, node in enumerate(list(graph.nodes)):
-        if count % 100 == 0:
+    freed = 0
+    for node in list(graph.nodes):
+        if freed > _WORTH_TRIMMING:
             trim_heap()
+            freed = 0
         inputs = node.all_input_nodes
         if node.op == "get_attr":
             known[node] = module.get_buffer(node.target).clone()  # what the loss closed over may change in place
@@ -83,12 +85,16 @@ def fold_constants(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModu
         for i in inputs:
             waiting[i].discard(node)
             if not waiting[i] and i in known:
+                freed += known[i].nbytes if isinstance(known[i], Tensor) else 0
                 known[i] = None  # its memory is free
     drop_dead(graph)
     for node in given:
         graph.erase_node(node)
     trim_heap()
     return GraphModule(module, graph)  # with the buffers that it still uses
+
+
+_WORTH_TRIMMING = 2**24  # bytes: each time takes some milliseconds
 
 
 def _leave_out_zeros(node: fx.Node, module: fx.GraphModule) -> None:

@@ -85,7 +85,10 @@ def _entrywise(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def _small(t: Tensor) -> Tensor:
-    return _strided([min(n, 2) for n in t.shape], t.stride(), dtype=t.dtype, device="cpu").fill_(1)
+    # Also of dimensions of one entry the order counts.
+    order = sorted({stride for stride in t.stride() if stride})
+    strides = [2 ** order.index(stride) if stride else 0 for stride in t.stride()]
+    return torch.empty_strided([min(n, 2) for n in t.shape], strides, dtype=t.dtype).fill_(1)
 
 
 def _strided(shape: Any, order: Any, **options: Any) -> Tensor:
@@ -133,15 +136,35 @@ MASKS = (torch.bool, torch.uint8)  # what an index of these dtypes selects is kn
 
 
 def with_tensors(x: Any, function: Callable[[Tensor], Any]) -> Any:
+    kind = type(x)
+    if kind in _NO_TENSORS:
+        return x
     if isinstance(x, Tensor):
         return function(x)
     if isinstance(x, (tuple, list)):
+        if kind is list and x and type(x[0]) is int:  # a shape, say: an operation has no lists of both
+            return x
         parts = [with_tensors(part, function) for part in x]
         return parts if isinstance(x, list) else tuple(parts)
-    return {name: with_tensors(part, function) for name, part in x.items()} if isinstance(x, dict) else x
+    return {name: with_tensors(part, function) for name, part in x.items()} if kind is dict and x else x
+
+
+_NO_TENSORS = {int, float, bool, type(None), str, complex, torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 
 def tensors(x: Any) -> list[Tensor]:
     found: list[Tensor] = []
     with_tensors(x, found.append)
     return found
+
+
+def key_of(x: Any) -> Any:
+    """Arguments by which a result looks the same: tensors by how they look, all else by type and value."""
+    kind = type(x)
+    if kind is tuple or kind is list:
+        return ("ints", *x) if x and all(type(i) is int for i in x) else tuple([key_of(part) for part in x])
+    if kind is dict:
+        return tuple([(name, key_of(part)) for name, part in x.items()])
+    if isinstance(x, Tensor):
+        return looks(x)
+    return tuple(map(key_of, x)) if isinstance(x, (tuple, list)) else (kind, x)

@@ -18,6 +18,7 @@ from hessfn.core.locks import Lock
 from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import Tree
 from hessfn.engine import decisions, linearize, memory_plan, rewrites, symmetric_map
+from hessfn.engine.graph_module import without_collections
 from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
 
 try:
@@ -190,13 +191,14 @@ def run(
     Raises:
         Untraceable: at ``trace``, ``refuse_other_functions`` or ``differentiate``, with the reason.
     """
-    for stage in stages:
-        if stage.run is not None and stage.when(job):
-            given, module = module, stage.run(module, job) or module
-            if given is not None and given is not module:  # what was decided on the way to the one made the other, too
-                module.meta["guards"] = [*given.meta.get("guards", ()), *module.meta.get("guards", ())]
-            if after is not None:
-                after(stage.name, module)
+    with without_collections():
+        for stage in stages:
+            if stage.run is not None and stage.when(job):
+                given, module = module, stage.run(module, job) or module
+                if given is not None and given is not module:  # what was decided on the way to it has made it, too
+                    module.meta["guards"] = [*given.meta.get("guards", ()), *module.meta.get("guards", ())]
+                if after is not None:
+                    after(stage.name, module)
     module.recompile()
     return module
 

@@ -26,8 +26,8 @@ from hessfn.engine import meta_shapes, zero_propagation
 from hessfn.engine.decisions import Decision, Guard, contents, is_known, seen
 from hessfn.engine.explain import READS_VALUES, SHAPED_BY_VALUES
 from hessfn.engine.graph_module import GraphModule
-from hessfn.engine.kinds import Kind, kind_of
-from hessfn.engine.meta_shapes import MASKS, like, looks, on_meta, tensors, with_tensors
+from hessfn.engine.kinds import Kind, kind_of, name_of
+from hessfn.engine.meta_shapes import MASKS, key_of, like, looks, on_meta, tensors, with_tensors
 from hessfn.engine.views import Alias
 
 aten = torch.ops.aten
@@ -147,9 +147,7 @@ class Recorder(TorchDispatchMode):
         if not isinstance(out, (Tensor, tuple, list)):
             return out
         parent = self.alias(args[0]) if kind.view else None
-        if (
-            func is aten.lift_fresh.default and isinstance(out, Tensor) and not fake
-        ):  # a number's tensor, made within the function
+        if func is aten.lift_fresh.default and isinstance(out, Tensor) and not fake:  # of numbers, and made in here
             self._keep(out, Alias(self, self._constant(out.clone())))
             return out
 
@@ -157,7 +155,8 @@ class Recorder(TorchDispatchMode):
             alias = Alias(self, node, is_fake=fake)
             if parent is not None:
                 alias.of(parent, args[0].shape, (func, args, kwargs), index)
-            node.meta.setdefault("val", on_meta(part))
+            if "val" not in node.meta:
+                node.meta["val"] = on_meta(part)
             return self._keep(part, alias)
 
         if self.lean and isinstance(out, Tensor):
@@ -185,14 +184,22 @@ class Recorder(TorchDispatchMode):
     def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         """The node of a call: in a lean graph the one that is there already (derivative rules repeat themselves)."""
         if not self.lean:
-            node = self.graph.call_function(func, args, kwargs)
+            node = self._new(func, args, kwargs)
             if not torch.is_grad_enabled():  # as in a backward pass without create_graph
                 node.meta["switched_off"] = True
             return node
-        key = _key((func, args, kwargs))
+        key = func, key_of(args), key_of(kwargs)
         if key not in self.calls:
-            self.calls[key] = self.graph.call_function(func, args, kwargs)
+            self.calls[key] = self._new(func, args, kwargs)
         return self.calls[key]
+
+    def _new(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
+        """As ``graph.call_function``, which looks into all arguments first and takes most of the time of a trace."""
+        node = self.graph.create_node("call_function", func, name=name_of(func))
+        node.args = args
+        if kwargs:
+            node.kwargs = kwargs
+        return node
 
     def _run(self, func: Any, args: Any, kwargs: Any, kind: Kind, fake: bool) -> Any:
         """The result of an operation on what has values; else a fake one."""
@@ -241,7 +248,7 @@ class Recorder(TorchDispatchMode):
         return target
 
     def _look(self, func: Any, args: Any, kwargs: Any) -> Any:
-        key = func, _key(args), _key(kwargs)
+        key = func, key_of(args), key_of(kwargs)
         if key not in self.seen:  # nets repeat themselves
             self.seen[key] = meta_shapes.result(func, args, kwargs)
         return self.seen[key]
@@ -258,14 +265,6 @@ class Recorder(TorchDispatchMode):
         if was_zero:
             alias.note_zero()
         return out
-
-
-def _key(x: Any) -> Any:
-    if isinstance(x, (tuple, list)):
-        return tuple(map(_key, x))
-    if isinstance(x, dict):
-        return tuple((name, _key(part)) for name, part in x.items())
-    return looks(x) if isinstance(x, Tensor) else (type(x), x)
 
 
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
