@@ -723,6 +723,40 @@ def test_a_batch_that_is_one_goes_to_both_sides(kind: str) -> None:
     assert off(found, exact) < 1e-12
 
 
+@pytest.mark.parametrize("mode", ["traced", "forward", "double_backward"])
+@pytest.mark.parametrize("make", [dict, collections.UserDict, lambda d: Graph(**d), lambda d: AttributeDict(d)])
+def test_a_model_may_write_into_its_batch(make: Any, mode: Any) -> None:
+    torch.manual_seed(0)
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(4, 3).double()
+
+        def forward(self, data: Any) -> Tensor:
+            kept = data.store.mapping if isinstance(data, Graph) else data
+            kept["h"] = self.l(kept.pop("x"))
+            kept["count"] = kept["count"] + 1
+            return kept["h"] * kept["count"]
+
+    def criterion(out: Tensor, data: Any) -> Tensor:
+        kept = data.store.mapping if isinstance(data, Graph) else data
+        assert "x" not in kept and kept["h"] is not None
+        return F.cross_entropy(out, kept["y"])
+
+    batch = make({"x": X, "y": Y, "count": 0})
+    loss, params = hf.functionalize(Writes(), criterion)
+    v = hf.gaussian(params, 1)[0]
+    expected = truth(lambda p: F.cross_entropy(F.linear(X, p["l.weight"], p["l.bias"]), Y), params, v)
+    for _ in range(2):
+        assert off(hf.hvp(loss, params, batch, mode=mode)(v), expected) < 1e-12
+        assert off(hf.mean_hvp(loss, params, [batch], mode=mode)(v), expected) < 1e-12
+    assert tree.names(batch) == tree.names(make({"x": X, "y": Y, "count": 0}))
+    forward, _ = hf.stateless(Writes())
+    hf.ggnvp(forward, lambda out, data: F.cross_entropy(out, Y), params, batch)(v)
+    assert tree.leaves(batch)[0] is X
+
+
 def test_a_packed_sequence_is_one_argument() -> None:
     torch.manual_seed(0)
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from hessfn.core import tree
 from hessfn.core.arrays import as_tensors
@@ -16,9 +16,9 @@ from hessfn.core.errors import InvalidInput
 def pair(batch: Any) -> tuple[Any, Any]:
     """What the model gets, and what its criterion. A batch that is one mapping or one object goes to both.
 
-    Arrays of NumPy become tensors, which share their memory.
+    Arrays of NumPy become tensors, which share their memory. A model may write into what it gets: it is a copy.
     """
-    batch = as_tensors(batch)
+    batch = fresh(as_tensors(batch))
     if is_one(batch):
         return batch, batch
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -28,6 +28,13 @@ def pair(batch: Any) -> tuple[Any, Any]:
             "others write your own loss"
         )
     return batch[0], batch[1]
+
+
+def fresh(x: Any) -> Any:
+    """A tree with containers and objects of its own, and the same tensors."""
+    if isinstance(x, Tensor) or (isinstance(x, (tuple, list)) and all(isinstance(part, Tensor) for part in x)):
+        return x
+    return tree.unflatten(tree.leaves(x), x)
 
 
 def is_one(batch: Any) -> bool:

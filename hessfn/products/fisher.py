@@ -18,7 +18,7 @@ from hessfn.core.torch_state import is_observed, recorded
 from hessfn.core.tree import MatVec, T
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.criteria import known_criterion, summed
-from hessfn.losses.model_inputs import is_one
+from hessfn.losses.model_inputs import fresh, is_one
 from hessfn.losses.samples import length
 from hessfn.losses.weights import knowing, of_criterion
 from hessfn.products.gauss_newton import call_of, says_what_is_missing
@@ -140,7 +140,7 @@ def _empirical(forward: Any, criterion: Any, params: T, batch: Any, both: tuple[
         defined = by_definition(forward)
 
         def losses(p: T) -> Tensor:
-            each = _by_sample(of_sample, defined(p, inputs), targets, may_differ=is_one(batch))
+            each = _by_sample(of_sample, defined(p, fresh(inputs)), targets, may_differ=is_one(batch))
             return each if weight is None else each * torch.as_tensor(each.numel() / weight).to(each)
 
         with differentiating():

@@ -15,7 +15,7 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.flatten import flatten
 from hessfn.core.func import jvp, vjp, vjp_with
 from hessfn.core.tree import T, Tree
-from hessfn.losses.model_inputs import is_one
+from hessfn.losses.model_inputs import fresh, is_one
 from hessfn.losses.samples import tensors
 
 
@@ -33,7 +33,7 @@ def outputs_of(forward: Callable[[T, Any], Any], params: T, inputs: Any) -> Outp
     seen: list[Any] = []
 
     def split(p: T) -> tuple[list[Tensor], list[Tensor]]:
-        flat, structure = flatten(forward(p, inputs))
+        flat, structure = flatten(forward(p, fresh(inputs)))
         seen[:] = [[None if isinstance(x, Tensor) else x for x in flat], list(map(_kind, flat)), structure]
         parts = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in flat if _kind(x) in _PARTS]
         return parts, [x for x in flat if _kind(x) == "constant"]
