@@ -1,6 +1,8 @@
 """What people do with it: products and consumers under vmap, under autograd, under torch.compile, in any tree."""
 
+import contextlib
 import itertools
+import warnings
 
 import pytest
 import scipy.linalg
@@ -138,6 +140,141 @@ def test_products_compile_without_graph_breaks(make, net):
     matvec, v = make(loss, params, batch), hf.gaussian(params, 1)[0]
     compiled = torch.compile(matvec, fullgraph=True, backend="aot_eager")
     assert tree.norm(tree.add(compiled(v), matvec(v), -1.0)) <= 1e-12 * tree.norm(matvec(v))
+
+
+@pytest.mark.slow
+@consumers
+def test_a_routine_without_a_tolerance_compiles_without_graph_breaks(consume):
+    diagonal = torch.linspace(-1, 2, 12).double()
+    like = {"a": torch.zeros(2, 3).double(), "b": torch.zeros(6).double()}
+    unravel = tree.ravel(like)[1]
+
+    def floats(d):
+        result = CONSUMERS[consume](lambda v: unravel(d * tree.ravel(v)[0]), like)
+        return [x for x in tree.leaves(result) if x.is_floating_point()]
+
+    found = torch.compile(floats, fullgraph=True, backend="aot_eager")(diagonal)
+    for a, b in zip(found, floats(diagonal), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_routine_compiles_with_the_products_of_a_net():
+    loss, params, batch, _ = problem("mlp")
+
+    def values(p):
+        matvec, start = hf.hvp(loss, p, batch), hf.gaussian(p, 1)[0]
+        trace = hf.hutchinson(matvec, hf.rademacher(p, 3)).mean
+        return hf.eigsh(matvec, start, 2, rtol=None, max_matvecs=8).values, trace
+
+    compiled = torch.compile(values, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(params), values(params), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "consume",
+    [
+        lambda m, v: hf.eigsh(m, v),
+        lambda m, v: hf.power_iter(m, v),
+        lambda m, v: hf.hutchinson(m, hf.rademacher(v, 30), rtol=0.1),
+    ],
+)
+def test_a_tolerance_is_refused_within_a_compiled_function(consume):
+    compiled = torch.compile(lambda v: consume(lambda u: 2 * u, v), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="torch.compile has not: pass rtol=None"):
+        compiled(torch.ones(3).double())
+
+
+# Within the contexts of torch that change what autograd does.
+
+
+@contextlib.contextmanager
+def anomaly():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
+        with torch.autograd.set_detect_anomaly(True):
+            yield
+
+
+CONTEXTS = {"anomaly": anomaly, "inference": torch.inference_mode, "no_grad": torch.no_grad}
+contexts = pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+
+
+@contexts
+@pytest.mark.parametrize("where", ["made", "used", "both"])
+def test_products_are_right_within_contexts(context, where):
+    inside, outside = context, contextlib.nullcontext
+    made, used = {"made": (inside, outside), "used": (outside, inside), "both": (inside, inside)}[where]
+    with made():
+        loss, params, batch, model = problem("mlp")
+        forward, criterion = hf.stateless(model)[0], nn.CrossEntropyLoss()
+        modes = ("auto", "traced", "forward", "reverse", "double_backward", "difference")
+        matvecs = [hf.hvp(loss, params, batch, mode=mode) for mode in modes]
+        matvecs += [hf.linearized_hvp(loss, params, batch), hf.mean_hvp(loss, params, [batch, batch])]
+        others = [make(forward, criterion, params, batch) for make in (hf.ggnvp, hf.fvp)]
+        v = hf.gaussian(params, 1)[0]
+    plain = problem("mlp")
+    flat, unravel = tree.ravel(tree.map(torch.clone, v))
+    exact = unravel(dense_hessian(*plain[:3]) @ flat)
+    with used():
+        found = [(matvec(v), matvec(v)) for matvec in matvecs]
+        other = [matvec(v) for matvec in others]
+    for pair, mode in itertools.zip_longest(found, modes):
+        for product in pair:
+            rtol = 1e-6 if mode == "difference" else 1e-12
+            assert tree.norm(tree.add(product, exact, -1.0)) <= rtol * tree.norm(exact), mode
+    for product, make in zip(other, (hf.ggnvp, hf.fvp), strict=True):
+        expected = make(hf.stateless(plain[3])[0], criterion, plain[1], plain[2])(v)
+        assert tree.norm(tree.add(product, expected, -1.0)) <= 1e-12 * tree.norm(expected)
+
+
+WITH_TOLERANCE = {
+    "eigsh, rtol": lambda m, p: hf.eigsh(m, hf.gaussian(p, 1)[0], 2),
+    "power_iter, rtol": lambda m, p: hf.power_iter(m, hf.gaussian(p, 1)[0]),
+    "hutchinson, rtol": lambda m, p: hf.hutchinson(m, hf.rademacher(p, 30), rtol=0.3),
+    "hutchinson, groups": lambda m, p: hf.hutchinson(m, signs(p, 4), batch_size=2),
+    "dense": lambda m, p: hf.dense(m, p, batch_size=16),
+    "check_matvec": lambda m, p: hf.check_matvec(m, p),
+}
+
+
+@contexts
+@pytest.mark.parametrize("consume", [*CONSUMERS, *WITH_TOLERANCE])
+def test_a_routine_is_the_same_within_contexts(consume, context):
+    loss, params, batch, _ = problem("layer_norm")
+    routine = (CONSUMERS | WITH_TOLERANCE)[consume]
+    alone = routine(hf.hvp(loss, params, batch, mode="forward"), params)
+    with context():
+        within = routine(hf.hvp(loss, params, batch, mode="forward"), params)
+    for a, b in zip(tree.leaves(within), tree.leaves(alone), strict=True):
+        assert torch.allclose(a.clone().double(), b.double(), rtol=1e-9, atol=1e-12)
+
+
+@contexts
+def test_the_rest_is_the_same_within_contexts(context):
+    loss, params, batch, model = problem("layer_norm")
+    criterion, v = nn.CrossEntropyLoss(), hf.gaussian(params, 1)[0]
+
+    def rest():
+        return [
+            hf.line(loss, params, v, [0.0, 1.0], batch),
+            hf.gradient_direction(loss, params, batch),
+            hf.slice_curvature(loss, params, v, batch).value,
+            hf.principal_directions([params, v, tree.scale(2.0, params)]).coordinates,
+            hf.sensitivities(model, criterion, [batch], num_probes=2)[:2],
+            hf.activation_traces(model, criterion, [batch], ["0"], 2),
+            hf.activation_loss(model, criterion, batch, ["0"])[0](
+                hf.activation_loss(model, criterion, batch, ["0"])[1]
+            ),
+        ]
+
+    alone = rest()
+    with context():
+        within = rest()
+        assert hf.find_mode(loss, params, batch).mode == "traced"
+    for a, b in zip(tree.leaves(within), tree.leaves(alone), strict=True):
+        assert torch.allclose(a.clone().double(), b.double(), rtol=1e-9, atol=1e-12)
 
 
 def test_products_in_groups_give_the_same_estimates():

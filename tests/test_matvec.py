@@ -10,7 +10,7 @@ from torch import nn
 from hessfn.core import tree
 from hessfn.core.probes import gaussian
 from hessfn.losses.functional import functionalize
-from hessfn.products.hessian import hvp, mean_hvp
+from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
 from hessfn.transforms.blocks import restrict
 from hessfn.transforms.conversion import as_linear_operator, dense
 from hessfn.transforms.deflation import deflate
@@ -146,3 +146,56 @@ def test_a_check_costs_four_products():
     matvec, like = in_tree(symmetric(10))
     check_matvec(lambda v: (calls.append(time.time()), matvec(v))[1], like)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("net", ["mlp", "layer_norm", "attention"])
+def test_dense_is_the_same_for_columns_at_once(net):
+    loss, params, batch, _ = problem(net)
+    exact = dense_hessian(loss, params, batch)
+    for make in (hvp, linearized_hvp):
+        matvec = make(loss, params, batch)
+        for size in (16, len(exact) - 1, len(exact), 1000):
+            assert torch.allclose(dense(matvec, params, batch_size=size), exact, rtol=1e-12, atol=1e-14)
+
+
+def test_dense_takes_one_call_for_a_group_of_columns():
+    matvec, like = in_tree(symmetric(10))
+    calls = []
+    assert torch.equal(dense(lambda v: (calls.append(0), matvec(v))[1], like, batch_size=4), dense(matvec, like))
+    assert len(calls) == 3
+    block = dense(restrict(matvec, like, "a"), {"a": like["a"]}, batch_size=6)
+    assert torch.equal(block, symmetric(10)[:6, :6])
+
+
+def test_dense_of_groups_can_be_differentiated():
+    matrix = symmetric(4).requires_grad_()
+    (gradient,) = torch.autograd.grad(dense(lambda v: matrix @ v, torch.zeros(4).double(), batch_size=3)[1, 2], matrix)
+    assert torch.equal(gradient, torch.eye(4).double()[1][:, None] * torch.eye(4).double()[2])
+
+
+@pytest.mark.parametrize(
+    "matvec",
+    [
+        lambda v: v * float(v.sum()),
+        lambda v: v if v.sum() > 0 else -v,
+        lambda v: torch.from_numpy(v.numpy() * 2),
+        lambda v: v * len(v.nonzero()),
+    ],
+    ids=["item", "branch", "numpy", "shape"],
+)
+def test_dense_of_groups_says_what_vmap_cannot(matvec):
+    like = torch.zeros(3).double()
+    dense(matvec, like)
+    with pytest.raises(
+        ValueError, match=r"dense\(batch_size=2\): the matvec cannot be put under vmap.*leave batch_size out"
+    ):
+        dense(matvec, like, batch_size=2)
+
+
+def test_dense_of_groups_keeps_the_other_errors():
+    with pytest.raises(ValueError, match="not finite"):
+        dense(lambda v: v * float("nan"), torch.zeros(4), batch_size=2)
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        dense(lambda v: v, torch.zeros(4), batch_size=0)
+    with pytest.raises(ValueError, match="the product has shape"):
+        dense(lambda v: v[:2], torch.zeros(4), batch_size=2)

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hessfn as hf
 from hessfn.core import tree
 from hessfn.core.probes import gaussian, rademacher
 
@@ -59,3 +60,63 @@ def test_bad_input_is_named(draw):
         draw({"ids": torch.zeros(3, dtype=torch.long)}, 1)
     with pytest.raises(IndexError):
         draw(LIKE, 3)[3]
+
+
+# Seeds that are tensors, and compilers.
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_a_seed_may_be_a_tensor_and_vmap_may_go_over_seeds(draw, dtype):
+    seeds = torch.tensor([[3, 0, 250], [7, 3, 1]], dtype=dtype)
+    assert same(draw(LIKE, 5, seed=seeds[0, 2])[4], draw(LIKE, 5, seed=250)[4])
+    together = torch.func.vmap(torch.func.vmap(lambda seed: draw(LIKE, 5, seed=seed)[4]))(seeds)
+    for i in range(2):
+        for j in range(3):
+            alone = draw(LIKE, 5, seed=int(seeds[i, j]))
+            assert same(tree.map(lambda x: x[i, j], together), alone[4])  # noqa: B023
+
+
+def test_estimates_of_several_seeds_are_those_of_each():
+    diagonal = torch.linspace(-1, 2, 23).double()
+    like = torch.zeros(23).double()
+
+    def trace(seed):
+        return hf.hutchinson(lambda v: diagonal * v, gaussian(like, 6, seed=seed)).mean
+
+    together = torch.func.vmap(trace)(torch.arange(4))
+    assert torch.allclose(together, torch.stack([trace(i) for i in range(4)]), rtol=1e-14)
+    assert together.unique().numel() == 4
+
+
+@both
+def test_the_same_numbers_are_drawn_in_a_compiled_function(draw):
+    compiled = torch.compile(
+        lambda x: [tree.map(lambda z: z + x, probe) for probe in draw(LIKE, 4, seed=1)[1:]],
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    found = compiled(torch.zeros(()))
+    assert len(found) == 3 and all(same(a, b) for a, b in zip(found, list(draw(LIKE, 4, seed=1))[1:], strict=True))
+    over_seeds = torch.compile(
+        torch.func.vmap(lambda seed: draw(LIKE, 2, seed=seed)[0]["w"]), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(over_seeds(torch.arange(3))[2], draw(LIKE, 2, seed=2)[0]["w"])
+
+
+@both
+@pytest.mark.parametrize(
+    ("seed", "why"),
+    [
+        (torch.tensor(1.0), "seed is a tensor of shape .* and torch.float32, not a whole number"),
+        (torch.arange(3), "seed is a tensor of shape .3,. and torch.int64, .*vmap one at a time"),
+        (torch.tensor(-1), "seed=-1 must not be negative"),
+    ],
+)
+def test_what_is_no_seed_is_named(draw, seed, why):
+    with pytest.raises(ValueError, match=why):
+        draw(LIKE, 2, seed=seed)[0]

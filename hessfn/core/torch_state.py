@@ -75,6 +75,8 @@ def carries_derivative(*results: Any) -> bool:
     In forward mode under ``torch.func`` a tensor does not tell, so that all that a transform has seen may have one.
     """
     tensors = [x for x in leaves(results) if isinstance(x, Tensor)]
+    if torch.compiler.is_compiling():  # which sees into no transform
+        return any(x.requires_grad for x in tensors)
     if torch.is_grad_enabled() and any(level.requires_grad for x in tensors for level in levels(x)):
         return True
     if under_forward_derivative():

@@ -15,6 +15,11 @@ from hessfn.core.torch_private import under_functorch
 from hessfn.core.torch_state import carries_derivative, known
 from hessfn.core.tree import MatVec, T
 
+_NO_VALUES = (
+    "a tolerance stops on numbers that torch.compile has not: pass rtol=None for a fixed number of products, or leave "
+    "the routine outside of the compiled function and compile its matvec"
+)
+
 _CONSTANT = (
     "what has stopped by a tolerance has no derivative, and this is being differentiated: pass rtol=None for a fixed "
     "number of products; or, where no derivative is wanted, detach the parameters or use torch.no_grad()"
@@ -31,6 +36,8 @@ class Watched(Generic[T]):
 
     def __init__(self, matvec: MatVec[T], *, square: bool = True, tolerance: bool = False) -> None:
         """Not ``square``: rows and columns are different leaves. A ``tolerance`` is no matter of derivatives."""
+        if tolerance and torch.compiler.is_compiling():
+            raise InvalidInput(_NO_VALUES)
         self._matvec, self._square, self._tolerance = matvec, square, tolerance
         self._count = 0
         self._flags: list[Tensor] = []

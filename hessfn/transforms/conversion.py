@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.core.arguments import require_matvec, require_vector
+from hessfn.core.errors import HessfnError, InvalidInput
+from hessfn.core.probes import each
 from hessfn.core.tree import MatVec, T
 from hessfn.core.watched import Watched
 
@@ -16,11 +18,17 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 
-def dense(matvec: MatVec[T], like: T) -> Tensor:
+def dense(matvec: MatVec[T], like: T, *, batch_size: int | None = None) -> Tensor:
     """The whole matrix ``(n, n)``, column by column: n matvecs and n^2 numbers, for small n. Differentiable.
 
+    Args:
+        batch_size: so many columns at once, under ``vmap``: the same matrix to rounding, with the intermediate results
+            of as many products in memory. Of small nets 64 at once take a tenth of the time (see the page on ``vmap``);
+            of large ones on a CPU nothing is won. None for one at a time, which asks nothing of the matvec.
+
     Raises:
-        ValueError: a product is not finite, or a tree of other leaves than ``like``.
+        ValueError: a product is not finite, or a tree of other leaves than ``like``; or, with ``batch_size``, the
+            matvec cannot be put under ``vmap``: it branches on values, or leaves torch, or is of DTensors.
 
     >>> dense(lambda v: 2 * v, torch.zeros(2))
     tensor([[2., 0.],
@@ -30,7 +38,23 @@ def dense(matvec: MatVec[T], like: T) -> Tensor:
     flat, unravel = tree.ravel(like)
     product = Watched(matvec)
     units = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
-    return product.finished(torch.stack([tree.ravel(product(unravel(unit)))[0] for unit in units], dim=1))
+
+    def column(unit: Tensor) -> Tensor:
+        return tree.ravel(product(unravel(unit)))[0]
+
+    try:
+        columns = list(each(column, units, 1 if batch_size is None else batch_size))
+    except HessfnError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if batch_size in (None, 1):
+            raise
+        why = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+        raise InvalidInput(
+            f"dense(batch_size={batch_size}): the matvec cannot be put under vmap, as several columns at once are "
+            f"({why}): leave batch_size out, for one at a time"
+        ) from error
+    return product.finished(torch.stack(columns, dim=1))
 
 
 def as_linear_operator(matvec: MatVec[T], like: T) -> LinearOperator:
