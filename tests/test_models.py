@@ -190,6 +190,22 @@ def test_a_tensor_is_the_same_in_every_place(place: str) -> None:
     assert_right(seeded(lambda: Holder(*HOLDERS[place])))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["closure", "list"])
+@pytest.mark.filterwarnings("ignore:Dynamo")  # of what it runs beside its graph
+def test_a_compiled_loss_sees_the_same_tensors(place: str) -> None:
+    loss, params = hf.functionalize(seeded(lambda: Holder(*HOLDERS[place])), F.mse_loss)
+    doubled = {name: 2 * p for name, p in params.items()}
+    expected = loss(doubled, BATCH)
+    assert torch.allclose(torch.compile(lambda p: loss(p, BATCH), backend="eager")(doubled), expected, rtol=1e-12)
+    whole = torch.compile(lambda p: loss(p, BATCH), backend="eager", fullgraph=True)
+    if place == "list":  # what cannot be part of a graph runs beside it, where that is allowed
+        with pytest.raises(Exception, match="the model keeps a parameter a second time, in 'w'"):
+            whole(doubled)
+    else:
+        assert torch.allclose(whole(doubled), expected, rtol=1e-12)
+
+
 def test_tied_weights_may_be_in_a_list_as_well() -> None:
     model = seeded(lambda: Holder(*HOLDERS["list"]))
     model.c = nn.Linear(3, 4).double()

@@ -10,7 +10,7 @@ import collections
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,6 +107,20 @@ def mould(root: Any, replaced: Sequence[Tensor] = (), *, whole: bool = False) ->
         if isinstance(objects[key], _CONTAINERS) and not any(id(part) in makers for part in _parts(objects[key])):
             makers[key] = copied_shallow
     return Mould(root, replaced, makers, objects)
+
+
+def leads_to(x: Any, tensors: Container[int]) -> bool:
+    """Whether an object leads to one of the tensors, by their ids, and not by way of a module."""
+    seen: set[int] = set()
+    waiting = [x]
+    while waiting:
+        x = waiting.pop()
+        if id(x) in tensors:
+            return True
+        if id(x) not in seen and not isinstance(x, (nn.Module, *_ATOMS)):
+            seen.add(id(x))
+            waiting.extend(_parts(x))
+    return False
 
 
 _ATOMS = (bool, int, float, complex, str, bytes, type, type(None), types.ModuleType, types.BuiltinFunctionType)

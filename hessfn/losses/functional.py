@@ -142,6 +142,11 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
         for name in buffers:  # a module may write to them: it writes to copies
             values[name] = values[name].clone()
         if torch.compiler.is_compiling():
+            if own.second:
+                raise InvalidInput(
+                    f"the model keeps a parameter a second time, in {own.second!r}, which torch.compile cannot follow: "
+                    "call the loss outside of what is compiled"
+                )
             state = {slot: values[name] for slot, name in own.slots.items()}
             with within(own.module):
                 return torch.func.functional_call(own.module, state, args, kwargs, tie_weights=False)

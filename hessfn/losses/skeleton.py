@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,13 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from hessfn.core.errors import InvalidInput, NoDerivative
 from hessfn.core.torch_private import BatchStatistics, current_dispatch_mode, uncompiled_part, under_functorch
-from hessfn.losses.casting import mould
+from hessfn.losses.casting import leads_to, mould
 
 
 class Skeleton(NamedTuple):
     """The structure of a model, which nobody else has."""
 
     module: nn.Module  # on the meta device, to look at
+    second: str  # a place where it keeps a tensor that it has registered, or empty
     slots: dict[str, str]  # every place of a tensor that is registered, and the tensor's first name
     constants: list[Tensor]  # tensors that the model keeps without registering them
     with_tensors: Callable[[Mapping[str, Tensor]], nn.Module]  # from name to tensor, to a module of its own
@@ -76,7 +77,13 @@ def skeleton(model: nn.Module) -> Skeleton:
             )
         return pattern.cast({id(t): values[name] for name, t in places.items()})
 
-    return Skeleton(own, _slots(model, names), list(constants.values()), with_tensors)
+    return Skeleton(
+        own,
+        _second_place(own, set(map(id, places.values()))),
+        _slots(model, names),
+        list(constants.values()),
+        with_tensors,
+    )
 
 
 def registered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -104,6 +111,19 @@ def _slots(model: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
             *module.named_buffers(recurse=False, remove_duplicate=False),
         )
     }
+
+
+def _second_place(own: nn.Module, tensors: Container[int]) -> str:
+    for path, module in own.named_modules():
+        known = _REGISTERED + _OF_RECURRENT * isinstance(module, nn.RNNBase)
+        for name, value in () if _is_scripted(module) else vars(module).items():
+            if name not in known and leads_to(value, tensors):
+                return f"{path}.{name}" if path else name
+    return ""
+
+
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+_OF_RECURRENT = ("_flat_weights", "_flat_weight_refs")  # which torch itself keeps up to date
 
 
 def _prepare(own: nn.Module) -> None:
