@@ -327,6 +327,18 @@ def test_what_holds_no_tensor_in_its_attributes_is_a_leaf(x: Any) -> None:
     assert tree.leaves([x, torch.ones(1)])[0] is x
 
 
+def test_what_never_ends_is_not_looked_into() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    first = last = types.SimpleNamespace(x=X)
+    for _ in range(3000):
+        last.next = types.SimpleNamespace(x=X)
+        last = last.next
+    for x in (types.SimpleNamespace(x=X, parts=endless), first):
+        assert tree.leaves([x])[0] is x
+        assert off(hf.hvp(lambda w, b: plain(w, b.x, Y), W, x)(V), truth(lambda w: plain(w, X, Y), W, V)) < 1e-12
+
+
 def test_a_tensor_of_another_class_is_a_leaf() -> None:
     class Own(Tensor):
         pass

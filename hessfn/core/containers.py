@@ -83,7 +83,10 @@ def opened(x: Any) -> Opened | None:
     if not _is_object(x):
         return None
     walk = _Walk()
-    node = walk.visit(x, ())
+    try:
+        node = walk.visit(x, ())
+    except RecursionError:  # a list within itself, or a chain of a thousand links
+        return None
     return Opened(walk.leaves, walk.paths, node) if any(isinstance(leaf, Tensor) for leaf in walk.leaves) else None
 
 
