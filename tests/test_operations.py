@@ -244,7 +244,7 @@ ROWS = [
             ("nll_loss", lambda o, t: F.nll_loss(o.log_softmax(1), t), classes(4, 3), "traced"),
             ("cross_entropy, label smoothing", nn.CrossEntropyLoss(label_smoothing=0.1), classes(4, 3), "traced"),
             ("cosine_embedding_loss", lambda o, t: F.cosine_embedding_loss(o, t, torch.ones(4)), REAL, "traced"),
-            ("gaussian_nll_loss", lambda o, t: F.gaussian_nll_loss(o, t, o.exp()), REAL, "forward"),
+            ("gaussian_nll_loss", lambda o, t: F.gaussian_nll_loss(o, t, o.exp()), REAL, "traced"),
         ]
     ),
     Row("ctc_loss", lambda: Module(lambda m, x: m.out(torch.tanh(m.inp(x))).log_softmax(-1).transpose(0, 1), **three()),
@@ -315,8 +315,15 @@ def test_row(row):
     assert (way.error > 0) == (row.way == "difference")
 
 
+BEYOND_THE_REFERENCE = {"stft and istft", "LSTM, packed sequences"}  # they branch on constants and within rules
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("row", [row for row in ROWS if row.way == "traced"], ids=lambda row: row.what)
+@pytest.mark.parametrize(
+    "row",
+    [row for row in ROWS if row.way == "traced" and row.what not in BEYOND_THE_REFERENCE],
+    ids=lambda row: row.what,
+)
 def test_the_recorder_and_its_reference_make_the_same_product(row):
     _, loss, params, batch = problem(row)
     v = tree.leaves(gaussian(params, 1)[0])

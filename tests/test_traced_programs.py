@@ -59,6 +59,7 @@ DECIDED = {
     "unique": (lambda p, n: p["w"][: len(n.unique())].pow(3).sum(), N, N.flip(0), N.clamp(max=1)),
     "item": (assigned, N, N.flip(0), N + 1),
     "equal": (lambda p, n: p["w"].pow(4 if torch.equal(n, n.sort()[0]) else 3).sum(), N, N.roll(1), N.sort()[0]),
+    "a tensor of numbers": (lambda p, n: (p["w"][:2] ** 3 * torch.tensor([n[0], n[1]])).sum(), N, None, N + 1),
     "split by a tensor": (lambda p, n: p["w"].tensor_split(n)[1].pow(3).sum(), torch.tensor([1, 3]), None,
                           torch.tensor([2, 4])),
 }  # fmt: skip
@@ -127,6 +128,7 @@ def test_floating_point_values_still_decide_nothing():
         lambda p, x: p["w"].sum() if x.sum() > 0 else -p["w"].sum(),
         lambda p, x: p["w"][x > 0].sum(),
         lambda p, x: (p["w"] * x.tolist()[0]).sum(),
+        lambda p, x: (p["w"][:2] * torch.tensor([(p["w"][0] * 2), 1.0])).sum(),
         lambda p, x: p["w"][: int(p["w"].argmax()) + 1].sum(),
     ):
         with pytest.raises(Untraceable, match="values? (of|computed)"):

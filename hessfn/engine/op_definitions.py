@@ -24,6 +24,7 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     - LayerNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary operations: the third
       derivatives of the fused ones are wrong in every mode, and the second ones compute much of the first ones again.
     - The inverse from a Cholesky factor is a solve: its forward rule is wrong (pytorch#196682).
+    - The likelihood of a Gaussian asks whether its variances are positive, which is a branch on values.
     - Means of squares, Huber's loss, the soft margin and ``hardsigmoid`` have no rule in forward mode.
     - Distances and samples of a grid are elementary operations, and leaky ReLUs with a random slope are in eval mode
       those with the mean slope: the fused ones have no forward rule.
@@ -198,6 +199,16 @@ def _soft_margin_loss(input: Tensor, target: Tensor, *args: Any, reduction: str 
     return _reduced((-target * input).exp().log1p(), reduction)
 
 
+def _gaussian_nll_loss(
+    input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    if not isinstance(var, Tensor) or not input.shape == target.shape == var.shape:
+        return F.gaussian_nll_loss(input, target, var, full, eps, reduction)
+    var = var + (var.clamp(min=eps) - var).detach()  # as torch does: what is below has the slope of what is there
+    constant = 0.5 * math.log(2 * math.pi) if full else 0.0
+    return _reduced(0.5 * (var.log() + (input - target).square() / var) + constant, reduction)
+
+
 def _reduced(x: Tensor, reduction: str) -> Tensor:
     return x if reduction == "none" else x.sum() if reduction == "sum" else x.mean()
 
@@ -229,6 +240,7 @@ _DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
     F.mse_loss: _mse_loss,
     F.huber_loss: _huber_loss,
     F.soft_margin_loss: _soft_margin_loss,
+    F.gaussian_nll_loss: _gaussian_nll_loss,
     F.hardsigmoid: _hardsigmoid,
     F.rrelu: _rrelu,
     torch.rrelu: _rrelu,

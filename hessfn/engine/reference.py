@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hessfn.core.errors import Untraceable
-from hessfn.core.torch_private import OpOverload, forget_source, is_mutable
+from hessfn.core.torch_private import OpOverload, TorchDispatchMode, forget_source, is_mutable
 from hessfn.engine.decisions import Contents, is_known, varying
 from hessfn.engine.explain import SHAPED_BY_VALUES
 from hessfn.engine.graph_module import GraphModule
-from hessfn.engine.meta_shapes import MASKS, on_meta
+from hessfn.engine.meta_shapes import MASKS, on_meta, tensors
 
 
 def run(
@@ -33,13 +34,13 @@ def run(
     Raises:
         Untraceable: the shape of a result depends on values.
     """
-
     moving = [i for i, t in enumerate(inputs) if not is_known(t)]
     fixed = {i: t.detach().clone() for i, t in enumerate(inputs) if is_known(t)}
 
     def of_moving(*given: Tensor) -> list[Tensor]:
-        values = dict(zip(moving, given, strict=True))
-        return list(function(*(values[i] if i in values else fixed[i] for i in range(len(inputs)))))
+        values = {**fixed, **dict(zip(moving, given, strict=True))}
+        with _Known(fixed.values()):
+            return list(function(*(values[i] for i in range(len(inputs)))))
 
     def traced(function: Callable[..., Any]) -> fx.GraphModule:
         copies = [inputs[i].detach().clone() for i in moving]
@@ -54,6 +55,30 @@ def run(
     module = _in_form(module, inputs)
     module.meta["guards"] = [Contents(inputs)] if fixed else []
     return module
+
+
+class _Known(TorchDispatchMode):
+    """Computes what follows from integer arguments alone unseen by ``make_fx``, which shows no value it has seen."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = WeakTensorKeyDictionary(dict.fromkeys(known, True))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tensors((args, kwargs or {}))
+        if not given or not all(t in self.known for t in given):
+            for t in given[:1] if is_mutable(func) else ():
+                self.known.pop(t, None)
+            return func(*args, **(kwargs or {}))
+        with disable_proxy_modes_tracing():
+            out = func(*args, **(kwargs or {}))
+        for t in tensors(out):
+            self.known[t] = True
+        return out
 
 
 def _refuse_shapes_by_values(graph: fx.Graph) -> None:

@@ -160,6 +160,8 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _READ_ALL or func in _READ_INTEGERS:
             _decide([t for t in tensors((args, kwargs))[0] if func in _READ_ALL or not t.is_floating_point()])
+        if func in _READ_LISTS:
+            _decide(tensors([a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple))])[0])
         if func is is_all_true and _is_fake(args[0]):
             return torch.ones((), dtype=torch.bool)  # what is asserted was so at the first evaluation
         off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
@@ -188,7 +190,8 @@ def _is_fake(tensor: Tensor) -> bool:
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _CUTS = (Tensor.detach, torch.detach, Tensor.detach_, torch.detach_, _DATA)
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)  # oneDNN's kernel of these has no derivative rule
-_READ_ALL = (Tensor.numpy, Tensor.__array__, Tensor.tolist)
+_READ_ALL = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.tolist)
+_READ_LISTS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _READ_INTEGERS = (*_RECURRENT, pad_packed_sequence, torch.ctc_loss, torch.tensor_split, Tensor.tensor_split)
 
 
