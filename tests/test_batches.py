@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 import hessfn as hf
 from hessfn.core import tree
+from hessfn.losses.samples import moved
 from hessfn.reporting.options import Options
 from hessfn.reporting.problem import first_pass, prepare
 
@@ -543,6 +544,22 @@ def test_samples_are_those_of_the_targets() -> None:
     assert off(hf.mean_hvp(loss, params, batches)(v), truth(of_all, params, v)) < 1e-12
     with pytest.raises(hf.HessfnError, match=r"'1' has shape \(2, 3\) in a batch of 5 samples"):
         hf.mean_hvp(loss, params, batches, microbatch=2)(v)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_moved_is_all_of_it_and_what_is_there_is_itself(kind: str) -> None:
+    make, read = KINDS[kind]
+    batch = make(*DATA[0])
+    assert moved(batch, torch.device("cpu")) is batch
+    there = moved(batch, torch.device("meta"))
+    assert type(there) is type(batch)
+    assert all(x.is_meta for x in read(there)) and not any(x.is_meta for x in read(batch))
+
+
+def test_a_packed_sequence_keeps_its_sizes_on_the_cpu() -> None:
+    packed = nn.utils.rnn.pack_sequence([normal(3, 2), normal(1, 2)])
+    there, y = moved((packed, Y), torch.device("meta"))
+    assert there.data.is_meta and y.is_meta and there.batch_sizes.device.type == "cpu"
 
 
 # Loaders whose length nobody knows

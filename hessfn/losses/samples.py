@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessfn.core import tree
 from hessfn.core.arrays import as_tensor
@@ -37,7 +37,12 @@ def moved(batch: Any, device: torch.device | None) -> Any:
     """A batch on a device; the batch itself where it is there."""
     if device is None or all(x.device == device for x in tree.leaves(batch) if isinstance(x, Tensor)):
         return batch
-    return tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
+
+    def is_movable(x: Any) -> bool:
+        # A packed sequence moves all but its sizes, which torch wants on the CPU.
+        return isinstance(x, (Tensor, nn.utils.rnn.PackedSequence))
+
+    return tree.map(lambda x: x.to(device) if is_movable(x) else x, batch, is_leaf=is_movable)
 
 
 def rows(batch: Any, start: int, stop: int) -> Any:

@@ -17,7 +17,7 @@ from hessfn.core.fingerprints import fingerprint
 from hessfn.core.tree import Tree
 from hessfn.losses.batches import Weights, deal, mean
 from hessfn.losses.functional import functionalize
-from hessfn.losses.samples import length, tensors
+from hessfn.losses.samples import length, moved, tensors
 from hessfn.losses.skeleton import bare
 from hessfn.losses.weights import Weigher, of_loss
 from hessfn.parallel.all_reduce import ShardedBatches
@@ -59,10 +59,10 @@ def prepare(problem: Any, options: Options) -> Prepared:
     home, dtype = tree.leaves(theta)[0].device, options.torch_dtype
 
     def cast(x: Any) -> Any:
-        return x.to(home, dtype if dtype and x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
+        return x.to(dtype) if dtype and isinstance(x, Tensor) and x.is_floating_point() else x
 
     def loss(params: Tree, batch: Any) -> Tensor:
-        return of_batch(params, tree.map(cast, as_tensors(batch)))
+        return of_batch(params, tree.map(cast, moved(as_tensors(batch), home)))
 
     if weights is None:
         weights = Weigher(lambda batch: loss(theta, batch), of_loss(of_batch), loss, theta)
