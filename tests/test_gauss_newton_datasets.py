@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from test_distributed import pytestmark as needs_processes
+from test_distributed import run
 from torch import Tensor, nn
 
 import hessfn as hf
@@ -428,6 +431,22 @@ def test_it_goes_through_a_group_and_a_journal(keep: bool, tmp_path: Any) -> Non
     hf.journal(hf.batch_mean(MAKES["ggnvp"][0], HALVES, keep=keep), tmp_path / "j", key={"k": 1})(V)
     again = hf.journal(lambda v: 1 / 0, tmp_path / "j", key={"k": 1})
     assert off(again(V), expected) < 1e-12
+
+
+def shared_over_processes(rank: int, size: int, folder: Path) -> None:
+    expected = ggn_by_hand() @ flat(V)
+    thirds = [(X[:3], Y[:3]), (X[3:5], Y[3:5]), (X[5:], Y[5:])]
+    for batches in (thirds, [(X, Y)]):
+        for keep in (False, True):
+            matvec = hf.batch_mean(MAKES["ggnvp"][0], hf.ShardedBatches(batches), keep=keep)
+            for _ in range(2):
+                assert off(matvec(V), expected) < 1e-12
+
+
+@needs_processes
+def test_processes_share_the_batches_of_any_matvec(tmp_path: Path) -> None:
+    """Also where one of them has fewer than the others, or none."""
+    run(shared_over_processes, 2, tmp_path)
 
 
 # Targets that are drawn
