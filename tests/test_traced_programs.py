@@ -152,6 +152,55 @@ def test_packed_sequences(kind):
         assert_traced(loss, params, ((normal(3, 5, 3), lengths), normal(3, 2)))
 
 
+def gpt2(tf):
+    return tf.GPT2LMHeadModel(
+        tf.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def llama(tf):
+    return tf.LlamaForCausalLM(
+        tf.LlamaConfig(vocab_size=17, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+
+
+def bert(tf):
+    return tf.BertForMaskedLM(
+        tf.BertConfig(vocab_size=17, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+
+
+def opt(tf):
+    return tf.OPTForCausalLM(
+        tf.OPTConfig(
+            vocab_size=17, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, word_embed_proj_dim=8
+        )
+    )
+
+
+def t5(tf):
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=17, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [gpt2, llama, bert, opt, t5])
+def test_transformers_with_a_mask(family):
+    """Their norms and losses compute in float32; which branch a mask takes is seen by whether all of it is set."""
+    transformers = pytest.importorskip("transformers")
+    model = seeded(lambda: family(transformers))
+    loss, params = hf.functionalize(model, lambda outputs, batch: outputs.loss, params=lambda name, p: p.dim() == 1)
+    words, v = 2 + classes(12, 15).view(2, 6), hf.gaussian(params, 1)[0]
+    masks = torch.ones(3, 2, 6, dtype=torch.long)
+    masks[1, 0, 4:], masks[2, 1, :2] = 0, 0
+    for mask in masks:
+        batch = {"input_ids": words, "attention_mask": mask, "labels": words}
+        exact = dense_hessian(loss, params, batch) @ tree.ravel(v)[0]
+        for matvec in (hf.hvp(loss, params, batch, mode="traced"), hf.linearized_hvp(loss, params, batch)):
+            torch.testing.assert_close(tree.ravel(matvec(v))[0], exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
+
+
 D = torch.distributions
 ONES = torch.ones(5, dtype=torch.float64)
 
