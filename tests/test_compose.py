@@ -277,6 +277,21 @@ def test_the_rest_is_the_same_within_contexts(context):
         assert torch.allclose(a.clone().double(), b.double(), rtol=1e-9, atol=1e-12)
 
 
+def test_a_model_made_in_inference_mode_has_curvature_by_some_of_its_parts():
+    with torch.inference_mode():
+        _, _, batch, model = problem("mlp")
+        loss, params = hf.functionalize(model, nn.CrossEntropyLoss(), params="2.*")
+        traces = hf.activation_traces(model, nn.CrossEntropyLoss(), [batch], ["0"], 3).mean
+    v = hf.gaussian(params, 1)[0]
+    _, _, batch, model = problem("mlp")
+    plain, same = hf.functionalize(model, nn.CrossEntropyLoss(), params="2.*")
+    flat, unravel = tree.ravel(v)
+    exact = unravel(dense_hessian(plain, same, batch) @ flat)
+    assert tree.norm(tree.add(hf.hvp(loss, params, batch)(v), exact, -1.0)) <= 1e-12 * tree.norm(exact)
+    expected = hf.activation_traces(model, nn.CrossEntropyLoss(), [batch], ["0"], 3).mean
+    assert torch.allclose(traces["0"].clone(), expected["0"], rtol=1e-12)
+
+
 def test_products_in_groups_give_the_same_estimates():
     loss, params, batch, _ = problem("layer_norm")
     matvec = hf.hvp(loss, params, batch)

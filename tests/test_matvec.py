@@ -107,7 +107,7 @@ def test_check_matvec_catches_a_no_grad_block():
     batch = (normal(6, 4), torch.arange(6) % 3)
     with pytest.raises(ValueError, match="not symmetric.*no_grad"):
         check_matvec(hvp(loss, params, batch, check=False), params)
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="mode") as said:
         check_matvec(hvp(loss, params, batch), params)
     assert any("not the curvature of the loss" in str(one.message) for one in said)
 

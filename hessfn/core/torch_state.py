@@ -51,15 +51,20 @@ def recorded(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             flat, structure = flatten((args, kwargs))
-            if any(_is_of_inference(x) for x in flat):
-                args, kwargs = structure.unflatten([x.clone() if _is_of_inference(x) else x for x in flat])
+            recordable = [recorded_as(x) for x in flat]
+            if any(a is not b for a, b in zip(recordable, flat, strict=True)):
+                args, kwargs = structure.unflatten(recordable)
             return function(*args, **kwargs)
 
     return run
 
 
-def _is_of_inference(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_inference()
+def recorded_as(x: Any) -> Any:
+    """What autograd takes for it: of a tensor that was made in inference mode a copy, outside of that mode."""
+    if not isinstance(x, Tensor) or not x.is_inference():
+        return x
+    with torch.inference_mode(False):
+        return x.clone()
 
 
 def is_differentiated(*arguments: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
+from hessfn.core.torch_state import recorded
 from hessfn.losses.functional import Params, private
 from hessfn.losses.layer_selection import Edge, Layers, choose, refuse_missing
 from hessfn.losses.model_inputs import pair
@@ -91,6 +92,7 @@ def joint_loss(
     """From a batch to its ``loss(params, shifts)`` and the shifts; parameters that are not given are constants."""
     forward, zeros = _shifted(model, layers, at, strict)
 
+    @recorded
     def of_batch(batch: Any) -> tuple[Callable[[Params, Shifts], Tensor], Shifts]:
         inputs, targets = pair(batch)
         shifts, outputs = zeros(inputs)

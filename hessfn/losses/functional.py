@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.torch_private import Dropout, uncompiled
-from hessfn.core.torch_state import carries_derivative
+from hessfn.core.torch_state import carries_derivative, recorded_as
 from hessfn.losses.fsdp import is_fully_sharded, sharded_loss
 from hessfn.losses.model_inputs import arguments, pair, signature_of
 from hessfn.losses.samples import length
@@ -126,7 +126,7 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
     model = bare(model)
     _refuse_randomness(model)
     own, signature = skeleton(model), signature_of(model)
-    tensors = {name: t.detach() for name, t in registered(model)}
+    tensors = {name: recorded_as(t.detach()) for name, t in registered(model)}
     parameters = [name for name, _ in model.named_parameters()]
     buffers = [name for name in tensors if name not in set(parameters)]
     everything = {name: as_real(tensors[name]) for name in parameters}
