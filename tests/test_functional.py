@@ -113,3 +113,21 @@ def test_bad_input_is_named():
     loss, params = functionalize(model, nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match="pair"):
         loss(params, (normal(2, 4), classes(2, 3), None))
+
+
+def test_a_model_is_not_asked_for_names_that_it_has_not():
+    """Models of diffusers warn where a name of their config is asked for."""
+
+    class Configured(nn.Linear):
+        def __getattr__(self, name):
+            if name == "dropout":
+                raise AssertionError("a name of its config")
+            return super().__getattr__(name)
+
+    assert set(functionalize(Configured(3, 2), nn.MSELoss())[1]) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_the_dropout_of_recurrent_layers_is_seen(kind):
+    with pytest.raises(ValueError, match="drops out at random"):
+        functionalize(kind(3, 2, num_layers=2, dropout=0.5), nn.MSELoss())

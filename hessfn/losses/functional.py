@@ -204,7 +204,8 @@ def _known(names: Iterable[str]) -> str:
 
 def _refuse_randomness(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        rate = module.p if isinstance(module, Dropout) else getattr(module, "dropout", 0.0)
+        # What the module itself keeps: asked for a name of its config, a model of diffusers warns.
+        rate = module.p if isinstance(module, Dropout) else vars(module).get("dropout", 0.0)
         if module.training and isinstance(rate, float) and rate > 0:
             kind = type(module).__name__
             raise InvalidInput(
