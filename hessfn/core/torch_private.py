@@ -103,7 +103,7 @@ def python_meta_kernel(func: Any) -> Callable[..., Any] | None:
     return func.py_kernels.get(torch._C.DispatchKey.Meta)
 
 
-def arguments_of(func: OpOverload) -> list[tuple[str, str]]:
+def arguments_of(func: Any) -> list[tuple[str, str]]:
     """Names and types of what an operation takes. ``_schema`` is the only place where they stand."""
     return [(argument.name, str(argument.type)) for argument in func._schema.arguments]
 
