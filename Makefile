@@ -13,8 +13,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
 
-# What takes long: one at a time, since memory and time are measured.
+# What takes long: one at a time, since memory and time are measured. With the families of models of other packages.
 slow: $(READY)
+	$(BIN)/python -m pip install --quiet -e ".[families]"
 	$(BIN)/python -m pytest -m slow --timeout 1200
 
 check: $(READY)
