@@ -143,7 +143,7 @@ def test_products_compile_without_graph_breaks(make, net):
 
 
 @pytest.mark.slow
-@consumers
+@pytest.mark.parametrize("consume", [name for name in CONSUMERS if name != "functions of the spectrum"])
 def test_a_routine_without_a_tolerance_compiles_without_graph_breaks(consume):
     diagonal = torch.linspace(-1, 2, 12).double()
     like = {"a": torch.zeros(2, 3).double(), "b": torch.zeros(6).double()}
@@ -153,6 +153,7 @@ def test_a_routine_without_a_tolerance_compiles_without_graph_breaks(consume):
         result = CONSUMERS[consume](lambda v: unravel(d * tree.ravel(v)[0]), like)
         return [x for x in tree.leaves(result) if x.is_floating_point()]
 
+    torch.compiler.reset()  # of one function it compiles only so many variants
     found = torch.compile(floats, fullgraph=True, backend="aot_eager")(diagonal)
     for a, b in zip(found, floats(diagonal), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
