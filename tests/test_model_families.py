@@ -255,7 +255,7 @@ def test_the_page_has_these_families() -> None:
 def test_a_family(family: Family) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the packages: they call what torch has deprecated when they are imported
-        pytest.importorskip(family.package, minversion=OLDEST.get(family.package), exc_type=ImportError)
+        pytest.importorskip(family.package, minversion=OLDEST.get(family.package))
     number, (name, modes, error, why) = rows_of_the_page()[family.package, family.name]
     found = row_of(family)
     assert found[:2] == [name, modes]
