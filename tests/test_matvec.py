@@ -106,7 +106,7 @@ def test_check_matvec_catches_a_no_grad_block():
     loss, params = functionalize(NoGrad().double(), nn.CrossEntropyLoss())
     batch = (normal(6, 4), torch.arange(6) % 3)
     with pytest.raises(ValueError, match="not symmetric.*no_grad"):
-        check_matvec(hvp(loss, params, batch, check=False), params)
+        check_matvec(hvp(loss, params, batch, mode="forward", check=False), params)
     with pytest.warns(UserWarning, match="mode") as said:
         check_matvec(hvp(loss, params, batch), params)
     assert any("not the curvature of the loss" in str(one.message) for one in said)
