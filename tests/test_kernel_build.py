@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def test_without_a_compiler_there_is_none(tmp_path: Path, monkeypatch: Any, capl
     assert not warnings(caplog)
 
 
-@pytest.mark.parametrize("make", [hf.hvp, hf.linearized_hvp])
+@pytest.mark.parametrize("make", [partial(hf.hvp, trace_after=0), hf.linearized_hvp], ids=["hvp", "linearized_hvp"])
 def test_products_are_right_where_the_expected_compiler_fails(
     make: Any, compiler: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -275,7 +276,7 @@ def test_nobody_waits_for_the_compiler_but_who_needs_it(compiler: Any, tmp_path:
     compiler("touch begun; while [ ! -e go ]; do sleep 0.02; done")
     made: list[Any] = []
     loss, params, x = two_convolutions(16, 8, 14, torch.float32)
-    waiting = threading.Thread(target=lambda: made.append(hf.hvp(loss, params, x)(params)))
+    waiting = threading.Thread(target=lambda: made.append(hf.hvp(loss, params, x, trace_after=0)(params)))
     waiting.start()
     try:
         until = time.monotonic() + 30

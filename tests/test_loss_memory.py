@@ -244,6 +244,6 @@ def test_a_mode_is_checked_although_another_was() -> None:
 
     with pytest.warns(UserWarning, match="mode 'reverse' is not the curvature"):
         hf.hvp(loss, wrong, mode="reverse")(torch.ones_like(wrong))
-    with pytest.warns(UserWarning, match="mode 'forward' is not the curvature"):
+    with pytest.warns(UserWarning, match="mode 'double_backward' is not the curvature"):
         found = hf.hvp(loss, wrong)(torch.ones_like(wrong))
     torch.testing.assert_close(found, 2 + 6 * wrong, rtol=1e-6, atol=1e-6)

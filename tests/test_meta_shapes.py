@@ -94,8 +94,12 @@ layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
 model = nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.Flatten(1, 2),
                       layer, nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 3)).eval()
 loss, params = hf.functionalize(model, nn.CrossEntropyLoss())
-for make in (hf.hvp, hf.linearized_hvp):
-    make(loss, params, (x, y))(hf.gaussian(params, 1)[0])
+v = hf.gaussian(params, 1)[0]
+hf.hvp(loss, params, (x, y), trace_after=0)(v)
+hf.linearized_hvp(loss, params, (x, y))(v)
+plain = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3))
+loss, params = hf.functionalize(plain, nn.CrossEntropyLoss())
+hf.hvp(loss, params, (x, y))(hf.gaussian(params, 1)[0])
 assert "torch._dynamo" not in sys.modules
 """
 

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from hessfn.core import tree
 from hessfn.core.probes import gaussian
 from hessfn.losses.functional import functionalize, stateless
-from hessfn.products.gauss_newton import fvp, ggnvp
+from hessfn.products.fisher import fvp
+from hessfn.products.gauss_newton import ggnvp
 from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
 from hessfn.products.ladder import find_mode
 from hessfn.products.loss_checks import check_loss

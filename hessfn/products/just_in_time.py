@@ -7,22 +7,23 @@ from typing import Any, get_args
 import torch
 
 from hessfn.core import tree
-from hessfn.core.errors import InvalidInput
+from hessfn.core.errors import InvalidInput, Untraceable
 from hessfn.core.torch_private import under_functorch
 from hessfn.core.torch_state import is_differentiated, is_observed, known, recorded
 from hessfn.core.tree import Tree
 from hessfn.core.warn import warn
 from hessfn.products.first_check import are_close
 from hessfn.products.guards import snapshot
-from hessfn.products.ladder import DIFFERENTIATED, Found, announcement, climb, made
+from hessfn.products.ladder import DIFFERENTIATED, Climbed, Found, climb, made
 from hessfn.products.loss_checks import Loss, inspect
 from hessfn.products.loss_memory import Memory, memory_of, shapes_of
 from hessfn.products.modes import MODES, OF_LOSS, ModeName, Product, differentiating, math_attention
 from hessfn.products.reasons import reason
 
 PATIENCE = 3  # a trace costs as much as some products
-_AT_FIRST = ("forward", "reverse", "double_backward", "traced", "difference")  # what is exact before a trace
-_NOT_TRACED = tuple(OF_LOSS)
+# What is exact before a trace, and plain autograd first: it takes least memory, and does not load torch's compiler.
+_NOT_TRACED = ("double_backward", "forward", "reverse", "difference")
+_AT_FIRST = (*_NOT_TRACED[:3], "traced", "difference")
 _OF_PLAIN_AUTOGRAD = ("double_backward", "difference")
 
 
@@ -118,26 +119,31 @@ def _say(message: str, memory: Memory) -> None:
 def _add_trace(
     found: Found, loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, check: bool, memory: Memory
 ) -> str:
-    """A trace in place of the loss as it is, once it is seen to give the same product, which was checked before."""
-    patience, found.patience = found.patience, None
+    """A trace in place of the loss as it is, once it is seen to give the same product, which was checked before.
+
+    Where there is none, the best of the other modes.
+    """
     traced = ("traced", *shapes_of((params, args)))
-    if check and memory.is_right.get(traced) is False:
-        return ""
     try:
+        if check and memory.is_right.get(traced) is False:
+            raise Untraceable("not what gradients of the loss say")
         with differentiating():  # before the trace, which would not hold for a loss that counts its calls
             before = found.product(loss)(params, args, v) if check else v
         new = made("traced", loss, params, args, memory)
         with differentiating():
             held = new.product(loss)(params, args, v)
-    except Exception as error:  # it goes on as it was
-        why = f"traced: {reason(error)}; {found.mode.reason}".removesuffix("; ")
-        found.mode = found.mode._replace(reason=why)
-        return announcement(found.mode)
-    message = ""
-    if check and are_close(held, before, params):
+    except Exception as error:
+        others = tuple(OF_LOSS)
+        return _become(found, climb(loss, params, args, v, others, check, memory, [("traced", reason(error))]))
+    if check and not are_close(held, before, params):  # the check says which of the two is right
+        return _become(found, climb(loss, params, args, v, MODES, check, memory))
+    if check:
         memory.is_right[traced] = True
-    elif check:
-        climbed = climb(loss, params, args, v, MODES, check, memory)  # the check says which of the two is right
-        new, message, patience = climbed.found, climbed.message, None
-    found.mode, found.traced, found.trace, found.patience = new.mode, new.traced, new.trace, patience
-    return message
+    found.mode, found.traced, found.trace = new.mode, new.traced, new.trace
+    return ""
+
+
+def _become(found: Found, climbed: Climbed) -> str:
+    new = climbed.found
+    found.mode, found.traced, found.trace, found.patience = new.mode, new.traced, new.trace, None
+    return climbed.message

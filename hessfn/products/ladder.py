@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.products.first_check import AT_A_KINK, Evidence, disagreement, evidence, is_generic, verdict
-from hessfn.products.loss_checks import Inspected, Loss, inspect, two_differences
+from hessfn.products.loss_checks import Inspected, Loss, inspect, refuse_once_differentiable, two_differences
 from hessfn.products.loss_memory import Memory, Trace, shapes_of
-from hessfn.products.modes import MODES, Product, differentiating, of_loss, of_trace, refuse_mode
+from hessfn.products.modes import MODES, Product, differentiating, of_loss, of_trace
 from hessfn.products.reasons import listed, reason
 from hessfn.products.wrong_operation import wrong_operation
 
@@ -61,11 +62,9 @@ def made(name: str, loss: Loss, params: Tree, args: tuple[Any, ...], memory: Mem
     """A product in a mode.
 
     Raises:
-        HessfnError: the mode is not for this loss.
+        Untraceable: no trace can be made, or kept.
     """
     if name != "traced":
-        with differentiating():
-            refuse_mode(name, by_definition(loss), params, args)
         return Found(Mode(name, "", 0.0))
     with differentiating():
         trace = memory.trace(loss, params, args)
@@ -86,10 +85,12 @@ def climb(
     order: tuple[str, ...],
     check: bool,
     memory: Memory | None = None,
+    reasons: Sequence[tuple[str, str]] = (),
 ) -> Climbed:
     """The first of these modes that works, and that agrees with the gradients of the loss itself.
 
-    Of one mode alone, which was asked for, it is said what is wrong with it.
+    Of one mode alone, which was asked for, it is said what is wrong with it. ``reasons`` are why modes that were tried
+    before are not taken.
     """
     with differentiating():
         inspected = inspect(loss, params, args)
@@ -98,7 +99,7 @@ def climb(
     judge = Judge(loss, params, args, v, inspected)
     if is_checked and (order[0], *shapes) not in memory.is_right:
         judge.ask()  # before a trace, which would not hold for a loss that counts its calls
-    finding, reasons = "", list[tuple[str, str]]()
+    finding, reasons = "", list(reasons)
     for name in order:
         key = (name, *shapes)
         is_right = memory.is_right.get(key) if is_checked else True
@@ -106,6 +107,9 @@ def climb(
             reasons.append((name, _WRONG))
             continue
         try:
+            if name == "double_backward" and inspected.has_custom_backward:
+                with differentiating():
+                    refuse_once_differentiable(by_definition(loss), params, args)
             found = made(name, loss, params, args, memory)
             with differentiating():
                 apart: Any = 0.0
@@ -120,7 +124,7 @@ def climb(
             continue
         found.mode = Mode(name, listed(reasons), float(apart))
         message = f"{finding}. Taken is mode {name!r}, which agrees" if finding else ""
-        if not message and "traced" in order[: order.index(name)]:
+        if not message and any(mode == "traced" for mode, _ in reasons):
             message = announcement(found.mode)
         if is_right or name == "difference":
             return Climbed(found, result, message)

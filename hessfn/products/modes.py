@@ -18,7 +18,7 @@ from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.trace import tensors
-from hessfn.products.loss_checks import Loss, plain_gradient, refuse_once_differentiable, two_differences
+from hessfn.products.loss_checks import Loss, plain_gradient, two_differences
 from hessfn.products.loss_memory import Trace, copied
 
 Product = Callable[[Tree, tuple[Any, ...], Tree], Tree]
@@ -64,12 +64,6 @@ OF_LOSS: dict[str, Callable[..., Tree]] = {
     "difference": difference,
 }
 MODES = ("traced", *OF_LOSS)  # in the order of preference
-
-
-def refuse_mode(name: str, loss: Loss, params: Tree, args: tuple[Any, ...]) -> None:
-    """Raises where a mode would take for exact what is not."""
-    if name == "double_backward":
-        refuse_once_differentiable(loss, params, args)
 
 
 def _gradient(loss: Loss, params: Tree, args: tuple[Any, ...]) -> list[Tensor]:
