@@ -508,3 +508,18 @@ def test_a_warning_points_at_the_line_of_the_user() -> None:
             warnings.simplefilter("always")
             make()(torch.ones_like(w))
         assert {one.filename for one in said} == {__file__}
+
+
+@pytest.mark.parametrize("make", [hf.hvp, hf.linearized_hvp])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda w: torch.where(w > 0, w.sqrt(), 0 * w).sum(),
+        lambda w: torch.where(w > 0, w.pow(0.3), w).sum(),
+        lambda w: torch.where(w > 0.5, (w / w.sign().relu()).sin(), w).sum(),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_an_error(loss: Any, make: Any) -> None:
+    w = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    with pytest.raises(hf.HessfnError, match="not: of torch.where"):
+        make(loss, w)(torch.ones_like(w))

@@ -16,6 +16,7 @@ import hessfn as hf
 from hessfn.core.errors import Untraceable
 from hessfn.engine import meta_shapes
 from hessfn.engine.recorder import Unsupported
+from hessfn.engine.trace import graph_of
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 
@@ -253,3 +254,12 @@ def test_graphs_leave_nothing_behind_when_their_product_is_gone(loss):
     for _ in range(3):
         once()
     assert sizes() == before
+
+
+def test_every_node_that_is_written_is_told_of():
+    """By which a bar shows how far a long trace is."""
+    told = []
+    graph = graph_of(lambda x: [(x * 2 + 1).sin()], [torch.ones(3)], lean=False, on_node=lambda: told.append(1))
+    assert len(told) == len(graph.graph.nodes)
+    graph.graph.create_node("call_function", torch.sin)
+    assert len(told) == len(graph.graph.nodes) - 1

@@ -40,19 +40,44 @@ def tensors(arguments: Any) -> tuple[list[Tensor], list[int]]:
     return [flat[i] for i in where], where
 
 
-def graph_of(function: Callable[..., list[Tensor]], inputs: list[Tensor], *, lean: bool, rules: Any = None) -> Any:
+class CountedGraph(fx.Graph):
+    """A graph that tells of each node that is written, for a bar."""
+
+    on_node: Callable[[], Any] | None = None
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self.on_node is not None:
+            self.on_node()
+        return super().create_node(*args, **kwargs)
+
+
+def graph_of(
+    function: Callable[..., list[Tensor]],
+    inputs: list[Tensor],
+    *,
+    lean: bool,
+    rules: Any = None,
+    on_node: Callable[[], Any] | None = None,
+) -> Any:
     """The graph of a function of tensors: by the recorder, or where that cannot do it, by the reference.
 
     Raises:
         Untraceable: it depends on the values of tensors, or no tracer can follow it.
     """
-    with torch.autograd.set_detect_anomaly(False):  # it asks for values, which a trace has none of
-        return _graph_of(function, inputs, lean=lean, rules=rules)
-
-
-def _graph_of(function: Callable[..., list[Tensor]], inputs: list[Tensor], *, lean: bool, rules: Any) -> Any:
+    graph = CountedGraph()
+    graph.on_node = on_node
     try:
-        return Recorder(fx.Graph(), rules=rules, lean=lean).run(function, inputs)
+        with torch.autograd.set_detect_anomaly(False):  # it asks for values, which a trace has none of
+            return _graph_of(function, inputs, graph, lean=lean, rules=rules)
+    finally:
+        graph.on_node = None
+
+
+def _graph_of(
+    function: Callable[..., list[Tensor]], inputs: list[Tensor], graph: fx.Graph, *, lean: bool, rules: Any
+) -> Any:
+    try:
+        return Recorder(graph, rules=rules, lean=lean).run(function, inputs)
     except Untraceable:
         raise
     except Exception as failure:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.core.dtensor import layout
+from hessfn.core.errors import InvalidInput
 from hessfn.core.tree import Tree
 from hessfn.products.loss_checks import Loss
 from hessfn.products.wide import Tape, widened
@@ -58,8 +59,6 @@ def evidence(
             if rounding < 1e-2:
                 relative = 1e-8 if wide else tree.eps(at) ** 0.25
                 seen = _evidence(_along(loss, tape, at, rest, along), at, along, relative, float(exact.detach().abs()))
-                if not math.isfinite(float(tree.norm(seen.product))):
-                    return None
                 return seen._replace(tolerance=narrow + (30 * rounding**0.5 if wide else 0.3))
         except Exception:  # it takes its own dtype only, or its gradient cannot be had alone: the modes will tell
             continue
@@ -104,7 +103,15 @@ def _evidence(gradient: Gradient, params: Tree, v: Tree, relative: float, value:
 
 
 def verdict(found: Tree, seen: Evidence) -> Verdict:
-    """Whether a product is what the gradients say. Where it seems not, a ten times smaller step is asked as well."""
+    """Whether a product is what the gradients say. Where it seems not, a ten times smaller step is asked as well.
+
+    Raises:
+        InvalidInput: neither is finite.
+    """
+    if not math.isfinite(float(tree.norm(seen.product))):
+        if not math.isfinite(float(tree.norm(found))):
+            raise InvalidInput(_NOT_FINITE)
+        return "unknown"  # only a step further there is nothing
     if _agrees(found, seen.product, seen.tolerance, seen.error):
         return "agrees"
     finer = seen.difference(10)
@@ -116,11 +123,16 @@ def verdict(found: Tree, seen: Evidence) -> Verdict:
     return "wrong" if steady else "unknown"
 
 
+_NOT_FINITE = (
+    "the loss is finite at these parameters, and its gradient or its curvature is not: of torch.where(condition, a, b) "
+    "both a and b are differentiated, also where they are not taken (give them arguments that are safe), and a root or "
+    "a norm has no slope at zero (add a small number inside)"
+)
+
+
 def _agrees(found: Tree, expected: list[Tensor], tolerance: float, error: float) -> bool:
     leaves = [x.detach().to(e.dtype) for x, e in zip(tree.leaves(found), expected, strict=True)]
     size = max(float(tree.norm(leaves)), float(tree.norm(expected)))
-    if not math.isfinite(size):
-        return not math.isfinite(float(tree.norm(expected)))
     return float(tree.norm(tree.add(leaves, expected, -1.0))) <= tolerance * size + error
 
 

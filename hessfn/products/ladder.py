@@ -16,7 +16,7 @@ from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.products.first_check import AT_A_KINK, Evidence, disagreement, evidence, is_generic, verdict
 from hessfn.products.loss_checks import Inspected, Loss, inspect, refuse_once_differentiable, two_differences
-from hessfn.products.loss_memory import Memory, Trace, shapes_of
+from hessfn.products.loss_memory import Memory, Trace, memory_of, shapes_of
 from hessfn.products.modes import MODES, Product, differentiating, of_loss, of_trace
 from hessfn.products.reasons import listed, reason
 from hessfn.products.wrong_operation import wrong_operation
@@ -34,7 +34,7 @@ def find_mode(loss: Loss, params: Tree, *args: Any) -> Mode:
     """
     v = gaussian(params, 1)[0]  # not of ones, which nets with norms are often blind to
     order = DIFFERENTIATED if is_differentiated(params, args) else MODES
-    return climb(loss, params, args, v, order, check=True).found.mode
+    return climb(loss, params, args, v, order, True, memory_of(loss)).found.mode
 
 
 @dataclass
@@ -84,7 +84,7 @@ def climb(
     v: Tree,
     order: tuple[str, ...],
     check: bool,
-    memory: Memory | None = None,
+    memory: Memory,
     reasons: Sequence[tuple[str, str]] = (),
 ) -> Climbed:
     """The first of these modes that works, and that agrees with the gradients of the loss itself.
@@ -94,7 +94,7 @@ def climb(
     """
     with differentiating():
         inspected = inspect(loss, params, args)
-    memory, shapes = memory or Memory(), shapes_of((params, args))
+    shapes = shapes_of((params, args))
     is_checked = check and not is_observed(*tree.leaves((params, args, v)))
     judge = Judge(loss, params, args, v, inspected)
     if is_checked and (order[0], *shapes) not in memory.is_right:

@@ -7,10 +7,12 @@ loss, so that nothing is found out twice.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from tqdm import tqdm
 
 from hessfn.core import tree
 from hessfn.core.errors import Untraceable
@@ -19,6 +21,7 @@ from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.graph_module import GraphModule
 from hessfn.engine.op_definitions import by_definition
+from hessfn.engine.trace import graph_of
 from hessfn.products.guards import PLAIN, Snapshot, snapshot
 from hessfn.products.loss_checks import Loss
 
@@ -83,13 +86,15 @@ def make_trace(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Trace:
     for name, leaf in zip(tree.names(args), tree.leaves(args), strict=True):
         if not isinstance(leaf, (Tensor, *PLAIN)):
             raise Untraceable(f"a trace cannot see into {name!r} of the batch, a {type(leaf).__name__}")
-    job = pipeline.Job(by_definition(loss), params, args)
-    graph = pipeline.run(pipeline.LOSS, None, job)
-    guard = snapshot(loss, params)  # afterwards: a loss may count its calls
-    try:
-        return Trace(guard, graph, pipeline.run(pipeline.PRODUCT, graph, job))
-    except Untraceable as error:
-        return Trace(guard, graph, None, str(error))
+    # On a terminal, once it takes longer than two seconds.
+    with tqdm(desc="tracing the loss", unit=" operations", delay=2, leave=False, disable=None) as bar:
+        job = pipeline.Job(by_definition(loss), params, args, record=partial(graph_of, on_node=bar.update))
+        graph = pipeline.run(pipeline.LOSS, None, job)
+        guard = snapshot(loss, params)  # afterwards: a loss may count its calls
+        try:
+            return Trace(guard, graph, pipeline.run(pipeline.PRODUCT, graph, job))
+        except Untraceable as error:
+            return Trace(guard, graph, None, str(error))
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
