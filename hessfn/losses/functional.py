@@ -45,9 +45,10 @@ def functionalize(
             predicate ``(name, tensor) -> bool`` such as ``lambda name, p: p.requires_grad``. The rest are constants.
 
     Returns:
-        ``(loss, params)``. ``loss(params, (inputs, targets))``, with ``inputs`` a tensor, a tuple (``*args``) or a
-        mapping (``**kwargs``). A batch that is one mapping, as Hugging Face's collators make, goes to both sides:
-        ``criterion(model(**batch), batch)``. ``params``: dict from name to detached tensor. The tensors share memory
+        ``(loss, params)``. ``loss(params, (inputs, targets))``, with ``inputs`` a tensor, a tuple (``*args``), a
+        mapping (``**kwargs``; or the one argument, of a ``forward`` without such names) or an object. A batch that is
+        one mapping or object, as Hugging Face's collators make, goes to both sides: ``criterion(model(**batch),
+        batch)``. ``params``: dict from name to detached tensor. The tensors share memory
         with the model's, so they follow an optimiser that steps in place; clone them to keep a moment. A complex
         parameter is its real view ``(..., 2)``. Buffers may be given in the same dict: they then stand for the model's,
         which are constants, as do those of each of several models under ``vmap``.
