@@ -247,3 +247,18 @@ def test_a_mode_is_checked_although_another_was() -> None:
     with pytest.warns(UserWarning, match="mode 'double_backward' is not the curvature"):
         found = hf.hvp(loss, wrong)(torch.ones_like(wrong))
     torch.testing.assert_close(found, 2 + 6 * wrong, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["double_backward", "forward", "reverse", "traced", "difference"])
+def test_a_product_has_a_derivative_by_its_vector_or_refuses_it(mode: Any) -> None:
+    loss, params, _ = counted()
+    matvec = hf.hvp(loss, params, batch(), mode=mode)
+    v, w = hf.gaussian(params, 2)
+    leaves = {name: x.clone().requires_grad_() for name, x in v.items()}
+    for _ in range(2):
+        if mode == "difference":
+            with pytest.raises(hf.HessfnError, match="no derivative by the vector"):
+                matvec(leaves)
+            continue
+        found = torch.autograd.grad(hf.tree.dot(matvec(leaves), w), list(leaves.values()))
+        assert is_right(torch.cat([x.reshape(-1) for x in found]), hf.tree.ravel(matvec(w))[0])

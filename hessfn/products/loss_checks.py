@@ -14,7 +14,7 @@ from hessfn.core import tree
 from hessfn.core.dtensor import layout
 from hessfn.core.errors import InvalidInput, NoDerivative
 from hessfn.core.torch_private import under_functorch
-from hessfn.core.torch_state import known
+from hessfn.core.torch_state import is_differentiated, known
 from hessfn.core.tree import Tree
 
 Loss = Callable[..., Tensor]
@@ -173,6 +173,8 @@ def plain_gradient(
 
 def two_differences(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> tuple[Tree, Tensor]:
     """Central differences with steps h and h/2, extrapolated; and how far apart they were, relative to the product."""
+    if is_differentiated(v):
+        raise NoDerivative("differences of gradients have no derivative by the vector: detach it")
     eps = tree.eps(params)
     size, length = tree.norm(params), tree.norm(v)
     # Relative to the parameters, between what truncation (h^4) and rounding (eps / h) would like.

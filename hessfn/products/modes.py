@@ -48,7 +48,8 @@ def double_backward(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) ->
     if not pairs:
         return tree.map(torch.zeros_like, params)
     outputs, directions = zip(*pairs, strict=True)
-    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+    by_vector = is_differentiated(directions)  # which the product is linear in
+    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "create_graph": by_vector}
     return tree.unflatten(torch.autograd.grad(outputs, leaves, directions, **options), params)
 
 
