@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import classes, normal, seeded
+from nets import classes, needs_compiler, normal, seeded
 from torch import Tensor, nn
 
 import hessfn as hf
@@ -262,3 +262,25 @@ def test_a_product_has_a_derivative_by_its_vector_or_refuses_it(mode: Any) -> No
             continue
         found = torch.autograd.grad(hf.tree.dot(matvec(leaves), w), list(leaves.values()))
         assert is_right(torch.cat([x.reshape(-1) for x in found]), hf.tree.ravel(matvec(w))[0])
+
+
+@needs_compiler
+def test_a_compiled_function_does_not_depend_on_which_losses_are_remembered() -> None:
+    losses = [hf.functionalize(net(), nn.CrossEntropyLoss())[0] for _ in range(10)]
+    _, params = hf.functionalize(net(), nn.CrossEntropyLoss())
+    for loss in losses:
+        product(hf.hvp, loss, params, batch())
+
+    data, kept = batch(), losses[0]
+
+    def compiled(v: Any) -> Any:
+        return hf.hvp(kept, params, data)(v)
+
+    v = hf.gaussian(params, 1)[0]
+    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    found = [hf.tree.ravel(run(v))[0]]
+    del losses, loss
+    gc.collect()
+    found.append(hf.tree.ravel(run(v))[0])
+    truth = exact(kept, params, data)
+    assert all(is_right(x, truth) for x in found)
