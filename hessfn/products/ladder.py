@@ -29,6 +29,7 @@ def find_mode(loss: Loss, params: Tree, *args: Any) -> Mode:
     """The mode that ``hvp(mode="auto")`` comes to take for this loss, and why; at the cost of one product, the trace
     and two gradients.
 
+    >>> import torch
     >>> find_mode(lambda w: (w**4).sum(), torch.ones(3))
     Mode(mode='traced', reason='', error=0.0)
     """
