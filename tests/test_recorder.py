@@ -256,6 +256,30 @@ def test_graphs_leave_nothing_behind_when_their_product_is_gone(loss):
     assert sizes() == before
 
 
+def test_no_tensor_of_a_trace_survives_it():
+    """Not by way of autograd's graph either, which is no part of Python's."""
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3))
+    )
+    batch = normal(2, 1, 5, 5), torch.tensor([0, 2])
+
+    def once():
+        loss, params = hf.functionalize(model.eval(), nn.CrossEntropyLoss())
+        hf.hvp(loss, params, batch, mode="traced", check=False)(params)
+        hf.linearized_hvp(loss, params, batch, check=False)(params)
+
+    def counts():
+        gc.collect()
+        kinds = [type(x) for x in gc.get_objects()]
+        return [sum(issubclass(kind, of) for kind in kinds) for of in (torch.Tensor, torch.fx.Node)]
+
+    once()
+    before = counts()
+    for _ in range(3):
+        once()
+    assert counts() == before
+
+
 def test_every_node_that_is_written_is_told_of():
     """By which a bar shows how far a long trace is."""
     told = []

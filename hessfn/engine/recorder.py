@@ -52,8 +52,7 @@ class Recorder(TorchDispatchMode):
         self.graph, self.rules, self.lean = graph, rules or {}, lean
         self.constants: dict[str, Tensor] = {}
         self.outside: dict[int, tuple[Tensor, Alias]] = {}  # of tensors that are not the trace's own
-        self.seen: dict[Any, Any] = {}
-        self.calls: dict[Any, fx.Node] = {}
+        self.seen, self.calls = dict[Any, Any](), dict[Any, fx.Node]()
         self.decisions: list[Decision] = []
 
     @classmethod
@@ -72,13 +71,16 @@ class Recorder(TorchDispatchMode):
         for tensor, node in zip(inputs, given, strict=True):
             node.meta["val"] = on_meta(tensor)
             self._keep(tensor, Alias(self, node, is_fake=not is_known(tensor), is_own=False))
-        with self:
-            outputs = function(*inputs)
-        guard = Guard(self.decisions, self.constants, given)
-        self.graph.output([self.node_of(output) for output in outputs])
-        module = GraphModule(self.constants, self.graph)
-        module.meta["guards"] = [guard] if guard else []
-        return module
+        try:
+            with self:
+                outputs = function(*inputs)
+            guard = Guard(self.decisions, self.constants, given)
+            self.graph.output([self.node_of(output) for output in outputs])
+            module = GraphModule(self.constants, self.graph)
+            module.meta["guards"] = [guard] if guard else []
+            return module
+        finally:
+            self.outside.clear()  # tensors would lead to each other by way of autograd, which no collector sees
 
     # What is known of a tensor lies on the tensor, and goes with it.
 
@@ -154,7 +156,7 @@ class Recorder(TorchDispatchMode):
         def keep(part: Tensor, node: fx.Node, index: int | None = None) -> Alias:
             alias = Alias(self, node, is_fake=fake)
             if parent is not None:
-                alias.of(parent, args[0].shape, (func, args, kwargs), index)
+                alias.of(parent, args[0].shape, (func, (None, *args[1:]), kwargs), index)
             if "val" not in node.meta:
                 node.meta["val"] = on_meta(part)
             return self._keep(part, alias)

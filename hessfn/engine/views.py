@@ -33,7 +33,7 @@ class Alias:
         self.zero_at = -1
 
     def of(self, parent: Alias, shape: torch.Size, how: tuple[Any, Any, Any], index: int | None) -> Alias:
-        """This one as a view of its parent: by an operation with its arguments, or one of the results of it."""
+        """This one as a view of its parent: by an operation with its other arguments, or one of the results of it."""
         self.root, self.seen = parent.root, parent.root.writes
         self.parent, self.how, self.index = (parent, shape), how, index  # type: ignore[assignment]
         return self
