@@ -15,7 +15,7 @@ test: $(READY)
 
 # What takes long: one at a time, since memory and time are measured. With the families of models of other packages.
 slow: $(READY)
-	$(BIN)/python -m pip install --quiet -e ".[families]"
+	$(BIN)/python -m pip install --quiet -e ".[families]" || echo "not all families can be had: the rest is skipped"
 	$(BIN)/python -m pytest -m slow --timeout 1200
 
 check: $(READY)
