@@ -14,6 +14,7 @@ from hessfn.core.torch_state import is_differentiated, is_observed, recorded
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
+from hessfn.losses.model_inputs import taken
 from hessfn.products.first_check import AT_A_KINK, Evidence, disagreement, evidence, is_generic, verdict
 from hessfn.products.loss_checks import Inspected, Loss, inspect, refuse_once_differentiable, two_differences
 from hessfn.products.loss_memory import Memory, Trace, memory_of, shapes_of
@@ -33,6 +34,7 @@ def find_mode(loss: Loss, params: Tree, *args: Any) -> Mode:
     >>> find_mode(lambda w: (w**4).sum(), torch.ones(3))
     Mode(mode='traced', reason='', error=0.0)
     """
+    args = taken(loss, args)
     v = gaussian(params, 1)[0]  # not of ones, which nets with norms are often blind to
     order = DIFFERENTIATED if is_differentiated(params, args) else MODES
     return climb(loss, params, args, v, order, True, memory_of(loss)).found.mode
