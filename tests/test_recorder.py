@@ -253,7 +253,7 @@ def test_graphs_leave_nothing_behind_when_their_product_is_gone(loss):
     before = sizes()
     for _ in range(3):
         once()
-    assert sizes() == before
+    assert all(after <= now for after, now in zip(sizes(), before, strict=True))  # what others left may have gone
 
 
 def test_no_tensor_of_a_trace_survives_it():
@@ -277,7 +277,7 @@ def test_no_tensor_of_a_trace_survives_it():
     before = counts()
     for _ in range(3):
         once()
-    assert counts() == before
+    assert all(after <= now for after, now in zip(counts(), before, strict=True))
 
 
 def test_every_node_that_is_written_is_told_of():

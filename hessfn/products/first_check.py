@@ -110,7 +110,7 @@ def verdict(found: Tree, seen: Evidence) -> Verdict:
     """
     if not math.isfinite(float(tree.norm(seen.product))):
         if not math.isfinite(float(tree.norm(found))):
-            raise InvalidInput(_NOT_FINITE)
+            raise InvalidInput(_why_not_finite(found))
         return "unknown"  # only a step further there is nothing
     if _agrees(found, seen.product, seen.tolerance, seen.error):
         return "agrees"
@@ -123,11 +123,15 @@ def verdict(found: Tree, seen: Evidence) -> Verdict:
     return "wrong" if steady else "unknown"
 
 
-_NOT_FINITE = (
-    "the loss is finite at these parameters, and its gradient or its curvature is not: of torch.where(condition, a, b) "
-    "both a and b are differentiated, also where they are not taken (give them arguments that are safe), and a root or "
-    "a norm has no slope at zero (add a small number inside)"
-)
+def _why_not_finite(product: Tree) -> str:
+    leaves = zip(tree.names(product), tree.leaves(product), strict=True)
+    bad = [name for name, leaf in leaves if not leaf.isfinite().all()]
+    where = f", in leaf {bad[0]!r}" * bool(bad[0]) + f" and {len(bad) - 1} more" * (len(bad) > 1)
+    return (
+        f"the loss is finite at these parameters, and its gradient or its curvature is not{where}. Of "
+        "torch.where(condition, a, b) both a and b are differentiated, also where they are not taken (give them "
+        "arguments that are safe), and a root or a norm has no slope at zero (add a small number inside)"
+    )
 
 
 def _agrees(found: Tree, expected: list[Tensor], tolerance: float, error: float) -> bool:
