@@ -523,3 +523,28 @@ def test_a_gradient_that_is_not_finite_is_an_error(loss: Any, make: Any) -> None
     w = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
     with pytest.raises(hf.HessfnError, match="curvature is not. Of torch.where"):
         make(loss, w)(torch.ones_like(w))
+
+
+def test_what_is_not_finite_within_a_loss_does_not_hide_which_rule_is_wrong() -> None:
+    """The root has no slope at zero, and none is asked for: it is detached."""
+    w = torch.tensor([0.5, -0.3, 0.0, 0.0], dtype=torch.float64)
+
+    def loss(w: Any) -> Any:
+        return norms_squared(w) + (w.sqrt().nan_to_num().detach() * 0 * w).sum()
+
+    with pytest.warns(UserWarning, match="norm"):
+        found = hf.hvp(loss, w)(torch.ones_like(w))
+    torch.testing.assert_close(found, w.new_tensor([2.0, 2.0, 1.0, 1.0]), rtol=1e-6, atol=1e-6)
+
+
+def test_differences_that_see_a_constant_move_are_not_taken() -> None:
+    """Differences of plain gradients do not hold fast what is detached; where no other mode is right, none is."""
+    w = torch.tensor([0.5, -0.3, 0.0, 0.0], dtype=torch.float64)
+
+    def loss(w: Any) -> Any:
+        return norms_squared(w) + (w.cos().detach() * w.sin()).sum()
+
+    with pytest.raises(hf.HessfnError, match="difference.*not what gradients of the loss say"):
+        hf.hvp(loss, w)(torch.ones_like(w))
+    with pytest.warns(UserWarning, match="mode 'difference' is not the curvature"):
+        hf.hvp(loss, w, mode="difference")(torch.ones_like(w))

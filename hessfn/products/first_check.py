@@ -17,7 +17,7 @@ from hessfn.products.loss_checks import Loss
 from hessfn.products.wide import Tape, widened
 
 Gradient = Callable[[float], list[Tensor]]  # of the loss at params + c v
-Verdict = Literal["agrees", "wrong", "kink", "unknown"]
+Verdict = Literal["agrees", "wrong", "kink", "unknown", "not finite"]
 
 
 class Evidence(NamedTuple):
@@ -103,15 +103,10 @@ def _evidence(gradient: Gradient, params: Tree, v: Tree, relative: float, value:
 
 
 def verdict(found: Tree, seen: Evidence) -> Verdict:
-    """Whether a product is what the gradients say. Where it seems not, a ten times smaller step is asked as well.
-
-    Raises:
-        InvalidInput: neither is finite.
-    """
+    """Whether a product is what the gradients say. Where it seems not, a ten times smaller step is asked as well."""
     if not math.isfinite(float(tree.norm(seen.product))):
-        if not math.isfinite(float(tree.norm(found))):
-            raise InvalidInput(_why_not_finite(found))
-        return "unknown"  # only a step further there is nothing
+        # Where the product is finite, there is nothing only a step further.
+        return "unknown" if math.isfinite(float(tree.norm(found))) else "not finite"
     if _agrees(found, seen.product, seen.tolerance, seen.error):
         return "agrees"
     finer = seen.difference(10)
@@ -123,11 +118,12 @@ def verdict(found: Tree, seen: Evidence) -> Verdict:
     return "wrong" if steady else "unknown"
 
 
-def _why_not_finite(product: Tree) -> str:
+def not_finite(product: Tree) -> InvalidInput:
+    """The error for a product that is not finite, as the gradients of its loss are not."""
     leaves = zip(tree.names(product), tree.leaves(product), strict=True)
     bad = [name for name, leaf in leaves if not leaf.isfinite().all()]
     where = f", in leaf {bad[0]!r}" * bool(bad[0]) + f" and {len(bad) - 1} more" * (len(bad) > 1)
-    return (
+    return InvalidInput(
         f"the loss is finite at these parameters, and its gradient or its curvature is not{where}. Of "
         "torch.where(condition, a, b) both a and b are differentiated, also where they are not taken (give them "
         "arguments that are safe), and a root or a norm has no slope at zero (add a small number inside)"

@@ -20,7 +20,7 @@ from hessfn.losses.batches import Weights
 from hessfn.losses.model_inputs import taken
 from hessfn.losses.weights import Weigher, knowing, of_loss, refuse_parts
 from hessfn.products.batch_mean import mean_of
-from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, verdict
+from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, not_finite, verdict
 from hessfn.products.just_in_time import PATIENCE, product_of
 from hessfn.products.ladder import blame
 from hessfn.products.loss_checks import Loss, check_loss
@@ -170,6 +170,8 @@ def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: M
         return
     found = matvec(v)
     said = verdict(found, seen)
+    if said == "not finite":
+        raise not_finite(found)
     memory.is_right[key] = said != "wrong"
     if said in ("agrees", "unknown"):
         return

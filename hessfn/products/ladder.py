@@ -15,7 +15,7 @@ from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.model_inputs import taken
-from hessfn.products.first_check import AT_A_KINK, Evidence, disagreement, evidence, is_generic, verdict
+from hessfn.products.first_check import AT_A_KINK, Evidence, disagreement, evidence, is_generic, not_finite, verdict
 from hessfn.products.loss_checks import Inspected, Loss, inspect, refuse_once_differentiable, two_differences
 from hessfn.products.loss_memory import Memory, Trace, memory_of, shapes_of
 from hessfn.products.modes import MODES, Product, differentiating, of_loss, of_trace
@@ -129,7 +129,7 @@ def climb(
         message = f"{finding}. Taken is mode {name!r}, which agrees" if finding else ""
         if not message and any(mode == "traced" for mode, _ in reasons):
             message = announcement(found.mode)
-        if is_right or name == "difference":
+        if is_right:
             return Climbed(found, result, message)
         judged = judge(name, found, result)
         memory.is_right[key] = judged.is_right
@@ -168,12 +168,15 @@ class Judge:
             return Judged(True, "")
         with differentiating():
             held = result if self.along is self.v else found.product(self.loss)(self.params, self.args, self.along)
-        said = verdict(held, self.seen)
+        stated = min(10 * found.mode.error, 0.1)  # of differences, which say it themselves
+        said = verdict(held, self.seen._replace(tolerance=self.seen.tolerance + stated))
+        if said == "not finite":
+            raise not_finite(held)
         if said in ("agrees", "unknown"):
             return Judged(True, "")
         message = disagreement(name, held, self.seen, self.along)
         if self.inspected.has_custom_backward:
-            return Judged(True, f"{message}. {_CUSTOM}")
+            return Judged(True, "" if name == "difference" else f"{message}. {_CUSTOM}")
         return Judged(True, f"{message}. {AT_A_KINK}") if said == "kink" else Judged(False, message)
 
 
