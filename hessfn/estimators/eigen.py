@@ -19,6 +19,7 @@ from hessfn.core.func import vmap
 from hessfn.core.memory import own
 from hessfn.core.results import EigenPair, EigenPairs, Tridiagonal
 from hessfn.core.tree import MatVec, T
+from hessfn.core.unknown import unknown
 from hessfn.estimators import krylov
 from hessfn.estimators.krylov import Space, Which
 from hessfn.estimators.thick_restart import thick_restart
@@ -194,6 +195,8 @@ def eigsh(
         found.residuals,
         torch.tensor(found.num_matvecs),
         found.residuals <= allowed,
+        unknown(found.values),
+        unknown(found.values),
     )
 
 
@@ -219,6 +222,8 @@ def _unrestarted(space: Space[T], v0: T, k: int, which: Which, num_matvecs: int)
         residuals,
         torch.tensor(num_matvecs),
         residuals <= (_RTOL * values.abs()).clamp(min=floor),
+        unknown(values),
+        unknown(values),
     )
 
 
