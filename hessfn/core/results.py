@@ -41,8 +41,8 @@ class EigenPairs(NamedTuple, Generic[T]):
     residuals: Tensor  #: (k,), ``||A v - value v||`` of each: an eigenvalue of A is no further than this from its value
     num_matvecs: Tensor  #: (), int64, the products that were made
     converged: Tensor  #: (k,), bool, whether ``residual <= rtol |value|``, or is what rounding leaves of a value near 0
-    rounding: Tensor | None = None  #: (k,), how far the rounding of the products may move each value; None: not measured
-    data_stderr: Tensor | None = None  #: (k,), what other samples, as many, would move it by; None: not measured
+    rounding: Tensor | None = None  #: (k,), how far the rounding of the products may move each value; None: unknown
+    data_stderr: Tensor | None = None  #: (k,), what other samples, as many, would move it by; None: not known
 
 
 class Tridiagonal(NamedTuple, Generic[T]):
