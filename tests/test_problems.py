@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from hessfn.problems import cifar10_resnet20, digits
+from hessfn.problems import cifar10_resnet20, digits, train_digits
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -37,7 +41,52 @@ def test_digits_is_a_function_of_its_seed_and_leaves_the_global_generator_alone(
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-@pytest.mark.parametrize(("option", "value"), [("num_images", 0), ("num_images", 1798), ("batch_size", 0)])
+NUMBERS = """
+import json, torch
+import hessfn as hf
+from hessfn.problems import digits
+model, criterion, batches = digits(num_images=300, batch_size=300)
+loss, params = hf.functionalize(model, criterion)
+matvec = hf.hvp(loss, params, batches[0])
+pairs = hf.eigsh(matvec, hf.gaussian(params, 1)[0], k=3, rtol=1e-5)
+trace = hf.hutchinson(matvec, hf.rademacher(params, 20))
+print(json.dumps([torch.get_num_threads(), *pairs.values.tolist(), float(trace.mean)]))
+"""
+
+
+def test_digits_has_the_same_curvature_with_any_number_of_threads() -> None:
+    found = []
+    for threads in (1, 2):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        run = [sys.executable, "-c", NUMBERS]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+        used, *numbers = json.loads(done.stdout)
+        assert used == threads
+        found.append(numbers)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    # As they were found on the machine where the net was trained: what a page of the demo says anywhere.
+    assert found[0] == pytest.approx([23.815405, 20.330973, 7.910957, 67.021884], rel=1e-3)
+
+
+def test_digits_is_not_trained_where_its_weights_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "SGD", None)
+    first, second = digits()[0], digits(num_images=3)[0]
+    assert first is not second
+    assert {p.dtype for p in first.parameters()} == {torch.float32}
+    assert all(torch.equal(a, second.state_dict()[name]) for name, a in first.state_dict().items())
+
+
+@pytest.mark.slow
+def test_the_weights_that_come_along_are_those_of_the_training() -> None:
+    shipped, trained = digits()[0].state_dict(), train_digits(seed=0, epochs=12).state_dict()
+    assert list(shipped) == list(trained)
+    for name, x in trained.items():
+        torch.testing.assert_close(shipped[name], x, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("num_images", 0), ("num_images", 1798), ("batch_size", 0), ("epochs", -1)]
+)
 def test_sizes_out_of_range_are_named(option: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{option}={value}"):
         digits(**{option: value})

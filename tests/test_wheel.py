@@ -83,7 +83,8 @@ def test_the_tour_runs_from_the_wheel_with_the_core_dependencies_alone(environme
 @pytest.mark.slow
 def test_the_wheel_has_all_that_is_not_python(environment: Path) -> None:
     package = site_packages(environment) / "hessfn"
-    for file in ("py.typed", "engine/README.md", "engine/conv3x3/kernel.c", "reporting/templates/report.html.j2"):
+    others = "engine/README.md", "engine/conv3x3/kernel.c", "reporting/templates/report.html.j2", "data/digits.npz"
+    for file in ("py.typed", *others):
         assert (package / file).is_file(), file
 
 
