@@ -66,11 +66,18 @@ if TYPE_CHECKING:
         hutchinson_per_leaf,
         hutchinson_per_sample,
         mean_traces,
-        squared_frobenius,
-        squared_row_norms,
     )
     from hessfn.estimators.leave_one_out import hutchpp, xdiag, xtrace
-    from hessfn.estimators.spectrum import cumulative, density, density_band, slq, trace_of, wasserstein
+    from hessfn.estimators.spectral_sums import trace_of
+    from hessfn.estimators.spectrum import (
+        cumulative,
+        density,
+        density_band,
+        quadrature_of,
+        slq,
+        wasserstein,
+    )
+    from hessfn.estimators.squared_norms import squared_frobenius, squared_row_norms
     from hessfn.quantization.sensitivity import activation_traces, sensitivities
 
     # Landscapes and pictures.
@@ -115,11 +122,12 @@ _HOMES = {
     "hessfn.transforms.progress_bar": "progress",
     "hessfn.estimators.eigen": "eigsh lanczos power_iter",
     "hessfn.estimators.hutchinson": (
-        "deflated_trace hutchinson hutchinson_diag hutchinson_per_leaf hutchinson_per_sample mean_traces "
-        "squared_frobenius squared_row_norms"
+        "deflated_trace hutchinson hutchinson_diag hutchinson_per_leaf hutchinson_per_sample mean_traces"
     ),
     "hessfn.estimators.leave_one_out": "hutchpp xdiag xtrace",
-    "hessfn.estimators.spectrum": "cumulative density density_band slq trace_of wasserstein",
+    "hessfn.estimators.spectral_sums": "trace_of",
+    "hessfn.estimators.spectrum": "cumulative density density_band quadrature_of slq wasserstein",
+    "hessfn.estimators.squared_norms": "squared_frobenius squared_row_norms",
     "hessfn.quantization.sensitivity": "activation_traces sensitivities",
     "hessfn.landscape.directions": "direction_to filter_normalized gradient_direction random_direction",
     "hessfn.landscape.slice_check": "check_slice slice_curvature",
@@ -225,6 +233,7 @@ __all__ = [
     "power_iter",
     "principal_directions",
     "progress",
+    "quadrature_of",
     "rademacher",
     "random_direction",
     "report",

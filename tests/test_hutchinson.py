@@ -17,10 +17,9 @@ from hessfn.estimators.hutchinson import (
     hutchinson_diag,
     hutchinson_per_leaf,
     mean_traces,
-    squared_frobenius,
-    squared_row_norms,
 )
 from hessfn.estimators.leave_one_out import hutchpp, xdiag, xtrace
+from hessfn.estimators.squared_norms import squared_frobenius, squared_row_norms
 
 FLAT = LIKES["tensor"]
 spectra = pytest.mark.parametrize("spectrum", SPECTRA)

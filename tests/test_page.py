@@ -16,7 +16,7 @@ from pages import Parsed, contrast, palettes
 from torch import nn
 
 import hessfn as hf
-from hessfn.estimators.spectrum import negative_share
+from hessfn.estimators.spectral_sums import negative_share
 from hessfn.reporting import html
 from hessfn.reporting.run import report
 from hessfn.reporting.text import number, share

@@ -12,7 +12,8 @@ from hessfn.core import tree
 from hessfn.core.probes import gaussian, rademacher
 from hessfn.core.results import Quadrature
 from hessfn.estimators.hutchinson import hutchinson
-from hessfn.estimators.spectrum import cumulative, density, density_band, slq, trace_of, wasserstein
+from hessfn.estimators.spectral_sums import trace_of
+from hessfn.estimators.spectrum import cumulative, density, density_band, slq, wasserstein
 from hessfn.losses.functional import functionalize
 from hessfn.products.hessian import hvp
 

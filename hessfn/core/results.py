@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from typing import Generic
 
+import torch
 from torch import Tensor
 from torch.serialization import add_safe_globals
 from typing_extensions import NamedTuple, TypeVar  # typing's own cannot be generic before Python 3.11
 
+from hessfn.core import tree
+from hessfn.core.students_t import half_widths
 from hessfn.core.tree import T
 
 S = TypeVar("S", default=Tensor)
@@ -60,6 +63,23 @@ class Estimate(NamedTuple, Generic[S]):
     mean: S  #: the estimate, in the unit of the quantity: scalars, or, of diagonals and rows, tensors like the probes
     stderr: S  #: shaped like it: one standard error of the mean over the probes, inf where one probe says nothing of it
     num_matvecs: Tensor  #: (), int64, the products that were made
+    df: Tensor | S | None = None  #: (), or like ``mean``: degrees of freedom of ``stderr``; None: of a known error
+    rounding: S | None = None  #: like ``mean``: how far the rounding of the products may move it; None: not measured
+    data_stderr: S | None = None  #: like ``mean``: what other samples, as many, would move it by; None: not measured
+
+    def interval(self, level: float = 0.95) -> tuple[S, S]:
+        """Lower and upper end of the confidence interval by the probes: ``mean -+ t stderr``, Student's t of ``df``.
+
+        It holds the exact value with the probability ``level``, or a higher one. Errors of rounding and of the data
+        are not in it.
+
+        >>> import torch
+        >>> found = Estimate(torch.tensor(5.0), torch.tensor(1.0), torch.tensor(11), torch.tensor(10.0))
+        >>> [round(float(end), 3) for end in found.interval()]
+        [2.772, 7.228]
+        """
+        half = half_widths(self.stderr, self.df, level)
+        return tree.map(torch.sub, self.mean, half), tree.map(torch.add, self.mean, half)
 
 
 class Quadrature(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
-from hessfn.core.arguments import require_eigenpairs, require_estimate, require_matvec, require_probes
+from hessfn.core.arguments import require_eigenpairs, require_estimate
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import each
 from hessfn.core.projection import complement_of
@@ -16,11 +16,17 @@ from hessfn.core.results import EigenPairs, Estimate, S
 from hessfn.core.torch_state import carries_derivative
 from hessfn.core.tree import MatVec, T, Tree
 from hessfn.core.watched import Watched
-from hessfn.estimators.running_mean import estimate, estimate_until
+from hessfn.estimators.control_variate import control_variate, plus, require_kinds, rest_of
+from hessfn.estimators.running_mean import estimate, estimate_until, finished
 
 
 def hutchinson(
-    matvec: MatVec[T], probes: Iterable[T], *, rtol: float | None = None, batch_size: int = 1
+    matvec: MatVec[T],
+    probes: Iterable[T],
+    *,
+    rtol: float | None = None,
+    batch_size: int = 1,
+    eigenpairs: EigenPairs[T] | None = None,
 ) -> Estimate[Tensor]:
     """The trace, as the mean of ``z'Az`` over the probes.
 
@@ -33,11 +39,15 @@ def hutchinson(
             there is no derivative: where the products have one, that is an error.
         batch_size: so many products at a time, under ``vmap``: for GPUs that one product leaves idle. On a CPU nothing
             is won by it.
+        eigenpairs: what ``eigsh`` found, as a control variate: with ``B = sum_i value_i q_i q_i'`` the samples are
+            ``tr B + z'(A - B) z``, and the variance is that of A without its outliers. Unbiased for any values and
+            vectors that do not depend on the probes, converged or not. Where the products have a derivative, it is
+            unbiased too, and the eigenpairs need none.
 
     Returns:
         ``mean`` and ``stderr``, float64 scalars, and ``num_matvecs``, one for each probe taken.
 
-    Cost: one product a probe; one vector kept.
+    Cost: one product a probe; one vector kept. Eigenpairs cost no product, two passes over their vectors a probe.
 
     Raises:
         ValueError: there is no probe, or a product is not finite.
@@ -48,17 +58,22 @@ def hutchinson(
     >>> hutchinson(lambda v: 3 * v, rademacher(torch.zeros(4), 10)).mean
     tensor(12., dtype=torch.float64)
     """
-    _require_kinds(matvec, probes, "hutchinson(matvec, probes)")
+    require_kinds(matvec, probes, "hutchinson(matvec, probes)")
+    known = control_variate(eigenpairs, "hutchinson(matvec, probes, eigenpairs=...)")
     product = Watched(matvec, tolerance=rtol is not None)
-    samples = each(lambda z: tree.dot(z, product(z)), probes, batch_size)
-    return _finished(product, estimate(samples) if rtol is None else estimate_until(samples, rtol))
+    inside = 0.0 if known is None else known.trace()
+    samples = each(lambda z: inside + tree.dot(z, rest_of(known, z, product(z))), probes, batch_size)
+    return finished(product, estimate(samples) if rtol is None else estimate_until(samples, rtol))
 
 
-def hutchinson_per_leaf(matvec: MatVec[T], probes: Iterable[T], *, batch_size: int = 1) -> Estimate[T]:
+def hutchinson_per_leaf(
+    matvec: MatVec[T], probes: Iterable[T], *, batch_size: int = 1, eigenpairs: EigenPairs[T] | None = None
+) -> Estimate[T]:
     """The trace of every leaf's diagonal block, all from the same products.
 
     The blocks between leaves drop out in the mean, yet add to the variance: ``restrict`` the matvec to one leaf
-    where its own variance matters. Arguments as for :func:`hutchinson`.
+    where its own variance matters. Arguments as for :func:`hutchinson`; eigenpairs take out what they have of every
+    block, also of those between leaves.
 
     Returns:
         ``mean`` and ``stderr``, trees of float64 scalars, and ``num_matvecs``.
@@ -72,14 +87,16 @@ def hutchinson_per_leaf(matvec: MatVec[T], probes: Iterable[T], *, batch_size: i
     >>> hutchinson_per_leaf(lambda v: {"a": 2 * v["a"]}, rademacher({"a": torch.zeros(3)}, 2)).mean
     {'a': tensor(6., dtype=torch.float64)}
     """
-    _require_kinds(matvec, probes, "hutchinson_per_leaf(matvec, probes)")
+    require_kinds(matvec, probes, "hutchinson_per_leaf(matvec, probes)")
 
+    known = control_variate(eigenpairs, "hutchinson_per_leaf(matvec, probes, eigenpairs=...)")
     product = Watched(matvec)
 
     def blocks(z: T) -> T:
-        return tree.map(tree.dot, z, product(z))
+        return tree.map(tree.dot, z, rest_of(known, z, product(z)))
 
-    return _finished(product, estimate(each(blocks, probes, batch_size)))
+    result = finished(product, estimate(each(blocks, probes, batch_size)))
+    return result if known is None else plus(result, known.traces())
 
 
 def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
@@ -106,7 +123,7 @@ def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]
     >>> hutchinson_per_sample(lambda v: d * v / 2, rademacher(torch.zeros(2, 2), 2)).mean
     tensor([3., 7.], dtype=torch.float64)
     """
-    _require_kinds(matvec, probes, "hutchinson_per_sample(matvec, probes)")
+    require_kinds(matvec, probes, "hutchinson_per_sample(matvec, probes)")
 
     product = Watched(matvec)
 
@@ -120,17 +137,19 @@ def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]
                 raise InvalidInput(f"samples must lie along the first axis of every leaf, but these have {lengths}")
             yield tree.map(sums, z, product(z))
 
-    return _finished(product, estimate(samples()))
+    return finished(product, estimate(samples()))
 
 
-def hutchinson_diag(matvec: MatVec[T], probes: Iterable[T], *, batch_size: int = 1) -> Estimate[T]:
+def hutchinson_diag(
+    matvec: MatVec[T], probes: Iterable[T], *, batch_size: int = 1, eigenpairs: EigenPairs[T] | None = None
+) -> Estimate[T]:
     """The diagonal, as the mean of ``z * Az`` over Rademacher probes.
 
     A probe has variance ``sum_{j != i} a_ij^2`` in entry i.
 
     Args:
         probes: ``rademacher(params, num)``. Gaussian probes are right too, with the variance ``2 a_ii^2`` on top.
-        batch_size: as for :func:`hutchinson`.
+        batch_size, eigenpairs: as for :func:`hutchinson`.
 
     Returns:
         ``mean`` and ``stderr``, trees like the probes, and ``num_matvecs``.
@@ -147,60 +166,16 @@ def hutchinson_diag(matvec: MatVec[T], probes: Iterable[T], *, batch_size: int =
     >>> hutchinson_diag(lambda v: d * v, rademacher(torch.zeros(2), 4)).mean
     tensor([3., 1.])
     """
-    _require_kinds(matvec, probes, "hutchinson_diag(matvec, probes)")
+    require_kinds(matvec, probes, "hutchinson_diag(matvec, probes)")
 
+    known = control_variate(eigenpairs, "hutchinson_diag(matvec, probes, eigenpairs=...)")
     product = Watched(matvec)
 
     def diagonal(z: T) -> T:
-        return tree.map(torch.mul, z, product(z))
+        return tree.map(torch.mul, z, rest_of(known, z, product(z)))
 
-    return _finished(product, estimate(each(diagonal, probes, batch_size)))
-
-
-def squared_row_norms(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
-    """The squared norm of every row, ``sum_j a_ij^2``, as the mean of ``(Az)^2``; no estimate of a squared diagonal.
-
-    Returns:
-        ``mean`` and ``stderr``, trees like the probes but in float64, which has room for squares, and ``num_matvecs``.
-
-    Cost: one product a probe; two vectors kept, in float64.
-
-    Raises:
-        ValueError: there is no probe, or a product is not finite.
-
-    >>> from hessfn import rademacher
-    >>> d = torch.tensor([3.0, 1.0])
-    >>> squared_row_norms(lambda v: d * v, rademacher(torch.zeros(2), 4)).mean
-    tensor([9., 1.], dtype=torch.float64)
-    """
-    _require_kinds(matvec, probes, "squared_row_norms(matvec, probes)")
-
-    product = Watched(matvec, square=False)
-
-    def squares(image: T) -> T:
-        return tree.map(lambda x: tree.wide(x).square(), image)
-
-    return _finished(product, estimate(squares(product(z)) for z in probes))
-
-
-def squared_frobenius(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
-    """The squared Frobenius norm, ``sum_ij a_ij^2``, the sum of the squared eigenvalues, as the mean of ``||Az||^2``.
-
-    Returns:
-        ``mean`` and ``stderr``, float64 scalars, and ``num_matvecs``.
-
-    Cost: one product a probe; one vector kept.
-
-    Raises:
-        ValueError: there is no probe, or a product is not finite.
-
-    >>> from hessfn import rademacher
-    >>> squared_frobenius(lambda v: 3 * v, rademacher(torch.zeros(4), 2)).mean
-    tensor(36., dtype=torch.float64)
-    """
-    _require_kinds(matvec, probes, "squared_frobenius(matvec, probes)")
-    product = Watched(matvec, square=False)
-    return _finished(product, estimate(tree.norm(product(z)).square() for z in probes))
+    result = finished(product, estimate(each(diagonal, probes, batch_size)))
+    return result if known is None else plus(result, known.diagonal())
 
 
 def mean_traces(traces: Estimate[S], like: Tree) -> Estimate[S]:
@@ -213,7 +188,12 @@ def mean_traces(traces: Estimate[S], like: Tree) -> Estimate[S]:
     def divided(values: S) -> S:
         return tree.map(lambda value, leaf: value / max(leaf.numel(), 1), values, like)
 
-    return Estimate(divided(traces.mean), divided(traces.stderr), traces.num_matvecs)
+    return traces._replace(
+        mean=divided(traces.mean),
+        stderr=divided(traces.stderr),
+        rounding=None if traces.rounding is None else divided(traces.rounding),
+        data_stderr=None if traces.data_stderr is None else divided(traces.data_stderr),
+    )
 
 
 def deflated_trace(
@@ -223,6 +203,10 @@ def deflated_trace(
 
     ``sum_i value_i + E z'(I - QQ') A (I - QQ') z``: unbiased for any symmetric A, as long as the probes and the start
     of the eigenpairs are independent, however well the pairs have converged.
+
+    It is what ``hutchinson(matvec, probes, eigenpairs=...)`` gives, but that the span is taken out of the probe, not of
+    the sample: in half precision the large eigenvalues then leave no rounding, and pairs far from convergence less
+    variance. In return the values must be Rayleigh quotients, and derivatives must go through the pairs.
 
     Args:
         probes: as for :func:`hutchinson`.
@@ -247,7 +231,7 @@ def deflated_trace(
     tensor(11., dtype=torch.float64)
     """
     call = "deflated_trace(matvec, probes, eigenpairs)"
-    _require_kinds(matvec, probes, call)
+    require_kinds(matvec, probes, call)
     require_eigenpairs(eigenpairs, call)
     outside, inside = complement_of(eigenpairs.vectors), eigenpairs.values.sum()
     product = Watched(matvec, tolerance=rtol is not None)
@@ -263,15 +247,4 @@ def deflated_trace(
         return inside + tree.dot(rest, image)
 
     samples = map(sample, probes)
-    return _finished(product, estimate(samples) if rtol is None else estimate_until(samples, rtol))
-
-
-def _require_kinds(matvec: MatVec[T], probes: Iterable[T], call: str) -> None:
-    require_matvec(matvec, call)
-    require_probes(probes, call)
-
-
-def _finished(product: Watched[T], result: Estimate[S]) -> Estimate[S]:
-    """The estimate, when all products are finite; the error of a single probe is infinite, and is not asked."""
-    product.finished(result.mean)
-    return result
+    return finished(product, estimate(samples) if rtol is None else estimate_until(samples, rtol))

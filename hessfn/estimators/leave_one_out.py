@@ -18,7 +18,7 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Estimate
 from hessfn.core.tree import MatVec, T
 from hessfn.estimators import krylov
-from hessfn.estimators.running_mean import estimate
+from hessfn.estimators.running_mean import estimate, measured
 
 
 def hutchpp(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
@@ -107,7 +107,7 @@ def xtrace(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     change = samples[:, None] - both
     alone = estimate(samples)
     stderr = _with_covariance(alone.stderr, ((change * change.mT).sum() - change.diagonal().square().sum()), p)
-    return Estimate(alone.mean, stderr, torch.tensor(2 * p))
+    return alone._replace(stderr=stderr, num_matvecs=torch.tensor(2 * p))
 
 
 def xdiag(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
@@ -152,7 +152,7 @@ def xdiag(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
     for i, j in itertools.combinations(range(p), 2):
         products = products + 2 * tree.wide(change(i, j)) * tree.wide(change(j, i))
     stderr = _with_covariance(tree.wide(alone.stderr), products, p)
-    return Estimate(space.unravel(alone.mean), space.unravel(stderr), torch.tensor(2 * p))
+    return measured(space.unravel(alone.mean), space.unravel(stderr), 2 * p, alone.df)
 
 
 class _Sketch(NamedTuple):

@@ -13,7 +13,10 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Estimate, S
+from hessfn.core.students_t import half_widths
 from hessfn.core.tree import Tree
+from hessfn.core.unknown import unknown
+from hessfn.core.watched import Watched
 from hessfn.estimators import krylov
 
 _MIN_PROBES = 10  # a standard error from fewer is too uncertain to stop on
@@ -33,16 +36,9 @@ def estimate_until(samples: Iterable[Tensor], rtol: float) -> Estimate[Tensor]:
     for count, mean, squares in _running(samples):
         krylov.number(mean, mean, count)
         result = _of(count, mean, squares)
-        if count >= _MIN_PROBES and half_width(result.stderr, count) <= rtol * mean.abs():
+        if count >= _MIN_PROBES and half_widths(result.stderr, result.df, 0.95) <= rtol * mean.abs():
             break
     return estimate([]) if result is None else result
-
-
-def half_width(stderr: Any, num_samples: int, level: float = 0.95) -> Any:
-    """Half the width of the confidence interval around a mean of few samples, by Student's t."""
-    from scipy.special import stdtrit  # a fifth of a second to load, for what only tolerances and bands ask
-
-    return stderr * float(stdtrit(num_samples - 1, 0.5 + level / 2))
 
 
 def _running(samples: Iterable[S]) -> Iterator[tuple[int, S, S]]:
@@ -65,4 +61,21 @@ def _of(count: int, mean: S, root: S) -> Estimate[S]:
         stderr = tree.map(lambda r: torch.full_like(r, torch.inf), root)
     else:
         stderr = tree.map(lambda r: r / math.sqrt(count * (count - 1)), root)
-    return Estimate(tree.owned(mean), tree.owned(stderr), torch.tensor(count))
+    return measured(tree.owned(mean), tree.owned(stderr), count, torch.tensor(count - 1.0, dtype=torch.float64))
+
+
+def finished(product: Watched[Any], result: Estimate[S]) -> Estimate[S]:
+    """The estimate, when all products are finite; the error of a single probe is infinite, and is not asked."""
+    product.finished(result.mean)
+    return result
+
+
+def measured(mean: S, stderr: S, num_matvecs: int, df: Any) -> Estimate[S]:
+    """An estimate whose error by rounding and by the data nobody has measured."""
+    rounding, data_stderr = (tree.map(unknown, stderr) if _nobody(stderr) else None for _ in range(2))
+    return Estimate(mean, stderr, torch.tensor(num_matvecs), df, rounding, data_stderr)
+
+
+def _nobody(stderr: Tree) -> bool:
+    """Whether what is unknown has to be a tensor."""
+    return any(unknown(x) is not None for x in tree.leaves(stderr)[:1])

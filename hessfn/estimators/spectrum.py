@@ -1,26 +1,38 @@
-"""Spectral densities by stochastic Lanczos quadrature, and traces of functions of the matrix."""
+"""Spectral densities by stochastic Lanczos quadrature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from hessfn.core import tree
-from hessfn.core.arguments import require_function, require_matvec, require_probes, require_quadrature
+from hessfn.core.arguments import (
+    require_matvec,
+    require_probes,
+    require_quadrature,
+    require_vector,
+)
 from hessfn.core.errors import InvalidInput
 from hessfn.core.memory import own
 from hessfn.core.probes import each
-from hessfn.core.results import Band, Cumulative, Density, Estimate, Quadrature
+from hessfn.core.results import Band, Cumulative, Density, EigenPairs, Quadrature
 from hessfn.core.tree import MatVec, T
 from hessfn.estimators import krylov
-from hessfn.estimators.running_mean import estimate, half_width
+from hessfn.estimators.control_variate import ControlVariate
+from hessfn.estimators.running_mean import estimate
 from hessfn.estimators.smoothing import smoothed
 
 
 def slq(
-    matvec: MatVec[T], probes: Iterable[T], num_matvecs: int, *, orthogonalize: bool = False, batch_size: int = 1
+    matvec: MatVec[T],
+    probes: Iterable[T],
+    num_matvecs: int,
+    *,
+    orthogonalize: bool = False,
+    batch_size: int = 1,
+    eigenpairs: EigenPairs[T] | None = None,
 ) -> Quadrature:
     """Stochastic Lanczos quadrature: a Gauss rule for the spectrum as every probe sees it.
 
@@ -33,18 +45,25 @@ def slq(
         orthogonalize: keep the basis and stay orthogonal to it. Without, copies of converged nodes come up and share
             their weight: the same rule to the accuracy of the method.
         batch_size: so many probes at a time, under ``vmap``: for GPUs that one product leaves idle.
+        eigenpairs: k pairs that ``eigsh`` found, as a control variate. Each row has their values as further nodes, of
+            weights ``1/n - (q_i'u)^2``, u the probe of unit norm: what it sees too much or too little of a known
+            eigenvalue is put right. A last node, at the mean eigenvalue that the other probes see, has the weight that
+            takes the sum to 1 again. All means over the probes stay unbiased, whatever values and vectors are, as long
+            as these do not depend on the probes.
 
     Returns:
         ``nodes (p, m)``, ascending, and ``weights (p, m)``, each row summing to 1, both float64. Where a Krylov space
-        ends early the surplus nodes have weight 0. All runs under ``vmap`` and autograd.
+        ends early the surplus nodes have weight 0. All runs under ``vmap`` and autograd. With eigenpairs they are
+        ``(p, m + k + 1)``, the last ones those of the pairs, and their weights may be negative; of a single probe,
+        which has no others to ask, the sum is 1 but for a random number of mean 0 and size ``sqrt(2k) / n``.
 
-    Cost: p m products; three vectors kept, or m with ``orthogonalize``.
+    Cost: p m products; three vectors kept, or m with ``orthogonalize``. Eigenpairs cost no product.
 
     Raises:
         ValueError: there is no probe, a product is not finite, or m is not between 1 and n.
 
     Source: Lin, Saad and Yang (2016), Ubaru, Chen and Saad (2017); without orthogonalisation Chen, Trogdon and Ubaru
-    (2021).
+    (2021); eigenpairs as in VR-SLQ (Bhattacharjee, Jahn, Musco and Musco, 2024).
 
     >>> from hessfn import gaussian
     >>> A = torch.diag(torch.tensor([3.0, 1.0]))
@@ -54,8 +73,9 @@ def slq(
     call = "slq(matvec, probes, num_matvecs)"
     require_matvec(matvec, call)
     require_probes(probes, call)
+    known = None if eigenpairs is None else ControlVariate(eigenpairs, call)
 
-    def recurrence(probe: T) -> tuple[Tensor, Tensor]:
+    def recurrence(probe: T) -> tuple[Tensor, Tensor, Tensor]:
         n = tree.numel(probe)
         if not 1 <= num_matvecs <= n:
             raise InvalidInput(f"num_matvecs={num_matvecs} must be between 1 and {n}, the number of entries in a probe")
@@ -63,18 +83,61 @@ def slq(
         steps = krylov.expand if orthogonalize else krylov.recur
         alpha, beta = steps(space.matvec, space.ravel(probe), num_matvecs, space.eps)[:2]
         space.finished(alpha)
-        return alpha, beta[:-1]
-
-    def rule(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        theta, vectors = krylov.decompose(alpha, beta)
-        return theta, vectors[0].square()
+        if known is None:
+            return alpha, beta[:-1], alpha[:0]
+        return alpha, beta[:-1], known.squares() / n - (known.components(probe) / tree.norm(probe)).square()
 
     # Not under the vmap of a group, which hides what is not finite.
-    rules = [rule(alpha, beta) for alpha, beta in each(recurrence, probes, batch_size)]
-    if not rules:
+    found = list(each(recurrence, probes, batch_size))
+    if not found:
         raise InvalidInput("there is no probe: gaussian(params, num) needs num >= 1")
-    nodes, weights = (torch.stack(rows) for rows in zip(*rules, strict=True))
-    return Quadrature(nodes, weights)
+    rules = [krylov.decompose(alpha, beta) for alpha, beta, _ in found]
+    nodes, weights = (torch.stack(rows) for rows in zip(*((x, v[0].square()) for x, v in rules), strict=True))
+    if known is None:
+        return Quadrature(nodes, weights)
+    return _corrected(nodes, weights, known.values.to(nodes), torch.stack([missing for *_, missing in found]))
+
+
+def _corrected(nodes: Tensor, weights: Tensor, values: Tensor, missing: Tensor) -> Quadrature:
+    """Gauss rules ``(p, m)`` and what each has too little of known eigenvalues ``(p, k)``."""
+    p = len(nodes)
+    means = (nodes * weights).sum(1, keepdim=True)
+    # At a point that does not depend on the probe of the row, a weight of mean 0 leaves no bias.
+    others = (means.sum() - means) / max(p - 1, 1)
+    rest = -missing.sum(1, keepdim=True) * min(p - 1, 1)
+    return Quadrature(
+        torch.cat([nodes, values.expand(p, -1), others], 1), torch.cat([weights, missing.to(weights), rest], 1)
+    )
+
+
+def quadrature_of(eigenpairs: EigenPairs[T], v0: T) -> Quadrature:
+    """The spectrum as the start of a Lanczos run sees it, from the Ritz pairs of that run: at no product.
+
+    ``weights_i = (q_i'v0)^2 / ||v0||^2``. With all pairs of a run that was not restarted,
+    ``eigsh(matvec, v0, keep_all=True)``, it is the rule of ``slq(matvec, [v0], num_matvecs)``.
+
+    Args:
+        eigenpairs: k orthonormal vectors with their values.
+        v0: the start of that run. Its direction must be uniform, as one of ``gaussian(params, 1)``.
+
+    Returns:
+        ``nodes (1, k)``, ascending, and ``weights (1, k)``; they sum to 1 where the vectors span the start.
+
+    Cost: no product; one pass over the vectors.
+
+    Source: Golub and Meurant (2010).
+
+    >>> from hessfn import eigsh
+    >>> pairs = eigsh(lambda v: torch.tensor([3.0, 1.0]) * v, torch.ones(2), k=2)
+    >>> quadrature_of(pairs, torch.ones(2)).weights.round(decimals=4)
+    tensor([[0.5000, 0.5000]], dtype=torch.float64)
+    """
+    call = "quadrature_of(eigenpairs, v0)"
+    require_vector(v0, "v0", call)
+    known = ControlVariate(eigenpairs, call)
+    order = known.values.detach().argsort(stable=True)
+    weights = (known.components(v0) / tree.norm(v0)).square()
+    return Quadrature(known.values[order][None], weights[order][None])
 
 
 def density(
@@ -137,9 +200,8 @@ def density_band(
     if len(quadrature.nodes) < 2:
         raise InvalidInput("one probe has no spread: a band takes the quadrature of two or more")
     grid, rows = smoothed(quadrature, grid, sigma, linthresh)
-    mean, stderr, _ = estimate(rows)
-    half = half_width(stderr, len(rows), level)
-    return Band(grid, (mean - half).clamp(min=0), mean + half)
+    lower, upper = estimate(rows).interval(level)
+    return Band(grid, lower.clamp(min=0), upper)
 
 
 def cumulative(quadrature: Quadrature, grid: Tensor | None = None) -> Cumulative:
@@ -180,49 +242,3 @@ def wasserstein(a: Quadrature, b: Quadrature | Tensor) -> Tensor:
     at = torch.cat([a.nodes.flatten(), b.nodes.flatten().to(a.nodes)]).sort().values
     gap = (cumulative(a, at).values - cumulative(b, at.to(b.nodes)).values.to(at)).abs()
     return (gap[:-1] * at.diff()).sum()
-
-
-def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> Estimate[Tensor]:
-    """``tr fn(A)`` for a function of the eigenvalues, from a quadrature.
-
-    Args:
-        fn: elementwise, ``(p, m) -> (p, m)``. ``lambda x: (x + shift).log()`` gives the log-determinant of
-            ``A + shift I``, ``lambda x: x / (x + alpha)`` the effective dimension, and ``lambda x: -x.clamp(max=0)``
-            over ``torch.abs`` the fraction of curvature that is negative. Functions with a kink where most eigenvalues
-            lie, as these two at 0, converge slowly: on ResNet20 either is off by a factor of 3 at 30 steps, their ratio
-            by a tenth.
-        n: the number of entries of a probe.
-
-    Returns:
-        ``mean``; ``stderr``, the spread over the probes, which knows nothing of the error of the rule itself (take more
-        steps and compare); and ``num_matvecs``. Differentiable.
-
-    Source: Ubaru, Chen and Saad (2017).
-
-    >>> rule = Quadrature(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]]))
-    >>> trace_of(rule, torch.log, 2).mean
-    tensor(1.0986)
-    """
-    call = "trace_of(quadrature, fn, n)"
-    require_quadrature(quadrature, call)
-    require_function(fn, "fn", call)
-    nodes, weights = quadrature
-    result = estimate(n * (weights * fn(nodes)).sum(-1))
-    return result._replace(num_matvecs=torch.tensor(nodes.numel()))
-
-
-def negative_share(quadrature: Quadrature) -> Estimate[Tensor]:
-    """The share of the sum of all |eigenvalues| that is below zero: a ratio of means over the probes.
-
-    Returns:
-        ``mean``, from 0 to 1, and ``stderr``, the spread over the probes (inf of a single one), which knows nothing of
-        the error of the rule itself; ``num_matvecs``.
-
-    >>> float(negative_share(Quadrature(torch.tensor([[-1.0, 3.0]]), torch.tensor([[0.5, 0.5]]))).mean)
-    0.25
-    """
-    nodes, weights = quadrature
-    below, total = ((weights * x).sum(-1) for x in (-nodes.clamp(max=0), nodes.abs()))
-    share = below.mean() / total.mean()
-    spread = estimate((below - share * total) / total.mean())
-    return Estimate(share, spread.stderr, torch.tensor(nodes.numel()))
