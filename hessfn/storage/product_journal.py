@@ -24,6 +24,7 @@ from hessfn.core.memory import own
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_private import is_functorch_wrapped_tensor
 from hessfn.core.tree import MatVec, T, Tree
+from hessfn.core.warn import warn
 from hessfn.storage import records
 
 _RECORD = re.compile(r"[0-9a-f]{64}-\d+")
@@ -37,7 +38,7 @@ def journal(
     Routines are pure. With the same arguments they ask for the same vectors, so any of them goes on where it was and
     returns the same bits as if nothing had happened; with other arguments (more probes, say) it makes use of what is
     there. A product is found by a hash of its vector. A vector asked for twice by one run is computed twice, so that
-    ``check_matvec`` keeps its meaning.
+    ``check_matvec`` keeps its meaning. A product whose file is damaged is computed again, with a warning.
 
     The last bits also depend on the number of threads and on the compiled kernels (:func:`hessfn.show_config`): a
     journal is resumed with those that it was made with, and refused with others. And :func:`hessfn.hvp` changes them
@@ -61,8 +62,8 @@ def journal(
     Cost: a hash of the vector and of the product. On disk, the bytes of one vector a product.
 
     Raises:
-        ValueError: ``matvec`` is no function; or, at a product, the journal is of another matrix, or a file is damaged:
-            the message says what to do.
+        ValueError: ``matvec`` is no function; or, at a product, the journal is of another matrix, or the file that says
+            of which one is damaged: the message says what to do.
         OSError: another process uses the folder, or it cannot be written, as on a full disk. Products already there
             stay good.
 
@@ -122,7 +123,10 @@ class _Opened(NamedTuple):
         file = self.path / name
         with self.hold.turn:
             self._require_still_ours()
-            kept = records.read(file, self.of) if file.exists() else None
+            known = file.exists()
+            kept = records.read(file, self.of) if known else None
+        if known and kept is None:
+            warn(f"{str(file)!r} is damaged or of another journal: its product is computed again")
         if kept is not None:
             product = [x.to(like.device) for x, like in zip(kept, tree.leaves(v), strict=True)]
         else:

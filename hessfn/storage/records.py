@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from hessfn.core.errors import CannotWrite, FolderInUse, JournalError
+from hessfn.core.errors import CannotWrite, FolderInUse
 from hessfn.core.fingerprints import as_bytes, kind
 from hessfn.core.locks import Lock
 
@@ -85,20 +85,21 @@ def write(file: Path, leaves: Sequence[Tensor], of: str) -> None:
     replace(file, [_header(leaves, digest), *parts])
 
 
-def read(file: Path, of: str) -> list[Tensor]:
-    with file.open("rb") as stream:
-        first = stream.readline()
-        leaves = _blank(first, os.fstat(stream.fileno()).st_size - len(first))
-        if leaves is not None:
+def read(file: Path, of: str) -> list[Tensor] | None:
+    """The tensors of a record; None where it cannot be read, is damaged, or belongs to another journal."""
+    try:
+        with file.open("rb") as stream:
+            first = stream.readline()
+            leaves = _blank(first, os.fstat(stream.fileno()).st_size - len(first))
+            if leaves is None:
+                return None
             digest = _digest(file, leaves, of)
             for part in map(as_bytes, leaves):
                 stream.readinto(part)
                 digest.update(part)
-    if leaves is None or first != _header(leaves, digest):
-        raise JournalError(
-            f"{str(file)!r} is damaged or of another journal: delete this file, and its product is computed again"
-        )
-    return leaves
+    except OSError:  # a sector that is lost, say: the record is made again, and then lies elsewhere
+        return None
+    return leaves if first == _header(leaves, digest) else None
 
 
 def _blank(header: bytes, num_bytes: int) -> list[Tensor] | None:
@@ -108,7 +109,7 @@ def _blank(header: bytes, num_bytes: int) -> list[Tensor] | None:
         if sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds) != num_bytes:
             return None
         return [torch.empty(shape, dtype=dtype) for dtype, shape in kinds]
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError):
         return None
 
 
