@@ -143,4 +143,35 @@ class Mode(NamedTuple):
     error: float  #: relative error of the product where it is a difference, 0.0 where it is exact
 
 
+class ProductRounding(NamedTuple, Generic[T]):
+    """How far products are off, and what that does to a trace, from :func:`hessfn.rounding_of_products`."""
+
+    relative: Tensor  #: (), without unit: the norm of the error over that of the product
+    total: Tensor  #: (), at least 0, in the unit of the eigenvalues: how far rounding may move the trace
+    leaves: T  #: the same for the trace of every leaf's diagonal block: a tree of scalars
+
+
+class Forms(NamedTuple, Generic[S]):
+    """Quadratic forms of the matrix of every batch, from :func:`hessfn.batch_forms` and :func:`hessfn.batch_traces`."""
+
+    values: (
+        S  #: (b, k), in the unit of the eigenvalues: ``v'A_b v`` of each of k vectors; or trees
+    )
+    weights: Tensor  #: (b,), what each batch counts in the mean
+
+
+class CrossFitted(NamedTuple):
+    """Between which ends the extreme eigenvalue of all data lies, from :func:`hessfn.cross_fitted`."""
+
+    lower: Tensor  #: (), in the unit of the eigenvalues: the lower end, with the data's error taken off
+    upper: Tensor  #: (), the upper end, with the data's error on top
+    crossed: Tensor  #: (), the mean Rayleigh quotient of each half's vector on the other half: too small for a largest
+    crossed_stderr: Tensor  #: (), its standard error by the data
+    in_sample: Tensor  #: (), the eigenvalue of all batches together: too large for a largest
+    in_sample_stderr: Tensor  #: (), its standard error by the data
+    num_matvecs: (
+        Tensor  #: (), int64, products with the mean over all batches, to which those of parts add up
+    )
+
+
 add_safe_globals([kind for kind in list(globals().values()) if hasattr(kind, "_fields")])

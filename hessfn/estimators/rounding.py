@@ -1,0 +1,181 @@
+"""What rounding does to eigenpairs and traces: one product is held against the same in a wider dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.arguments import require_eigenpairs, require_matvec, require_vector
+from hessfn.core.errors import InvalidInput
+from hessfn.core.probes import rademacher
+from hessfn.core.results import EigenPairs, ProductRounding
+from hessfn.core.tree import MatVec, T
+from hessfn.core.watched import Watched
+
+
+def rounding_of_pairs(matvec: MatVec[T], exact: MatVec[T], eigenpairs: EigenPairs[T]) -> Tensor:
+    """How far rounding may put every eigenpair off its stated residual, from one comparison of two products.
+
+    A residual is measured with the products that the pair was computed with, and does not know of their rounding. With
+    ``E`` the difference of the exact matrix and of the one that computes, ``||A q - theta q|| <= residual + ||E q||``.
+    ``||E v||`` of one vector, ``v = sum_i s_i q_i / sqrt(k)`` with random signs, has all pairs in it:
+    ``k ||E v||^2`` is ``sum_i ||E q_i||^2`` on average over the signs. The pairs' shares of it are taken to be three
+    quarters in proportion to ``|theta_i|``, as rounding of the factors of ``A = J'HJ`` has it, and one quarter the same
+    for all, as rounding of a plain matrix has it; the factor 2 on top of their roots is for what one vector can tell.
+
+    Args:
+        matvec: the products that the pairs were computed with: float32, TF32, bfloat16.
+        exact: products with the same matrix in float64 (float32 on a device that has none); it is called once, with
+            the vector in that dtype.
+        eigenpairs: what ``eigsh`` returns; ``values`` and ``vectors`` are used.
+
+    Returns:
+        ``(k,)``, at least 0, in the unit of the eigenvalues: an eigenvalue of the exact matrix is no further than
+        ``residuals + rounding`` from each value, in at least 95 % of cases. For a bound of one pair alone give its pair
+        alone, ``k = 1``: then it is 2 ``||E q||`` and nothing is shared out.
+
+    Cost: one product of each; three vectors kept, in float64.
+
+    Raises:
+        ValueError: an argument is of another kind, or a product is not finite.
+
+    Source: the bound of residuals is Parlett's (1998); Higham (2002) for what rounding does to products.
+
+    >>> from hessfn import eigsh
+    >>> d = torch.tensor([3.0, 1.0, 0.1], dtype=torch.float64)
+    >>> coarse = lambda v: ((d * v).bfloat16()).double()
+    >>> pairs = eigsh(coarse, torch.ones(3, dtype=torch.float64), k=2)
+    >>> rounding_of_pairs(coarse, lambda v: d * v, pairs) < 0.1
+    tensor([True, True])
+    """
+    call = "rounding_of_pairs(matvec, exact, eigenpairs)"
+    _require_kinds(matvec, exact, call)
+    require_eigenpairs(eigenpairs, call)
+    values, vectors = eigenpairs.values.detach(), tree.map(Tensor.detach, eigenpairs.vectors)
+    k = len(values)
+    signs = rademacher(values, 1, seed=_SIGNS)[0] / math.sqrt(k)
+    mean = tree.map(lambda q: torch.tensordot(signs.to(q), q, 1), vectors)
+    error = tree.norm(_difference(matvec, exact, mean)[0]).to(values)
+    size = values.abs()
+    shares = _EVEN / k + (1 - _EVEN) * size / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
+    # The vectors themselves were rounded to their dtype after the residual was known.
+    own = tree.eps(vectors) / 4 * (size + size.max())
+    return _SAFETY * error * (k * shares).sqrt() + own
+
+
+_EVEN = 0.25  # the part of the error that all pairs share alike
+_SAFETY = 2.0
+_SIGNS = 0xE44  # a stream of its own
+
+
+def rounding_of_products(matvec: MatVec[T], exact: MatVec[T], probe: T) -> ProductRounding[T]:
+    """How far products are off, relative to their size, and how far that may move traces: from one random vector.
+
+    With ``E`` the difference of the exact matrix and of the one that computes, and ``e = E z``: a mean of ``z'A'z``
+    instead of ``z'Az`` is off by ``tr E``, block by block, of which ``z_l'e_l`` has the mean, and at most
+    ``sqrt(2) ||e_l||`` for a standard error. So ``|z_l'e_l| + 2 sqrt(2) ||e_l||`` covers it.
+
+    Args:
+        matvec, exact: as for :func:`rounding_of_pairs`.
+        probe: ``rademacher(params, 1)[0]``, or another with ``E zz' = I``.
+
+    Returns:
+        ``relative``, which :func:`kind_of_rounding` puts into words, and bounds for the trace of the whole and of every
+        leaf's block: float64 scalars.
+
+    Cost: one product of each; three vectors kept, in float64.
+
+    Raises:
+        ValueError: an argument is of another kind, or a product is not finite.
+
+    >>> d = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    >>> found = rounding_of_products(lambda v: (d * v).bfloat16().double(), lambda v: d * v, torch.ones(2).double())
+    >>> found.relative, found.total
+    (tensor(0., dtype=torch.float64), tensor(0., dtype=torch.float64))
+    """
+    call = "rounding_of_products(matvec, exact, probe)"
+    _require_kinds(matvec, exact, call)
+    require_vector(probe, "probe", call)
+    error, image = _difference(matvec, exact, probe)
+    biases = [tree.dot(z, e) for z, e in zip(tree.leaves(probe), tree.leaves(error), strict=True)]
+    noises = [tree.norm(e) for e in tree.leaves(error)]
+    bounds = [bias.abs() + _NOISES * noise for bias, noise in zip(biases, noises, strict=True)]
+    whole = torch.stack([x.cpu() for x in biases]).sum().abs() + _NOISES * tree.norm(error).cpu()
+    size = tree.norm(image)
+    return ProductRounding(
+        tree.norm(error) / size.clamp(min=torch.finfo(size.dtype).tiny), whole, tree.unflatten(bounds, error)
+    )
+
+
+def rounding_of_trace(matvec: MatVec[T], exact: MatVec[T], probe: T) -> T:
+    """The ``leaves`` of :func:`rounding_of_products`: how far rounding may move the trace of every leaf's block.
+
+    The whole trace moves by no more than ``total`` there, which is less than their sum.
+
+    >>> d = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    >>> rounding_of_trace(lambda v: d * v, lambda v: d * v, torch.ones(2, dtype=torch.float64))
+    tensor(0., dtype=torch.float64)
+    """
+    return rounding_of_products(matvec, exact, probe).leaves
+
+
+_NOISES = 2 * math.sqrt(2)
+
+
+def kind_of_rounding(relative: Tensor | float, dtype: torch.dtype) -> str:
+    """What products of this relative error compute with, in a few words; empty where it is what their dtype has.
+
+    Products of a deep net lose some digits by themselves, in float32 down to about 1e-5. Far more is another
+    arithmetic: TF32, which multiplies with 10 bits after the point and is what float32 means on some GPUs by a setting
+    that a library cannot rely on. So it is told from the products.
+
+    Args:
+        relative: as :func:`rounding_of_products` has it.
+        dtype: of the vectors.
+
+    >>> kind_of_rounding(4e-6, torch.float32)
+    ''
+    >>> kind_of_rounding(1.8e-2, torch.float32).partition(":")[0]
+    'products in float32 are good to 2e-02, as with TF32'
+    """
+    error = float(relative)
+    if dtype == torch.float32 and error > _TF32:
+        return (
+            f"products in float32 are good to {error:.0e}, as with TF32: it multiplies with 10 bits after the point, "
+            "float32 with 23. For more set torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32 "
+            "to False, or torch.set_float32_matmul_precision('highest')"
+        )
+    if dtype == torch.float64 and error > math.sqrt(torch.finfo(dtype).eps):
+        return f"products in float64 are good to {error:.0e} only, as if they were computed in float32 or less"
+    if dtype in (torch.float16, torch.bfloat16):
+        return f"products in {str(dtype).removeprefix('torch.')} are good to {error:.0e}: float32 has more digits"
+    return ""
+
+
+# Rounding to 10 bits is off by 2e-4 on average, a single product by about as much; float32 by 3e-8, times the 30 to 300
+# that a deep net makes of it.
+_TF32 = 1e-4
+
+
+def _require_kinds(matvec: MatVec[T], exact: MatVec[T], call: str) -> None:
+    require_matvec(matvec, call)
+    require_matvec(exact, call)
+
+
+def _difference(matvec: MatVec[T], exact: MatVec[T], v: T) -> tuple[T, T]:
+    """``exact(v) - matvec(v)`` and ``exact(v)``, wide; of the same ``v``, in the dtype that ``matvec`` takes."""
+    with torch.no_grad():
+        coarse = Watched(matvec)(v)
+        fine = Watched(exact)(tree.map(tree.wide, v))
+        pairs = zip(tree.leaves(fine), tree.leaves(coarse), strict=True)
+        if any(_digits(a) < _digits(b) for a, b in pairs):
+            raise InvalidInput("the products of exact are coarser than those of matvec: give them in this order")
+        error = tree.map(lambda a, b: tree.wide(a) - tree.wide(b), fine, tree.matched(coarse, fine, "matvec", "exact"))
+    return error, fine
+
+
+def _digits(x: Tensor) -> float:
+    return -math.log10(torch.finfo(x.dtype).eps)
