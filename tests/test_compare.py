@@ -1,171 +1,208 @@
 from __future__ import annotations
 
-import copy
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pages import Parsed
+from reports import N, changed, data, report_of, trained, truth, written
 
-from hessfn.reporting.cli import main
-from hessfn.reporting.compare import compare, difference, summary
-from hessfn.reporting.side import Measured, read
+from hessfn.core.errors import InvalidInput
+from hessfn.reporting.compare import compare, summary
+from hessfn.reporting.contrast import compared
+from hessfn.reporting.differences import Measured, Shared, difference
+from hessfn.reporting.schema import parsed
+from hessfn.reporting.side import Side
 
-LAYERS = {"conv.weight": (72, 6.0, 0.3), "conv.bias": (8, 2.0, 0.4), "head.weight": (40, 1.0, 0.2)}
-REPORT: dict[str, Any] = {
-    "loss": 0.25,
-    "eigenvalues": [9.0, 4.0],
-    "residuals": [1e-3, 0.5],
-    "converged": [True, False],
-    "trace": {"mean": 9.0, "stderr": 0.3},
-    "negative_curvature": {"mean": 0.1, "stderr": 0.01},
-    "density": {"grid": [-1.0, 0.0, 9.0], "values": [0.1, 1.0, 0.01], "lower": None, "upper": None},
-    "layers": {name: {"numel": n, "trace": x, "stderr": e} for name, (n, x, e) in LAYERS.items()},
-    "activations": {name: {"numel": 64, "trace": 3.0, "stderr": 0.3} for name in ("conv", "head")},
-    "landscape": {},
-    "settings": {
-        "problem": "net",
-        "num_parameters": 120,
-        "num_samples": 10,
-        "which": "LM",
-        "num_probes": 100,
-        "num_runs": 4,
-        "num_activation_probes": 30,
-        "seed": 0,
-    },
-    "versions": {"torch": "2.14.1"},
-}
+THETA = trained()
+STEP = np.array([math.sin(7 * i) for i in range(N)])
+BEFORE, AFTER = truth(THETA), truth(THETA + 0.01 * THETA.new_tensor(STEP))
+REPORT = report_of(BEFORE)
 
 
-def folder(where: Path, **changes: Any) -> Path:
-    """A folder with ``report.json``; ``a__b=x`` changes its entry ``a``, ``b``."""
-    result = copy.deepcopy(REPORT)
-    for path, value in changes.items():
-        *outer, last = path.split("__")
-        inner = result
-        for name in outer:
-            inner = inner[name]
-        inner[last] = value
-    where.mkdir()
-    (where / "report.json").write_text(json.dumps(result))
-    return where
+def of(*results: dict[str, Any]) -> dict[str, Any]:
+    return compared([Side(f"folder {i}", parsed(result)) for i, result in enumerate(results)])
 
 
-def test_a_report_does_not_differ_from_itself(tmp_path: Path) -> None:
-    a = read(folder(tmp_path / "a"))
-    result = difference(a, a)
-    assert not any(differs for _, _, differs in result["eigenvalues"])
-    compared = [result["trace"], result["negative_curvature"], *result["layers"].values()]
-    assert all(by.mean == by.units == 0 and not by.differs for by in compared)
-    assert result["only"] == {"A": [], "B": []}
+def test_a_report_does_not_differ_from_itself() -> None:
+    result = of(REPORT, REPORT)
+    numbers = [result[name] for name in ("sharpness", "trace", "smallest", "share_of_squares")]
+    numbers += [*result["eigenvalues"], *result["layers"].values(), *result["activations"].values()]
+    assert len(numbers) == 4 + 3 + 4 + 2
+    assert not any(by.differs or by.generalizes for by in numbers)
+    assert all(by.mean == 0 for by in numbers)
 
 
-def test_differences_are_in_units_of_the_combined_error(tmp_path: Path) -> None:
-    a, b = read(folder(tmp_path / "a")), read(folder(tmp_path / "b", trace={"mean": 10.0, "stderr": 0.4}))
-    by = difference(a, b)["trace"]
+def test_a_tenth_of_the_old_error_is_seen_by_paired_probes() -> None:
+    """The Hessians are dense: the true difference is known, and so is what the two traces err by."""
+    later = truth(THETA + 0.003 * THETA.new_tensor(STEP))
+    a, b = (report_of(net, num_probes=30) for net in (BEFORE, later))
+    exact, by = later.trace - BEFORE.trace, of(a, b)["trace"]
+    old = math.hypot(a["trace"]["stderr"], b["trace"]["stderr"])
+    assert abs(exact) < old / 10
+    assert by.paired and by.differs
+    assert abs(by.mean - exact) <= 4 * by.stderr < old / 10
+    other = of(a, report_of(later, num_probes=30, probe_seed=1))["trace"]
+    assert not other.paired and not other.differs
+
+
+@pytest.mark.parametrize("comparisons", [1, 4])
+def test_intervals_of_differences_cover(comparisons: int) -> None:
+    """Of 400 pairs of reports, each with other probes, 95 % hold the difference; so do those of all layers at once."""
+    missed = 0
+    for seed in range(400):
+        result = of(*(report_of(net, num_probes=20, probe_seed=seed) for net in (BEFORE, AFTER)))
+        if comparisons == 1:
+            pairs = [(result["trace"], AFTER.trace - BEFORE.trace)]
+        else:
+            pairs = [(by, AFTER.layers[name] - BEFORE.layers[name]) for name, by in result["layers"].items()]
+        shifted = [by.mean - exact for by, exact in pairs]
+        missed += any(
+            difference(Measured(0.0, by.stderr), Measured(d, 0.0), Shared(), num_probes=20, num_batches=4,
+                       comparisons=comparisons).differs
+            for d, (by, _) in zip(shifted, pairs, strict=True)
+        )  # fmt: skip
+    assert 8 <= missed <= 34  # 20, and three standard deviations of a binomial number
+
+
+def test_what_other_data_would_change_is_known_by_batches() -> None:
+    """Over many draws of the data, the standard error of the difference is the spread of the differences."""
+    found, stated = [], []
+    later = THETA + 0.05 * THETA.new_tensor(STEP)
+    for seed in range(1, 41):
+        batches = data(num_batches=6, size=8, seed=seed)
+        nets = [truth(theta, batches) for theta in (THETA, later)]
+        a, b = (report_of(net, num_probes=4, fingerprint=str(seed)) for net in nets)
+        by = of(a, b)["trace"]
+        found.append(nets[1].trace - nets[0].trace)
+        stated.append(by.data_stderr)
+        alone = math.hypot(a["trace"]["data_stderr"], b["trace"]["data_stderr"])
+        assert by.data_stderr < 0.75 * alone
+    assert np.mean(np.square(stated)) ** 0.5 == pytest.approx(np.std(found), rel=0.35)
+
+
+def test_samples_are_paired_only_where_they_are_the_same() -> None:
+    assert of(REPORT, report_of(AFTER))["shared"] == {"probes": True, "data": True}
+    assert of(REPORT, report_of(AFTER, probe_seed=1))["shared"] == {"probes": False, "data": True}
+    assert of(REPORT, report_of(AFTER, fingerprint="other"))["shared"] == {"probes": True, "data": False}
+    larger = changed(REPORT, **{"layers__0.bias__numel": 7})
+    assert of(REPORT, larger)["shared"]["probes"] is False
+    unpaired = of(REPORT, report_of(AFTER, probe_seed=1, fingerprint="other"))["trace"]
+    assert unpaired.stderr == pytest.approx(math.hypot(*(report_of(net)["trace"]["stderr"] for net in (BEFORE, AFTER))),
+                                            rel=0.5)  # fmt: skip
+    assert changed(REPORT, samples=None)["samples"] is None
+    assert not of(REPORT, changed(REPORT, samples=None))["trace"].paired
+
+
+def test_the_probes_that_both_have_are_compared_where_one_has_more() -> None:
+    few, many = report_of(BEFORE, num_probes=12), report_of(AFTER, num_probes=40)
+    by, exact = of(few, many)["trace"], AFTER.trace - BEFORE.trace
+    d = np.array(many["samples"]["trace"][:12]) - few["samples"]["trace"]
+    # The two draw probe i from one stream, as hessfn does from (seed, i).
+    assert (by.mean, by.stderr) == pytest.approx((d.mean(), d.std(ddof=1) / 12**0.5))
+    assert abs(by.mean - exact) <= 4 * by.stderr
+
+
+def test_a_difference_counts_in_units_of_the_combined_error() -> None:
+    a, b = Measured(9.0, 0.3), Measured(10.0, 0.4)
+    by = difference(a, b, Shared(), num_probes=100, num_batches=4)
     assert (by.mean, by.stderr, by.units) == pytest.approx((1.0, 0.5, 2.0))
     assert by.differs  # Student's t of 99 degrees of freedom: 1.98
-    few = [side._replace(num_probes=10) for side in (a, b)]
-    assert not difference(*few)["trace"].differs  # of 9: 2.26
-    assert difference(b, a)["trace"].units == pytest.approx(-2.0)
+    assert by.generalizes is None
+    assert not difference(a, b, Shared(), num_probes=10, num_batches=4).differs  # of 9: 2.26
+    assert not difference(a, b, Shared(), num_probes=100, num_batches=4, comparisons=3).differs
+    assert not difference(a, b._replace(bound=0.1), Shared(), num_probes=100, num_batches=4).differs
+    unknown = difference(a, b._replace(stderr=math.nan), Shared(), num_probes=100, num_batches=4)
+    assert math.isnan(unknown.units) and not unknown.differs
 
 
-def test_layers_must_differ_by_more_the_more_of_them_there_are(tmp_path: Path) -> None:
-    a, b = read(folder(tmp_path / "a")), read(folder(tmp_path / "b"))
-    layers = {**b.layers, "conv.weight": (72, Measured(6.0 + 2.2 * math.hypot(0.3, 0.3), 0.3))}
-    found = difference(a, b._replace(layers=layers))
-    assert found["layers"]["conv.weight"].units == pytest.approx(2.2)
-    assert not found["layers"]["conv.weight"].differs  # one of three
-    alone = {"conv.weight": layers["conv.weight"]}
-    assert difference(a, b._replace(layers=alone))["layers"]["conv.weight"].differs
+def test_an_error_of_the_data_can_take_a_difference_back() -> None:
+    a, b = Measured(9.0, 0.1, 0.0, 0.3), Measured(10.0, 0.1, 0.0, 0.4)
+    here = difference(a, b, Shared(), num_probes=100, num_batches=20)
+    assert (here.differs, here.generalizes, here.data_stderr) == (True, False, pytest.approx(0.5))
+    close = Shared(None, ([8.0, 9.0, 10.0, 9.0], [9.0, 10.1, 10.9, 10.0]), [1.0] * 4)
+    paired = difference(a, b, close, num_probes=100, num_batches=20)
+    assert paired.data_stderr < 0.1 and paired.generalizes
 
 
-def test_eigenvalues_differ_where_their_residuals_cannot_meet(tmp_path: Path) -> None:
-    a, b = read(folder(tmp_path / "a")), read(folder(tmp_path / "b", eigenvalues=[9.01, 4.9]))
-    assert [differs for _, _, differs in difference(a, b)["eigenvalues"]] == [True, False]
-    other_end = b._replace(which="SA")
-    assert not any(differs for _, _, differs in difference(a, other_end)["eigenvalues"])
+def test_eigenvalues_differ_where_their_bounds_cannot_meet() -> None:
+    moved = changed(REPORT, eigenvalues=[x + 3e-6 for x in REPORT["eigenvalues"]])
+    assert all(by.differs for by in of(REPORT, moved)["eigenvalues"])
+    rounded = changed(moved, rounding=[2e-6] * 3)
+    assert not any(by.differs for by in of(REPORT, rounded)["eigenvalues"])
+    assert of(REPORT, changed(moved, settings__which="SA"))["eigenvalues"] == []
 
 
-def test_an_unknown_error_leaves_the_difference_unknown(tmp_path: Path) -> None:
-    a, b = read(folder(tmp_path / "a")), read(folder(tmp_path / "b", trace={"mean": 99.0, "stderr": None}))
-    by = difference(a, b)["trace"]
-    assert math.isnan(by.units) and not by.differs
-    exact = [side._replace(trace=Measured(x, 0.0)) for side, x in ((a, 1.0), (b, 2.0))]
-    assert difference(*exact)["trace"].differs
+def test_page_and_summary_have_the_sharpness_of_both() -> None:
+    result = of(REPORT, report_of(AFTER))
+    assert result["sharpness"].mean == pytest.approx(AFTER.sharpness - BEFORE.sharpness, abs=1e-9)
+    (line,) = [line for line in summary(result).splitlines() if line.startswith("sharpness")]
+    assert f"{BEFORE.sharpness:.5g}" in line and f"{AFTER.sharpness:.5g}" in line and "differ" in line
 
 
-def test_page_sets_two_nets_side_by_side(tmp_path: Path) -> None:
-    layers = {"</script><b>": {"numel": 5, "trace": 4.0, "stderr": 0.1}, "conv.bias": {**REPORT["layers"]["conv.bias"]}}
-    a = folder(tmp_path / "a", settings__problem="<i>")
-    b = folder(tmp_path / "b", layers=layers, settings__seed=7, trace={"mean": 19.0, "stderr": 0.4})
-    result = compare(a, b, tmp_path / "new" / "page.html")
+def test_page_sets_nets_side_by_side(tmp_path: Path) -> None:
+    layers = {"</script><b>": REPORT["layers"]["0.bias"], "2.bias": REPORT["layers"]["2.bias"]}
+    a = written(tmp_path / "a", changed(REPORT, settings__problem="<i>"))
+    b = written(tmp_path / "b", changed(REPORT, layers=layers, samples=None, settings__seed=7, trace__mean=19.0))
+    result = compare(a, b, out=tmp_path / "new" / "page.html")
     text = (tmp_path / "new" / "page.html").read_text()
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["page.html"]
-    parsed, shown = Parsed(text), " ".join(Parsed(text).shown.split())
-    assert result["only"] == {"A": ["conv.weight", "head.weight"], "B": ["</script><b>"]}
-    for words in ("</script><b>", "<i>", "+20.0, differ", "only in A", "only in B", "seed07"):
+    parsed_page, shown = Parsed(text), " ".join(Parsed(text).shown.split())
+    assert result["only"] == {"A": ["0.weight", "0.bias", "2.weight"], "B": ["</script><b>"]}
+    for words in ("</script><b>", "<i>", "differ here", "only in A", "only in B", "seed 0 7", "Sharpness"):
         assert words in shown
     assert "<b>" not in text and "<i>" not in text
-    assert [one["name"] for one in json.loads(parsed.scripts["data"])["spectrum"]] == ["A", "B"]
-    assert all(link.startswith("data:") for link in parsed.links)
-    assert all(image["alt"] for image in parsed.images)
+    assert [one["name"] for one in json.loads(parsed_page.scripts["charts"])["spectrum"]["curves"]] == ["A", "B"]
+    assert all(link.startswith(("data:", "#")) for link in parsed_page.links)
+    assert all(image["alt"] for image in parsed_page.images)
+    assert len(text) < 1.5e6
 
 
-def test_activations_are_compared_where_both_have_them(tmp_path: Path) -> None:
-    a = folder(tmp_path / "a")
-    b = folder(tmp_path / "b", activations__conv={"numel": 64, "trace": 4.0, "stderr": 0.1})
-    c = folder(tmp_path / "c", activations=None)
-    found = compare(a, b, tmp_path / "page.html")["activations"]
-    assert {name: (by.mean, by.differs) for name, by in found.items()} == {"conv": (1.0, True), "head": (0.0, False)}
-    assert 'id="activations"' in (tmp_path / "page.html").read_text()
-    sides = read(a), read(b)
-    assert "1 of 2 layers that both have differ in the trace of what enters" in summary(*sides, difference(*sides))
-    assert compare(a, c, tmp_path / "page.html")["activations"] == {}
-    assert 'id="activations"' not in (tmp_path / "page.html").read_text()
+def test_layers_are_pairs_of_bars(tmp_path: Path) -> None:
+    a, b = written(tmp_path / "a", REPORT), written(tmp_path / "b", report_of(AFTER))
+    compare(a, b, out=tmp_path / "page.html")
+    rects = [attrs["class"] for tag, attrs in Parsed((tmp_path / "page.html").read_text()).tags if tag == "rect"]
+    assert rects == ["first", "second"] * (len(REPORT["layers"]) + len(REPORT["activations"]))
 
 
-def test_summary_fits_a_terminal(tmp_path: Path) -> None:
-    a = read(folder(tmp_path / "a", eigenvalues=[-1.23456789e-12, 4.0], layers__conv=REPORT["layers"]["conv.weight"]))
-    b = read(folder(tmp_path / "b", trace={"mean": -1e7, "stderr": 123.4}, loss=1e-30))
-    longer = a._replace(folder="very/" * 30), b._replace(layers={x: (1, Measured(-1e9, 12.0)) for x in a.layers})
-    lines = summary(*longer, difference(*longer)).splitlines()
+def test_more_than_two_reports_are_a_line_over_training(tmp_path: Path) -> None:
+    nets = [truth(trained(num)) for num in (40, 80, 120, 160)]
+    folders = [written(tmp_path / f"step{i}", report_of(net)) for i, net in enumerate(nets)]
+    result = compare(*folders, out=tmp_path / "page.html")
+    charts = json.loads(Parsed((tmp_path / "page.html").read_text()).scripts["charts"])["training"]
+    assert charts["names"] == ["A", "B", "C", "D"]
+    drawn = {panel["title"]: panel["values"] for panel in charts["panels"]}
+    assert drawn["sharpness"] == pytest.approx([net.sharpness for net in nets], rel=1e-5)
+    assert drawn["loss"] == pytest.approx([net.losses.mean() for net in nets], rel=1e-5)
+    assert sum(step["sharpness"].mean for step in result["steps"]) == pytest.approx(result["sharpness"].mean)
+    lines = summary(result).splitlines()
+    assert sum(line.startswith(("A  ", "B  ", "C  ", "D  ")) for line in lines) == 8
     assert max(map(len, lines)) <= 80
-    assert "4 of 4 layers that both have differ in trace" in lines
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "there is no report in '.*b' .*hessfn report PROBLEM --out"),
-        ("{", "is not JSON"),
-        ("[1, 2]", "is not a report of this version of hessfn"),
-        ("{}", r"is not a report of this version of hessfn \(it has no 'settings'\); .* makes one"),
-        (
-            json.dumps({**REPORT, "eigenvalues": "many"}),
-            r"is not a report of this version of hessfn \(could not convert",
-        ),
-        (json.dumps({**REPORT, "settings": {"which": "LM", "probes": 100}}), "it has no 'num_probes'"),
-        (json.dumps({**REPORT, "layers": {"a": 3}}), "is not a report of this version of hessfn"),
-    ],
-)
-def test_folders_without_a_report_are_refused(text: str | None, message: str, tmp_path: Path) -> None:
-    a, b = folder(tmp_path / "a"), tmp_path / "b"
-    b.mkdir()
-    if text is not None:
-        (b / "report.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        compare(a, b, tmp_path / "page.html")
-    assert not (tmp_path / "page.html").exists()
+def test_the_page_may_be_named_last(tmp_path: Path) -> None:
+    a, b = written(tmp_path / "a", REPORT), written(tmp_path / "b", REPORT)
+    compare(a, b, tmp_path / "page.html")
+    assert (tmp_path / "page.html").exists()
+    with pytest.raises(InvalidInput, match="at least two reports, not 1"):
+        compare(a, out=tmp_path / "page.html")
 
 
-def test_the_command_writes_a_page_and_prints_a_summary(tmp_path: Path, capsys: Any) -> None:
-    a, b = folder(tmp_path / "a"), folder(tmp_path / "b", trace={"mean": 19.0, "stderr": 0.4})
-    assert main(["compare", str(a), str(b), "--out", str(tmp_path / "page.html")]) == 0
-    printed = capsys.readouterr().out
-    assert "+20.0 errors: differ" in printed
-    assert printed.strip().endswith(f"page: {tmp_path / 'page.html'}")
-    assert main(["compare", str(a), str(tmp_path / "none"), "--out", str(tmp_path / "page.html")]) == 2
-    assert capsys.readouterr().err.startswith("hessfn: error: there is no report in")
+def test_activations_are_compared_where_both_have_them() -> None:
+    more = changed(REPORT, activations__0__trace=4.0, activations__0__stderr=0.1)
+    found = of(REPORT, more)["activations"]
+    assert {name: (by.mean, by.differs) for name, by in found.items()} == {"0": (1.0, True), "2": (0.0, False)}
+    assert "1 of 2 layers that both have differ in the trace of what enters" in summary(of(REPORT, more))
+    assert of(REPORT, changed(REPORT, activations=None))["activations"] == {}
+
+
+def test_summary_fits_a_terminal() -> None:
+    a = changed(REPORT, eigenvalues=[-1.23456789e-12, 4.0, 1e9], **{"layers__a\x1b[31m": REPORT["layers"]["0.bias"]})
+    b = changed(a, trace__mean=-1e7, trace__stderr=123.4, loss=1e-30, samples=None, sharpness=None)
+    sides = [Side("very/" * 30, parsed(a)), Side("b", parsed(b))]
+    lines = summary(compared(sides)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "".join(lines).isprintable()

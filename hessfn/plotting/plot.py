@@ -29,17 +29,23 @@ _MARKERS = ["o", "s", "^", "D", "v"]
 
 
 def density_plot(
-    density: Density | Mapping[str, Density], ax: Axes | None = None, *, band: Band | Mapping[str, Band] | None = None
+    density: Density | Mapping[str, Density],
+    ax: Axes | None = None,
+    *,
+    band: Band | Mapping[str, Band] | None = None,
+    floor: float | None = None,
 ) -> Axes:
     """A spectral density, ``hf.density(...)``, or several, over the eigenvalues, on a logarithmic axis.
 
-    Outliers are single eigenvalues among n, so their peaks are some n times lower than the bulk's; what lies more than
-    nine orders of magnitude below the highest peak is cut off. A density made with ``linthresh`` has the axis of the
-    eigenvalues symmetric-logarithmic beyond it.
+    Outliers are single eigenvalues among n, so their peaks are some n times lower than the bulk's. A density made with
+    ``linthresh`` has the axis of the eigenvalues symmetric-logarithmic beyond it.
 
     Args:
         density: a density, or a dict from label to density.
         band: ``hf.density_band(...)`` of the same quadrature, drawn behind it, or a dict from the same labels to bands.
+            Where a band reaches down to zero, which a logarithmic axis does not have, its upper edge is drawn alone.
+        floor: where the axis ends, and what is smaller is cut off; by default nine orders of magnitude below the
+            highest peak. A hundredth of ``1 / n`` of that peak shows every eigenvalue of n, and little of the tails.
 
     >>> import torch
     >>> from matplotlib.figure import Figure
@@ -52,12 +58,13 @@ def density_plot(
     curves, bands = style.labelled(density), style.labelled(band)
     arrays = {label: (style.array(one.grid), style.array(one.values)) for label, one in curves.items()}
     positive = np.concatenate([values[values > 0] for _, values in arrays.values()])
-    floor = max(positive.min(), positive.max() * 1e-9) if positive.size else 1e-9
+    if floor is None:
+        floor = max(positive.min(), positive.max() * 1e-9) if positive.size else 1e-9
     for (label, (grid, values)), color, dashes in zip(arrays.items(), style.colors(ax), cycle(_STYLES)):
-        one = bands.get(label)
-        at, low, high = (grid, 0 * grid, values) if one is None else map(style.array, one)
-        ax.fill_between(at, np.maximum(low, floor), np.maximum(high, floor), color=color, alpha=0.25, linewidth=0)
-        ax.plot(grid, np.maximum(values, floor), linestyle=dashes, color=color, linewidth=1.4, label=label or None)
+        if (one := bands.get(label)) is not None:
+            style.band(ax, style.array(one.grid), style.array(one.lower), style.array(one.upper), floor, color)
+        seen = np.where(values >= floor, values, np.nan)
+        ax.plot(grid, seen, linestyle=dashes, color=color, linewidth=1.4, label=label or None)
     ax.set_yscale("log")
     ax.set_ylim(bottom=floor)
     visible = np.concatenate([grid[values >= floor] for grid, values in arrays.values()])
@@ -72,50 +79,56 @@ def density_plot(
 
 
 def eigen_plot(eigenpairs: EigenPairs[Any] | Mapping[str, EigenPairs[Any]], ax: Axes | None = None) -> Axes:
-    """Eigenvalues, ``hf.eigsh(...)``, in their order, each with its residual as the error bar.
+    """Eigenvalues, ``hf.eigsh(...)``, a row each in their order, by size on a logarithmic axis; negative are hollow.
 
-    For a symmetric matrix an eigenvalue lies within the residual's distance of the value shown.
+    The narrow bar is where the eigenvalue of these data lies for sure, its residual and its rounding; the wide pale one
+    where that of other data, as many, lies with 95 % confidence, if ``data_stderr`` is known.
 
     Args:
-        eigenpairs: ``values`` and ``residuals``, or a dict from label to such results, drawn side by side.
+        eigenpairs: ``values``, ``residuals`` and what else is known, or a dict from label to such results, drawn side
+            by side.
     """
     ax = style.axes(ax)
     results = style.labelled(eigenpairs)
-    ax.axhline(0, color="gray", linewidth=0.6)
-    everything: list[np.ndarray] = []
+    values = {label: style.array(one.values) for label, one in results.items()}
+    low = style.set_log(ax, np.concatenate(list(values.values())))
+    longest = max(map(len, values.values()))
     for number, ((label, one), color, marker) in enumerate(zip(results.items(), style.colors(ax), cycle(_MARKERS))):
-        values, residuals = style.array(one.values), style.array(one.residuals)
-        at = np.arange(1, len(values) + 1) + 0.16 * (number - (len(results) - 1) / 2)
-        bars = {"ecolor": style.ink(ax), "elinewidth": 1, "capsize": 4}
-        ax.errorbar(at, values, residuals, fmt=marker, color=color, markersize=5, label=label or None, **bars)
-        everything.append(values)
-    style.set_scale(ax, "y", np.concatenate(everything))
-    longest = max(map(len, everything))
-    ax.set_xticks(np.arange(1, longest + 1, 1 if longest <= 20 else longest // 10))
-    ax.set(xlabel="number of the eigenvalue", ylabel="eigenvalue and residual")
+        rows = np.arange(1, len(values[label]) + 1) + 0.3 * (number - (len(results) - 1) / 2)
+        sure = style.known(one.residuals, rows) + style.known(one.rounding, rows)
+        data = 1.96 * style.known(one.data_stderr, rows)
+        style.sizes(ax, rows, values[label], sure, color, marker, low, wide=data, label=label)
+    ax.set_yticks(np.arange(1, longest + 1, 1 if longest <= 20 else longest // 10))
+    ax.set_ylim(longest + 0.6, 0.4)
+    ax.set(xlabel="size of the eigenvalue", ylabel="number of the eigenvalue")
     return style.legend(ax, results)
 
 
-def layer_plot(estimates: Estimate[Any], ax: Axes | None = None) -> Axes:
-    """One bar a layer, top to bottom in the order of the net, with its standard error: ``hf.hutchinson_per_leaf(...)``.
+def layer_plot(estimates: Estimate[Any] | Mapping[str, Estimate[Any]], ax: Axes | None = None) -> Axes:
+    """A row for each layer, top to bottom in the order of the net, by the size of its trace on a logarithmic axis.
+
+    Negative traces are hollow. The narrow bar is one standard error, the wide pale one that of other data, if known.
 
     Args:
-        estimates: ``mean`` and ``stderr`` are trees of scalars.
+        estimates: ``mean`` and ``stderr`` are trees of scalars, as of ``hf.hutchinson_per_leaf(...)``; or a dict from
+            label to such estimates, of the same layers, drawn side by side.
     """
-    names = [name.replace("$", r"\$") for name in tree.names(estimates.mean)]  # a dollar starts mathematics
-    means, errors = (np.array([float(x) for x in tree.leaves(part)]) for part in (estimates.mean, estimates.stderr))
+    results = style.labelled(estimates if not isinstance(estimates, Estimate) else {"": estimates})
+    first = next(iter(results.values()))
+    names = [name.replace("$", r"\$") for name in tree.names(first.mean)]  # a dollar starts mathematics
     ax = style.axes(ax, figsize=(6.4, layer_plot_height(len(names))))
-    rows = np.arange(len(names))
-    ax.barh(rows, means, color=np.where(means < 0, style.VERMILLION, style.BLUE), height=0.75)
-    ax.errorbar(means, rows, xerr=style.finite(errors), fmt="none", ecolor=style.ink(ax), elinewidth=1, capsize=2)
-    ax.axvline(0, color="gray", linewidth=0.6)
-    shown = rows[:: -(-len(rows) // 80)]
+    scalars = {label: style.scalars(one.mean) for label, one in results.items()}
+    low = style.set_log(ax, np.concatenate(list(scalars.values())))
+    for number, ((label, one), color, marker) in enumerate(zip(results.items(), style.colors(ax), cycle(_MARKERS))):
+        rows = np.arange(len(names)) + 0.3 * (number - (len(results) - 1) / 2)
+        data = None if one.data_stderr is None else style.scalars(one.data_stderr)
+        errors = style.scalars(one.stderr)
+        style.sizes(ax, rows, scalars[label], errors, color, marker, low, wide=style.known(data, rows), label=label)
+    shown = np.arange(len(names))[:: -(-len(names) // 80)]
     ax.set_yticks(shown, [names[row] for row in shown], fontsize=8)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.locator_params(axis="x", nbins=5)
-    style.set_scale(ax, "x", means)
-    ax.set(xlabel="trace and standard error")
-    return ax
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set(xlabel="size of the trace, with its standard error")
+    return style.legend(ax, results)
 
 
 def layer_plot_height(num_layers: int) -> float:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hessfn.core import tree
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -27,8 +29,14 @@ def array(x: Any) -> np.ndarray:
     return torch.as_tensor(x).detach().cpu().double().numpy()
 
 
-def finite(errors: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(errors), errors, 0.0)
+def scalars(tree_of_scalars: Any) -> np.ndarray:
+    return np.array([float(x) for x in tree.leaves(tree_of_scalars)])
+
+
+def known(errors: Any, like: np.ndarray) -> np.ndarray:
+    """Errors, or zeros where they are not known."""
+    found = np.zeros(len(like)) if errors is None else array(errors)
+    return np.where(np.isfinite(found), found, 0.0)
 
 
 def labelled(x: Any) -> Mapping[str, Any]:
@@ -52,6 +60,56 @@ def colors(ax: Axes) -> Iterator[Any]:
     dark = np.dot(to_rgb(ax.get_facecolor()), [0.2126, 0.7152, 0.0722]) < 0.4
     rest = [SKY, ORANGE, GREEN, PURPLE] if dark else [BLUE, VERMILLION, GREEN, PURPLE]
     return cycle([*rest, ink(ax)])
+
+
+def band(ax: Axes, at: np.ndarray, low: np.ndarray, high: np.ndarray, floor: float, color: Any) -> None:
+    """Between two curves on a logarithmic axis; where the lower one is off it, the upper one alone."""
+    inside = low > floor
+    ax.fill_between(at, np.maximum(low, floor), np.maximum(high, floor), inside, color=color, alpha=0.25, linewidth=0)
+    edge = np.where((high > floor) & ~inside, high, np.nan)
+    ax.plot(at, edge, linestyle=":", color=color, linewidth=0.9, alpha=0.8)
+
+
+def set_log(ax: Axes, values: np.ndarray) -> float:
+    """A logarithmic horizontal axis for the sizes of these; returns its lower end, at most eight decades below."""
+    found = np.abs(values[np.isfinite(values) & (values != 0)])
+    if not found.size:
+        return 0.0
+    low = max(found.min() / 2, found.max() * 1e-8)
+    ax.set_xscale("log")
+    ax.set_xlim(low, found.max() * 2)
+    ax.grid(axis="x", color="gray", alpha=0.25, linewidth=0.6)
+    return float(low)
+
+
+def sizes(
+    ax: Axes,
+    rows: np.ndarray,
+    values: np.ndarray,
+    errors: np.ndarray,
+    color: Any,
+    marker: str,
+    low: float,
+    *,
+    wide: np.ndarray,
+    label: str = "",
+) -> None:
+    """Sizes of numbers with two errors each, a row for each number; those of negative ones are hollow."""
+    size = np.abs(values)
+
+    def ends(error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        error = known(error, rows)
+        return np.maximum(size - error, low), np.minimum(size + error, np.finfo(float).max)
+
+    ax.hlines(rows, *ends(wide), color=color, linewidth=5, alpha=0.3)
+    ax.hlines(rows, *ends(errors), color=ink(ax), linewidth=1.2)
+    shown, options = size >= low, {"markersize": 5, "linestyle": "none", "color": color}
+    positive, negative = shown & (values > 0), shown & (values < 0)
+    ax.plot(size[positive], rows[positive], marker, label=label or None, **options)
+    ax.plot(size[negative], rows[negative], marker, markerfacecolor=ax.get_facecolor(), **options)
+    reach = max((ends(wide)[1].max(), ax.get_xlim()[1]))
+    if np.isfinite(reach) and low:
+        ax.set_xlim(right=reach)
 
 
 def wide(height: np.ndarray) -> bool:

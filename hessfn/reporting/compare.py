@@ -1,156 +1,137 @@
-"""Two reports side by side: where the curvature of two nets differs by more than the errors of its estimates."""
+"""Reports side by side: where the curvature of nets differs by more than the errors of its estimates."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from scipy import stats
-
-from hessfn.core.results import Density
-from hessfn.plotting import plot
-from hessfn.reporting import html, text
-from hessfn.reporting.html import short
-from hessfn.reporting.result import plain
-from hessfn.reporting.side import Layers, Measured, Side, read
-from hessfn.reporting.text import estimate, number
+from hessfn.core.errors import InvalidInput
+from hessfn.reporting import html
+from hessfn.reporting.compare_page import rendered
+from hessfn.reporting.contrast import compared
+from hessfn.reporting.differences import Difference, verdict
+from hessfn.reporting.side import read
+from hessfn.reporting.text import cut, estimate, labels, number, value
 from hessfn.reporting.workspace import staging
 
-_SURE = 0.05  # the chance that a comparison, or a table of layers as a whole, marks what is equal
 
+def compare(*folders: str | Path, out: str | Path = "compare.html") -> dict[str, Any]:
+    """Sets the reports of folders side by side on one page, such as those of checkpoints in the order of a training.
 
-class Difference(NamedTuple):
-    """How far B is from A."""
-
-    mean: float  #: B's less A's
-    stderr: float  #: the standard error of that
-    units: float  #: the mean over the standard error; NaN where unknown
-    differs: bool  #: whether that is beyond chance
-
-
-def compare(a: str | Path, b: str | Path, out: str | Path = "compare.html") -> dict[str, Any]:
-    """Sets the reports of two folders side by side on one page, such as those of two checkpoints or two optimisers.
-
-    Traces are compared in units of the combined standard error, ``(B - A) / sqrt(stderr_A^2 + stderr_B^2)``, against
-    Student's t at 95 %; for the layers, at 95 % for all of them together (Bonferroni). Reports of the same seed share
-    their probes, which makes the true error of the difference smaller as a rule: these are then on the safe side.
-    Eigenvalues differ for sure where they are further apart than the sum of their residuals.
+    The first and the last one are compared in detail. Nets with the same parameters and reports of the same seed share
+    their probes: then the samples are compared probe by probe, ``mean(d) +- sd(d) / sqrt(p)`` with ``d_i = b_i - a_i``
+    over the p probes, which sees changes far below the errors of the two. Other estimates have the combined error
+    ``sqrt(stderr_A^2 + stderr_B^2)``. Both are held against Student's t at 95 %; for the layers, at 95 % for all of
+    them together (Bonferroni). Eigenvalues differ where they are further apart than their residuals and their rounding.
+    All that is about the data that were looked at; ``generalizes`` says whether a difference is also beyond what other
+    data would change, by batches, which are paired where the data are the same.
 
     Args:
-        a: a folder that ``hessfn report`` has written, with ``report.json`` in it; ``b`` another one.
-        out: the page to write; its folder is made if it is not there.
+        folders: at least two, each with a ``report.json`` that ``hessfn report`` has written. The files may be
+            anybody's: they are checked, and nothing in them is run.
+        out: the page to write; its folder is made if it is not there. A last positional argument that ends in
+            ``.html`` is taken for it.
 
     Returns:
-        ``loss`` (one each), ``eigenvalues`` (pairs, and whether they differ), ``trace`` and ``negative_curvature`` (a
-        :class:`Difference`), ``layers`` and ``activations`` (name: the same, of those that both have), ``only``
-        (layers that one has), ``critical`` (how many errors apart a layer must be, and an activation).
+        ``reports`` (what each of them holds, NaN for null, and ``folder``); of the first and the last: ``sharpness``,
+        ``trace``, ``smallest`` (the smallest eigenvalue) and ``share_of_squares`` (of negative eigenvalues), each a
+        ``Difference(mean, stderr, bound, units, differs, data_stderr, generalizes, paired)`` or None, ``eigenvalues``
+        (a list of these), ``layers`` and ``activations`` (a dict of these by the names that both have), ``only``
+        (layers that one has), ``critical`` (how many errors apart a layer must be, and an activation), ``shared``
+        (whether ``probes`` and ``data`` are the same); and ``steps``, the four numbers of every report less those of
+        the one before.
 
     Raises:
-        ModuleNotFoundError: jinja2 or plotly, which make the page, is not installed.
-        ValueError: a folder holds no ``report.json``, or another kind of one, or ``out`` cannot be written.
+        ModuleNotFoundError: jinja2, which makes the page, is not installed.
+        ValueError: a folder holds no ``report.json``, or another kind of one, there is only one, or ``out`` cannot be
+            written.
+
+    Source: paired differences with common random numbers, Glasserman and Yao (1992).
     """
+    if len(folders) > 2 and str(folders[-1]).endswith(".html") and not Path(folders[-1]).is_dir():
+        *folders, out = folders  # type: ignore[assignment]
+    if len(folders) < 2:
+        raise InvalidInput(f"compare takes the folders of at least two reports, not {len(folders)}")
     template = html.template("compare.html.j2")
-    sides = read(a), read(b)
-    result = difference(*sides)
-    labelled = list(zip("AB", sides, strict=True))
-    drawn = {name: Density(side.density["grid"], side.density["values"]) for name, side in labelled}
-    images = {"density": html.picture(lambda ax: plot.density_plot(drawn, ax), 3.8)}
-    spectrum = [{"name": name, **side.density, **_columns(side.eigenvalues)} for name, side in labelled]
-    data = short(plain({"spectrum": spectrum}))
-    page = template.render(sides=sides, result=result, settings=_settings(*sides), images=images, data=data)
+    result = compared([read(folder) for folder in folders])
+    page = rendered(template, result)
     with staging(Path(out).parent) as folder:
         (folder / Path(out).name).write_text(page, "utf-8")
     return result
 
 
-def difference(a: Side, b: Side) -> dict[str, Any]:
-    """What :func:`compare` returns."""
-    probes, runs = min(a.num_probes, b.num_probes), min(a.num_runs, b.num_runs)
-    activation_probes = min(a.num_activation_probes, b.num_activation_probes)
-    layers = _differences(a.layers, b.layers, probes)
-    activations = _differences(a.activations, b.activations, activation_probes)
-    same_end = a.which == b.which
-    return {
-        "loss": (a.loss, b.loss),
-        "eigenvalues": [
-            (x, y, same_end and abs(x.mean - y.mean) > x.stderr + y.stderr)
-            for x, y in zip(a.eigenvalues, b.eigenvalues, strict=False)
-        ],
-        "trace": _difference(a.trace, b.trace, _critical(probes)),
-        "negative_curvature": _difference(a.negative, b.negative, _critical(runs)),
-        "layers": layers,
-        "activations": activations,
-        "only": {"A": [x for x in a.layers if x not in layers], "B": [x for x in b.layers if x not in layers]},
-        "critical": {
-            "layers": _critical(probes, len(layers)),
-            "activations": _critical(activation_probes, len(activations)),
-        },
-    }
+def summary(result: dict[str, Any]) -> str:
+    """What :func:`compare` returns, in at most 80 columns."""
+    names, reports = labels(len(result["reports"])), result["reports"]
+    lines = [f"{name}  {cut(x['folder'], 77)}" for name, x in zip(names, reports, strict=True)]
+    lines += ["", *_over_reports(result, names)] if len(reports) > 2 else []
+    return "\n".join([*lines, "", *_of_two(result, names[0], names[-1])])
 
 
-def summary(a: Side, b: Side, result: dict[str, Any]) -> str:
-    """The differences of two reports in at most 80 columns."""
+def _of_two(result: dict[str, Any], first: str, last: str) -> list[str]:
+    """The first report and the last, and how far they are apart."""
+    a, b = result["reports"][0], result["reports"][-1]
 
-    def row(name: str, x: str, y: str, last: str) -> str:
-        return f"{name:<12}{x:<20}{y:<20}{last}".rstrip()
+    def row(name: str, x: str, y: str, apart: str = "", words: str = "") -> str:
+        return f"{name:<10}{x:<17}{y:<17} {apart:<21} {words}".rstrip()
 
-    def compared(name: str, x: Measured, y: Measured, by: Difference, show: Any = estimate) -> str:
-        return row(name, show(*x), show(*y), units(by))
+    def compared_row(name: str, x: str, y: str, by: Difference | None, scale: float = 1.0) -> str:
+        return row(name, x, y, "" if by is None else _apart(by, scale), verdict(by))
 
-    lines = [f"A  {text.cut(a.folder, 77)}", f"B  {text.cut(b.folder, 77)}", "", row("", "A", "B", "B - A")]
-    lines.append(row("loss", number(a.loss), number(b.loss), number(b.loss - a.loss)))
-    lines.append(compared("trace", a.trace, b.trace, result["trace"]))
-    lines.append(compared("negative", a.negative, b.negative, result["negative_curvature"], text.share))
-    for index, (x, y, differs) in enumerate(result["eigenvalues"], 1):
-        lines.append(row(f"value {index}", number(x.mean), number(y.mean), "differ" if differs else "may be equal"))
+    def smallest(x: dict[str, Any]) -> str:
+        return value(x["negative_curvature"]["smallest"])
+
+    def share(x: dict[str, Any]) -> str:
+        found = x["negative_curvature"]["share_of_squares"]
+        return "unknown" if found is None else f"{100 * found['mean']:.3g} %"
+
+    lines = [row("", first, last, f"{last} - {first}")]
+    lines.append(row("loss", number(a["loss"]), number(b["loss"]), number(b["loss"] - a["loss"])))
+    lines.append(compared_row("sharpness", value(a["sharpness"]), value(b["sharpness"]), result["sharpness"]))
+    trace_a, trace_b = (estimate(x["trace"]["mean"], x["trace"]["stderr"]) for x in (a, b))
+    lines.append(compared_row("trace", trace_a, trace_b, result["trace"]))
+    lines.append(compared_row("smallest", smallest(a), smallest(b), result["smallest"]))
+    lines.append(compared_row("negative", share(a), share(b), result["share_of_squares"], 100))
+    for i, by in enumerate(result["eigenvalues"]):
+        x, y = a["eigenvalues"][i], b["eigenvalues"][i]
+        lines.append(compared_row(f"value {i + 1}", number(x), number(y), by))
     for kind, of in (("layers", "trace"), ("activations", "the trace of what enters")):
         marked = [(name, by) for name, by in result[kind].items() if by.differs]
         if result[kind] or kind == "layers":
             lines += ["", f"{len(marked)} of {len(result[kind])} layers that both have differ in {of}"]
-        for name, by in sorted(marked, key=lambda item: -abs(item[1].units))[:8]:
-            lines.append(f"  {text.cut(name, 42):<44}{estimate(by.mean, by.stderr)}")
+        for name, by in sorted(marked, key=lambda item: -abs(item[1].mean))[:8]:
+            lines.append(f"  {cut(name, 42):<44}{estimate(by.mean, by.stderr)}")
     for side, names in result["only"].items():
-        lines += [f"{len(names)} layers only {side} has"] if names else []
-    return "\n".join(lines)
+        lines += [f"{len(names)} layers only {first if side == 'A' else last} has"] if names else []
+    return [*lines, "", *_notes(result)]
 
 
-def units(by: Difference) -> str:
-    """How far apart two numbers are, in words."""
-    if math.isnan(by.units):
-        return "unknown"
-    return f"{by.units:+.1f} errors: {'differ' if by.differs else 'may be equal'}"
-
-
-def _columns(eigenvalues: list[Measured]) -> dict[str, list[float]]:
-    return {"eigenvalues": [x.mean for x in eigenvalues], "residuals": [x.stderr for x in eigenvalues]}
-
-
-def _settings(a: Side, b: Side) -> list[tuple[str, ...]]:
-    """Name and both values of every setting and version that one of them has."""
-    pairs = (a.settings, b.settings), (a.versions, b.versions)
+def _notes(result: dict[str, Any]) -> list[str]:
+    shared = result["shared"]
+    probes = (
+        "the same probes, sample by sample" if shared["probes"] else "different probes, so the errors of both add up"
+    )
     return [
-        (name, *(text.setting(side[name]) if name in side else "" for side in (x, y)))
-        for x, y in pairs
-        for name in dict.fromkeys([*x, *y])
+        f"{'probes':<11}{probes}",
+        f"{'data':<11}{'the same, batch by batch' if shared['data'] else 'not known to be the same'}",
+        f"{'negative':<11}the share of the sum of all squared eigenvalues",
+        f"{'here':<11}on these data; other data may say otherwise",
     ]
 
 
-def _critical(samples: int, comparisons: int = 1) -> float:
-    """How many standard errors chance does not reach, with the degrees of freedom of the smaller sample."""
-    return float(stats.t.ppf(1 - _SURE / (2 * max(comparisons, 1)), samples - 1)) if samples > 1 else math.inf
+def _apart(by: Difference, scale: float = 1.0) -> str:
+    return estimate(scale * by.mean, scale * (by.stderr or by.bound))
 
 
-def _differences(a: Layers, b: Layers, samples: int) -> dict[str, Difference]:
-    """Of the layers that both have."""
-    both = [name for name in a if name in b]
-    return {name: _difference(a[name][1], b[name][1], _critical(samples, len(both))) for name in both}
-
-
-def _difference(a: Measured, b: Measured, critical: float) -> Difference:
-    mean, stderr = b.mean - a.mean, math.hypot(a.stderr, b.stderr)
-    if stderr > 0 and math.isfinite(stderr):
-        return Difference(mean, stderr, mean / stderr, abs(mean) > critical * stderr)
-    if stderr == 0 and math.isfinite(mean):
-        return Difference(mean, stderr, math.copysign(math.inf, mean) if mean else 0.0, mean != 0)
-    return Difference(mean, stderr, math.nan, False)
+def _over_reports(result: dict[str, Any], names: list[str]) -> list[str]:
+    """A line for each report; a star stands where a number differs from the one above it."""
+    lines = [f"{'':<6}{'loss':<14}{'sharpness':<20}{'trace':<24}smallest"]
+    for name, x, step in zip(names, result["reports"], [{}, *result["steps"]], strict=True):
+        cells = [
+            (value(x["sharpness"]), "sharpness", 20),
+            (estimate(x["trace"]["mean"], x["trace"]["stderr"]), "trace", 24),
+            (value(x["negative_curvature"]["smallest"]), "smallest", 16),
+        ]
+        marked = [f"{text + (' *' if step.get(key) and step[key].differs else ''):<{w}}" for text, key, w in cells]
+        lines.append(f"{name:<6}{number(x['loss']):<14}{''.join(marked)}".rstrip())
+    return [*lines, f"{'':<6}* differs from the line above"]

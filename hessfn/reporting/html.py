@@ -1,53 +1,35 @@
-"""What a report looks like: the figures, and the page with all of them in it."""
+"""What a report looks like: the page with all its pictures and numbers in it."""
 
 from __future__ import annotations
 
 import base64
 import functools
-import gzip
-import io
 import json
 import math
-from collections.abc import Callable
 from dataclasses import fields
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from hessfn.core.errors import MissingExtra
-from hessfn.plotting import plot
-from hessfn.reporting.analysis import Analysis
+from hessfn.reporting import text
+from hessfn.reporting.bars import scale_of
+from hessfn.reporting.figures import floor_of, pictures
 from hessfn.reporting.options import Options
-from hessfn.reporting.text import estimate, number, setting, share
 
 if TYPE_CHECKING:
     import jinja2
-    from matplotlib.axes import Axes
 
-
-# As in page.css.
-DARK = {
-    **dict.fromkeys(["figure.facecolor", "axes.facecolor", "savefig.facecolor"], "#12161c"),
-    **dict.fromkeys(["text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"], "#e6edf3"),
-}
-
-
-class Picture(NamedTuple):
-    """PNG for light and for dark pages, in base64."""
-
-    light: str
-    dark: str
+# Plotly's own partial bundle, in gzip: a page has it in it, to work offline. The whole library is twice as large.
+PLOTLY = "plotly-gl3d-4.1.1.min.js.gz"
 
 
 def template(name: str = "report.html.j2") -> jinja2.Template:
     """A page's template; asked for before anything is computed, as what makes the page may be missing."""
     try:
         import jinja2
-        import plotly.offline
     except ImportError as error:
-        raise MissingExtra('the page is made with jinja2 and plotly: pip install "hessfn[demo]"') from error
+        raise MissingExtra('the page is made with jinja2: pip install "hessfn[demo]"') from error
     # Names of layers and problems are the user's: everything is escaped.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hessfn.reporting"),
@@ -57,42 +39,40 @@ def template(name: str = "report.html.j2") -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # curves stay in their order
-    environment.filters.update(number=number, setting=setting, error=_error, value=_value, breakable=_breakable)
-    library = plotly.offline.get_plotlyjs
-    environment.globals.update(estimate=estimate, share=share, plotly=lambda: _packed(library()))
+    environment.filters.update(
+        number=text.number, setting=text.setting, error=_error, value=_value, breakable=_breakable, finite=text.finite
+    )
+    environment.globals.update(
+        estimate=text.estimate, share=text.share, plotly=_packed, scale_of=scale_of, largest_error=text.largest_error
+    )
     return environment.get_template(name)
 
 
-def write(folder: Path, template: jinja2.Template, analysis: Analysis, result: dict[str, Any]) -> None:
+def write(folder: Path, template: jinja2.Template, result: dict[str, Any]) -> None:
     """Writes ``report.json``, the figures and ``report.html``, which needs none of the others."""
-    images = {}
-    for name, draw in _figures(analysis).items():
-        height = plot.layer_plot_height(len(result[name])) if name in ("layers", "activations") else 3.8
-        images[name] = picture(draw, height)
-        (folder / f"{name}.png").write_bytes(base64.b64decode(images[name].light))
-    page = template.render(
-        **result,
+    images = pictures(result)
+    for name, image in images.items():
+        (folder / f"{name}.png").write_bytes(base64.b64decode(image.light))
+    (folder / "report.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
+    (folder / "report.html").write_text(rendered(template, result, images), "utf-8")
+
+
+def rendered(template: jinja2.Template, result: dict[str, Any], images: dict[str, Any]) -> str:
+    """The page of a result."""
+    shown = {name: value for name, value in result.items() if name != "samples"}
+    return template.render(
+        **{
+            **result,
+            **{name: result[name] or [None] * len(result["eigenvalues"]) for name in ("rounding", "data_stderr")},
+        },
         images=images,
-        top_index=int(analysis.spectrum.eigen.values.abs().argmax()),
-        data=_chart_data(result),
+        headline=text.headline(result),
+        error_names=list(text.ERRORS),
+        largest_errors=text.largest_errors,
+        charts=_chart_data(result),
+        numbers=shown,
         call=_call(result["settings"]),
     )
-    (folder / "report.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
-    (folder / "report.html").write_text(page, "utf-8")
-
-
-def picture(draw: Callable[[Axes], Any], height: float) -> Picture:
-    """What ``draw(axes)`` draws, ``height`` inches high."""
-
-    def png(colors: dict[Any, Any]) -> str:
-        with mpl.rc_context(colors):
-            figure = Figure(figsize=(6.4, height), layout="constrained")  # no pyplot: no display, no global state
-            draw(figure.subplots())
-            file = io.BytesIO()
-            figure.savefig(file, dpi=144)
-        return base64.b64encode(file.getvalue()).decode()
-
-    return Picture(png({}), png(DARK))
 
 
 def short(x: Any) -> Any:
@@ -101,36 +81,22 @@ def short(x: Any) -> Any:
         return {key: short(value) for key, value in x.items()}
     if isinstance(x, list):
         return [short(value) for value in x]
-    return float(f"{x:.6g}") if isinstance(x, float) else x
+    return float(f"{x:.6g}") if isinstance(x, float) and math.isfinite(x) else None if isinstance(x, float) else x
 
 
 @functools.cache
-def _packed(script: str) -> str:
-    """A script in gzip and base64. The page has the whole library in it, to work offline: 2 MB instead of 5."""
-    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
-
-
-def _figures(analysis: Analysis) -> dict[str, Callable[[Axes], Any]]:
-    spectrum, landscape, activations = analysis.spectrum, analysis.landscape, analysis.activations
-    figures: dict[str, Callable[[Axes], Any]] = {
-        "density": lambda ax: plot.density_plot(spectrum.density, ax, band=spectrum.band),
-        "eigenvalues": lambda ax: plot.eigen_plot(spectrum.eigen, ax),
-        "layers": lambda ax: plot.layer_plot(spectrum.layers, ax),
-        "landscape": lambda ax: plot.line_plot(landscape.steps, landscape.losses, ax),
-    }
-    if (plane := landscape.plane) is not None:
-        figures["plane"] = lambda ax: plot.plane_plot(plane.steps, plane.steps, plane.losses, ax)
-    if activations is not None:
-        figures["activations"] = lambda ax: plot.layer_plot(activations.activations, ax)
-    return figures
+def _packed() -> str:
+    """The library that draws the charts, in gzip and base64."""
+    packed = resources.files("hessfn.reporting").joinpath(f"templates/{PLOTLY}").read_bytes()
+    return base64.b64encode(packed).decode()
 
 
 def _chart_data(result: dict[str, Any]) -> dict[str, Any]:
-    """What page.js draws the interactive charts from."""
+    """What charts.js draws the interactive charts from."""
     landscape, points = result["landscape"], {name: result[name] for name in ("eigenvalues", "residuals")}
-    spectrum = {"name": "", **result["density"], **points}
+    spectrum = {"curves": [{"name": "", **result["density"], **points}], "floor": floor_of([result])}
     lines = {name: landscape[name] for name in ("steps", "losses")}
-    return short({"spectrum": [spectrum], "lines": lines, "surface": landscape["plane"]})
+    return {**short({"spectrum": spectrum, "lines": lines}), "surface": short(landscape["plane"])}
 
 
 def _call(settings: dict[str, Any]) -> str:
@@ -140,11 +106,11 @@ def _call(settings: dict[str, Any]) -> str:
     return f"hf.report(problem, out, {given})"
 
 
-def _error(text: str) -> Any:
+def _error(estimate: str) -> Any:
     """An estimate with its error in small letters."""
     from markupsafe import Markup, escape
 
-    mean, _, error = text.partition(" +- ")
+    mean, _, error = estimate.partition(" +- ")
     return Markup(f"{escape(mean)} <small>&plusmn; {escape(error)}</small>")
 
 
@@ -152,9 +118,9 @@ def _breakable(name: str) -> Any:
     """A name that may be broken into lines after its dots and underscores."""
     from markupsafe import Markup, escape
 
-    return escape(name).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
+    return escape(text.printable(name)).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
 
 
-def _value(x: float) -> str:
+def _value(x: float | None) -> str:
     """The text that a column sorts by."""
-    return "" if math.isnan(x) else repr(x)
+    return "" if x is None or math.isnan(x) else repr(x)

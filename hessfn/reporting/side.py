@@ -3,101 +3,61 @@
 from __future__ import annotations
 
 import json
-import math
+import os
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hessfn.core.errors import InvalidInput
+from hessfn.reporting.schema import parsed
+from hessfn.reporting.text import cut, printable
 
-
-class Measured(NamedTuple):
-    """A number and its error; NaN where there is none."""
-
-    mean: float
-    stderr: float
-
-
-Layers = dict[str, tuple[int, Measured]]  # numel, trace
+_MOST_BYTES = 2**26  # a report of a thousand layers with a thousand samples each is a third of that
 
 
 class Side(NamedTuple):
-    """What the ``report.json`` of one folder says, as far as two can be compared."""
+    """What the ``report.json`` of one folder says."""
 
-    folder: str
-    loss: float
-    eigenvalues: list[Measured]  #: with their residuals, which are bounds
-    trace: Measured
-    negative: Measured
-    layers: Layers
-    activations: Layers  #: empty where there are none
-    density: dict[str, Any]  #: grid, values, and a band where there is one
-    which: str  #: the end of the spectrum that the eigenvalues are from
-    num_probes: int  #: samples of the trace and of the layers
-    num_runs: int  #: samples of the negative curvature
-    num_activation_probes: int  #: samples of the activations
-    settings: dict[str, Any]
-    versions: dict[str, Any]
+    folder: str  #: as it was given, with nothing in it that a terminal obeys
+    result: dict[str, Any]  #: as :func:`hessfn.report` returns it, with NaN for null
 
 
 def read(folder: str | Path) -> Side:
-    """``report.json`` of a folder, checked.
+    """``report.json`` of a folder, checked. Nothing in it is trusted: it may be anybody's file.
 
     Raises:
-        InvalidInput: there is none, or it is not what this version of hessfn writes.
+        InvalidInput: there is none, or it is not what this version of hessfn writes; the message is one line.
     """
-    file = Path(folder) / "report.json"
+    file, name = Path(folder) / "report.json", cut(repr(str(folder)), 200)
+    where = cut(repr(str(file)), 200)
+    remedy = f"hessfn report PROBLEM --out {name} makes one"
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = json.loads(_bytes(file).decode("utf-8"), parse_constant=_refuse)
+        return Side(printable(str(folder)), parsed(found))
     except OSError as error:
-        raise InvalidInput(
-            f"there is no report in {str(folder)!r} ({error.strerror}: {file.name}); hessfn report PROBLEM --out "
-            f"{str(folder)!r} makes one"
-        ) from error
-    except ValueError as error:
-        raise InvalidInput(f"{str(file)!r} is not JSON: {error}") from error
+        raise InvalidInput(f"there is no report in {name} ({error.strerror}: {file.name}); {remedy}") from error
+    except InvalidInput as error:
+        raise InvalidInput(f"{where} is not a report of this version of hessfn ({error}); {remedy}") from None
+    except RecursionError:
+        raise InvalidInput(f"{where} is not a report of this version of hessfn: it is nested too deep") from None
+    except ValueError as error:  # of the file system, of UTF-8 and of JSON
+        raise InvalidInput(f"{where} is not JSON: {printable(str(error))}") from error
+
+
+def _bytes(file: Path) -> bytes:
+    """A regular file of a bounded size. To open a pipe would be to wait for who writes into it."""
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        return _side(str(folder), found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise InvalidInput(
-            f"{str(file)!r} is not a report of this version of hessfn ({reason}); hessfn report PROBLEM --out "
-            f"{str(folder)!r} makes one"
-        ) from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InvalidInput("it is no regular file")
+        with os.fdopen(descriptor, "rb", closefd=False) as opened:
+            content = opened.read(_MOST_BYTES + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > _MOST_BYTES:
+        raise InvalidInput(f"it is larger than {_MOST_BYTES:,} bytes")
+    return content
 
 
-def _side(folder: str, found: Any) -> Side:
-    settings, density = found["settings"], found["density"]
-    curves = {"grid": density["grid"], "values": density["values"]}
-    band = {name: density[name] for name in ("lower", "upper") if density[name] is not None}
-    return Side(
-        folder=folder,
-        loss=_number(found["loss"]),
-        eigenvalues=list(map(Measured, _numbers(found["eigenvalues"]), _numbers(found["residuals"]))),
-        trace=_measured(found["trace"], "mean"),
-        negative=_measured(found["negative_curvature"], "mean"),
-        layers=_layers(found["layers"]),
-        activations=_layers(found["activations"] or {}),
-        density={name: _numbers(values) for name, values in {**curves, **band}.items()},
-        which=str(settings["which"]),
-        num_probes=int(settings["num_probes"]),
-        num_runs=int(settings["num_runs"]),
-        num_activation_probes=int(settings["num_activation_probes"]),
-        settings=dict(settings),
-        versions=dict(found["versions"]),
-    )
-
-
-def _layers(found: Any) -> Layers:
-    return {name: (int(layer["numel"]), _measured(layer, "trace")) for name, layer in dict(found).items()}
-
-
-def _measured(x: Any, key: str) -> Measured:
-    return Measured(_number(x.get(key)), _number(x.get("stderr")))
-
-
-def _number(x: Any) -> float:
-    return math.nan if x is None else float(x)
-
-
-def _numbers(x: Any) -> list[float]:
-    return [_number(value) for value in x]
+def _refuse(constant: str) -> Any:
+    raise InvalidInput(f"it holds {constant}, where null stands for what is not finite")

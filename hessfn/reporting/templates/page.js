@@ -24,166 +24,69 @@
     button.addEventListener("click", () => sortBy(button.closest("table"), button.closest("th")));
   }
 
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const dashes = ["solid", "dash", "dashdot"];
-  const color = (i) => css(["--first", "--second", "--third"][i % 3]);
-  const finite = (values) => values.filter(Number.isFinite);
-  // Names are drawn as they are, not as markup.
-  const plain = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;");
-
-  function spectrum(series) {
-    const top = Math.max(...series.flatMap((one) => finite(one.upper ?? one.values)));
-    const highest = Math.max(...series.flatMap((one) => finite(one.values)));
-    const floor = highest * 1e-9;
-    const above = (values) => values.map((y) => Math.max(y, floor));
-    const traces = series.flatMap((one, i) => {
-      const name = plain(one.name), line = { color: color(i), width: 1.6, dash: dashes[i % 3] };
-      const edge = { x: one.grid, mode: "lines", line: { width: 0 }, hoverinfo: "skip", showlegend: false };
-      const band = one.upper
-        ? [
-            { ...edge, y: above(one.lower) },
-            { ...edge, y: above(one.upper), fill: "tonexty", fillcolor: color(i) + "40" },
-          ]
-        : [];
-      const hovertemplate = "eigenvalue %{x:.4g}<br>density %{y:.3g}<extra>" + name + "</extra>";
-      return [
-        ...band,
-        { x: one.grid, y: above(one.values), mode: "lines", line, name: name || "density", hovertemplate },
-        {
-          x: one.eigenvalues,
-          y: one.eigenvalues.map(() => floor * 10 ** (0.4 + 0.5 * i)),
-          error_x: { type: "data", array: one.residuals, color: color(i), thickness: 1, width: 3 },
-          mode: "markers",
-          marker: { color: color(i), size: 7, symbol: i ? "square" : "circle" },
-          name: (name && name + ": ") + "eigenvalues found",
-          hovertemplate: "eigenvalue %{x:.5g}<extra>" + name + "</extra>",
-        },
-      ];
-    });
-    const seen = series.flatMap((one) => one.grid.filter((_, i) => one.values[i] >= floor));
-    const low = Math.min(...seen), high = Math.max(...seen), margin = 0.03 * (high - low);
-    return {
-      traces,
-      layout: {
-        xaxis: { title: { text: "eigenvalue" }, range: [low - margin, high + margin] },
-        yaxis: {
-          title: { text: "spectral density", standoff: 15 },
-          type: "log",
-          range: [Math.log10(floor), Math.log10(top) + 0.2],
-          exponentformat: "power",
-          dtick: 2,
-        },
-      },
-    };
-  }
-
-  function lines({ steps, losses }) {
-    const values = finite(Object.values(losses).flat());
-    const sizes = values.map(Math.abs).sort((a, b) => a - b);
-    const wide = values.every((y) => y > 0) && sizes.at(-1) > 50 * sizes[Math.floor(sizes.length / 2)];
-    const traces = Object.entries(losses).map(([name, y], i) => ({
-      x: steps,
-      y,
-      name: plain(name),
-      mode: "lines",
-      line: { color: color(i), width: 2, dash: dashes[i % 3] },
-      hovertemplate: "distance %{x:.3g}<br>loss %{y:.4g}",
-    }));
-    const xaxis = { title: { text: "distance from the parameters" } };
-    return { traces, layout: { xaxis, yaxis: { title: { text: "loss" }, type: wide ? "log" : "linear" } } };
-  }
-
-  function surface({ steps, losses }) {
-    if (!document.createElement("canvas").getContext("webgl")) throw new Error("no WebGL: the contours stay");
-    const heights = finite(losses.flat());
-    const low = Math.min(...heights), high = Math.max(...heights);
-    const wide = low > 0 && high > 50 * low;
-    const axis = (text) => ({ title: { text }, color: css("--text"), gridcolor: css("--line"), nticks: 6 });
-    const trace = {
-      type: "surface",
-      x: steps,
-      y: steps,
-      z: losses,
-      surfacecolor: wide ? losses.map((row) => row.map((z) => (z === null ? null : Math.log10(z)))) : losses,
-      colorscale: "Cividis",
-      showscale: false,
-      contours: { x: { show: true, color: "#0003" }, y: { show: true, color: "#0003" } },
-      hovertemplate: "first %{y:.3g}, second %{x:.3g}<br>loss %{z:.4g}<extra></extra>",
-    };
-    const away = matchMedia("(max-width: 34rem)").matches ? 1.4 : 1; // on a phone the labels need the room
-    const scene = {
-      xaxis: axis("second direction"),
-      yaxis: axis("first direction"),
-      zaxis: { ...axis("loss"), type: wide ? "log" : "linear", exponentformat: "power" },
-      aspectratio: { x: 1, y: 1, z: 0.8 },
-      camera: { eye: { x: 1.5 * away, y: 1.25 * away, z: 0.8 * away }, center: { x: 0, y: 0, z: -0.15 } },
-    };
-    return { traces: [trace], layout: { scene, margin: { l: 0, r: 0, t: 0, b: 0 } } };
-  }
-
-  const kinds = { spectrum, lines, surface };
-
-  async function load() {
-    const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (c) => c.charCodeAt(0));
-    const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const script = document.createElement("script");
-    script.textContent = await new Response(unpacked).text();
-    document.head.append(script);
-    return window.Plotly;
-  }
-
-  async function draw(Plotly, chart) {
-    const { traces, layout } = kinds[chart.dataset.chart](data[chart.dataset.chart]);
-    const axis = { color: css("--text"), gridcolor: css("--line"), zerolinecolor: css("--soft"), automargin: true };
-    const legend = { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0.5, xanchor: "center", traceorder: "normal" };
-    const touch = matchMedia("(pointer: coarse)").matches;
-    chart.hidden = chart.closest("figure").hidden = false; // it has no size before
-    await Plotly.react(
-      chart,
-      traces,
-      {
-        paper_bgcolor: "transparent",
-        plot_bgcolor: "transparent",
-        font: { family: "system-ui, sans-serif", size: 13, color: css("--text") },
-        margin: { l: 10, r: 10, t: 30, b: 80 },
-        modebar: { bgcolor: "transparent", color: css("--soft"), activecolor: css("--text") },
-        legend,
-        hovermode: "closest",
-        dragmode: touch ? false : "zoom", // a finger scrolls the page
-        ...layout,
-        ...(layout.scene ? { dragmode: "turntable" } : {}),
-        ...(layout.xaxis ? { xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis } } : {}),
-      },
-      {
-        responsive: true,
-        displaylogo: false,
-        displayModeBar: !touch,
-        modeBarButtonsToRemove: ["select2d", "lasso2d"],
-        scrollZoom: false,
-        showSendToCloud: false, // nothing leaves the page
-        plotlyServerURL: "",
-      },
-    );
-    chart.closest("figure").querySelector(".still")?.classList.add("replaced");
-  }
-
-  async function drawAll(Plotly) {
-    for (const chart of document.querySelectorAll("[data-chart]")) {
-      try {
-        await draw(Plotly, chart);
-      } catch (error) {
-        chart.hidden = true;
-        const figure = chart.closest("figure");
-        figure.hidden = !figure.querySelector(".still");
-        console.warn(error); // the still picture, here or beside it, says the same
+  // Filtering: only rows whose name has the text in it are shown.
+  for (const input of document.querySelectorAll("[data-filter]")) {
+    const rows = [...document.getElementById(input.dataset.filter).tBodies[0].rows];
+    const output = input.closest(".filter").querySelector("output");
+    input.closest(".filter").hidden = false;
+    input.addEventListener("input", () => {
+      const wanted = input.value.trim().toLowerCase();
+      let shown = 0;
+      for (const row of rows) {
+        row.hidden = !row.cells[0].textContent.toLowerCase().includes(wanted);
+        shown += !row.hidden;
       }
-    }
-    document.documentElement.dataset.charts = "drawn";
+      output.textContent = `${shown} of ${rows.length}`;
+    });
   }
 
-  load().then((Plotly) => {
-    drawAll(Plotly);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll(Plotly));
-  }, console.error);
+  // A table that is wider than the screen says so: a shadow alone is easily missed.
+  for (const wide of document.querySelectorAll(".wide")) {
+    const hint = document.createElement("p");
+    hint.className = "hint";
+    hint.textContent = "more to the right: scroll \u2192";
+    wide.before(hint);
+    const look = () => hint.classList.toggle("on", wide.scrollLeft + wide.clientWidth < wide.scrollWidth - 4);
+    wide.addEventListener("scroll", look, { passive: true });
+    new ResizeObserver(look).observe(wide);
+    look();
+  }
+
+  // Downloads are made of the numbers in this page: no server has them.
+  const numbers = JSON.parse(document.getElementById("numbers").textContent);
+  // A cell that a spreadsheet would take for a formula gets a quote in front.
+  const field = (x) => {
+    if (typeof x !== "string") return x ?? "";
+    const text = /^[=+\-@\t\r]/.test(x) ? "'" + x : x;
+    return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const csv = (names, rows) => [names, ...rows].map((row) => row.map(field).join(",")).join("\r\n") + "\r\n";
+  const columns = (table, names) => {
+    const present = names.filter((name) => table[name]);
+    return csv(present, table[present[0]].map((_, i) => present.map((name) => table[name][i])));
+  };
+  const records = (table) => {
+    const names = [...new Set(Object.values(table).flatMap((one) => Object.keys(one)))];
+    return csv(["name", ...names], Object.entries(table).map(([name, one]) => [name, ...names.map((key) => one[key])]));
+  };
+  const makers = {
+    "numbers.json": () => JSON.stringify(numbers, null, 1),
+    "eigenvalues.csv": () => columns(numbers, ["eigenvalues", "residuals", "rounding", "data_stderr", "converged"]),
+    "layers.csv": () => records(numbers.layers),
+    "activations.csv": () => records(numbers.activations),
+    "density.csv": () => columns(numbers.density, ["grid", "values", "lower", "upper"]),
+    "reports.csv": () => records(numbers.reports),
+  };
+  for (const button of document.querySelectorAll("[data-download]")) {
+    button.parentElement.hidden = false;
+    button.addEventListener("click", () => {
+      const name = button.dataset.download;
+      const type = name.endsWith(".csv") ? "text/csv" : "application/json";
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(new Blob([makers[name]()], { type }));
+      link.download = name;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+    });
+  }
 })();
