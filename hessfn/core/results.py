@@ -46,6 +46,7 @@ class EigenPairs(NamedTuple, Generic[T]):
     converged: Tensor  #: (k,), bool, whether ``residual <= rtol |value|``, or is what rounding leaves of a value near 0
     rounding: Tensor | None = None  #: (k,), how far the rounding of the products may move each value; None: unknown
     data_stderr: Tensor | None = None  #: (k,), what other samples, as many, would move it by; None: not known
+    outside: Tensor | None = None  #: (2,), where all other eigenvalues lie, with probability 0.999; None: not known
 
 
 class Tridiagonal(NamedTuple, Generic[T]):

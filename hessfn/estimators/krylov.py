@@ -80,8 +80,12 @@ def orthogonalize(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 def fresh(like: Tensor, basis: Tensor, index: int) -> Tensor:
     """A random direction orthogonal to the basis: the way on when a Krylov space is exhausted."""
-    v = gaussian(like.detach(), index + 1, seed=_FRESH)[index].to(basis.device)
-    return unit(orthogonalize(unit(v), basis)[0])
+    return unit(orthogonalize(random(like, index).to(basis.device), basis)[0])
+
+
+def random(like: Tensor, index: int) -> Tensor:
+    """A random unit vector; the index is that of the product it is made for."""
+    return unit(gaussian(like.detach(), index + 1, seed=_FRESH)[index])
 
 
 _FRESH = 0x5EED  # a stream of its own, so that a fresh direction is none that a user started from
@@ -185,3 +189,10 @@ def select(values: Tensor, k: int, which: Which) -> Tensor:
     if which == "SA":
         return positions[:k]
     return torch.cat([positions[: k // 2], positions[len(positions) - (k - k // 2) :]])
+
+
+def select_all(values: Tensor, k: int, which: Which) -> Tensor:
+    """Positions of all values: first those of :func:`select`, then the others, further and further in."""
+    if which != "BE":
+        return select(values, len(values), which)
+    return torch.cat([select(values, k, which), torch.arange(k // 2, len(values) - (k - k // 2), device=values.device)])

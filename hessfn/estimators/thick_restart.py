@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hessfn.core import tree
+from hessfn.core.errors import InvalidInput
 from hessfn.estimators import krylov
 from hessfn.estimators.krylov import FlatMatVec, Space, Which, select
+from hessfn.estimators.second_start import Chain
 
 
 class Found(NamedTuple):
@@ -18,6 +21,7 @@ class Found(NamedTuple):
     residuals: Tensor  # (k,)
     num_matvecs: int
     floor: float  # what rounding leaves of a residual
+    outside: Tensor | None  # (2,), where the eigenvalues lie that have not been found
 
 
 class Ritz(NamedTuple):
@@ -36,20 +40,30 @@ def thick_restart(
     max_matvecs: int,
     basis_size: int,
     basis_device: torch.device | str | None,
+    second: Callable[[], Tensor] | None = None,
+    keep_all: bool = False,
 ) -> Found:
     """Grows an orthonormal basis whose first ``done`` rows have been multiplied; ``pending`` more wait behind them.
 
     ``A Q_done = Q_{done + pending} H`` holds throughout, with H dense, after a restart as before, so H alone knows the
     residual of every Ritz pair. A breakdown takes one from ``pending``. When none are left, or all are rounding, the
     space is closed: a new direction, at row ``segment``, goes on in the complement, which may hold further copies.
+    Once the wanted have settled, ``second`` is asked for a direction, whose chain looks for what they have missed;
+    where it has found something, so does another one.
     """
     n, starts = starts.shape[1], starts.detach()
-    rows = min(basis_size + len(starts), n)
+    rows = min(basis_size + len(starts) + (second is not None), n)
     basis = torch.empty(rows, n, dtype=starts.dtype, device=basis_device or starts.device)
     H = torch.zeros(rows, rows, dtype=torch.float64)
     first = pending = _begin(basis, starts)
-    done = count = segment = 0
-    scale, reopened = 0.0, False
+    if second and first < n and tree.norm(krylov.orthogonalize(_second(second, basis), basis[:first])[0]) < _NEW:
+        raise InvalidInput("second_start lies within the first: give another random one, as gaussian(params, 2)[1]")
+    keep = k + (basis_size - k) // 2  # Ritz vectors that a restart keeps
+    done = count = segment = spent = 0
+    scale, doubtful = 0.0, False
+    chain: Chain | None = None  # from a second direction, once the wanted have settled
+    before: Tensor | None = None  # the wanted values when it began
+    outside: Tensor | None = None
 
     def multiply(v: Tensor) -> Tensor:
         return space.matvec(v.to(starts.device)).detach().to(basis.device)
@@ -67,33 +81,82 @@ def thick_restart(
             pending += 1
         done, pending = done + 1, pending - 1
 
+        exhausted, full = count >= max_matvecs - 1, done >= basis_size or done + pending == rows < n
         if done < max(k, first) and pending:
             continue
+        if chain:
+            towards = chain.advance(H, done, pending)
+            excluded = chain.excludes(which, rtol)
+            if pending and not (exhausted or full or excluded or chain.closed() or chain.num_steps >= max(10, spent)):
+                if pending > 1:
+                    _turn(basis, H, done, pending, towards)
+                chain.turned(H[done, :done])
+                continue
+            doubtful = doubtful or not excluded
+            outside = torch.tensor(chain.bounds(), dtype=torch.float64)
+            chain = None
         ritz = _ritz(H, done, pending, space.eps)
         coupling = torch.linalg.matrix_norm(H[done : done + pending, :done]) if pending else 0.0
         closed = coupling <= space.eps ** (2 / 3) * scale
+        wanted = select(ritz.values, k, which)
+        # A little less than asked for leaves room for the error that the last product may find.
+        allowed = (0.9 * rtol * ritz.values.abs()).clamp(min=ritz.floor)
         if closed:
             finished = done == n or (done >= k and _repeats_change_nothing(H, ritz, segment, k, which))
         else:
-            # Behind a closed space the new direction's own best must settle before the wanted are known.
-            wanted = select(ritz.values, min(k + 2 * reopened, done), which)
-            # A little less than asked for leaves room for the error that the last product may find.
-            allowed = (0.9 * rtol * ritz.values.abs()).clamp(min=ritz.floor)
-            unsettled = wanted[ritz.residuals[wanted] > allowed[wanted]]
+            # Behind a closed space the new direction's own best must settle before the wanted are known, and so must
+            # the next best where the second direction could not tell whether they are.
+            settling = select(ritz.values, min(k + 2 * doubtful, done), which)
+            unsettled = settling[ritz.residuals[settling] > allowed[settling]]
             finished = len(unsettled) == 0
-        if finished or count >= max_matvecs - 1:
-            return _checked(multiply, basis, H, done, pending, ritz, select(ritz.values, k, which), count)
+        searched = before is not None and bool(((ritz.values[wanted] - before).abs() <= allowed[wanted]).all())
+        room = not exhausted and done + pending < n and keep + pending + 2 <= rows
+        if finished and second and room and not searched:
+            spent = count if before is None else spent
+            if done > keep:
+                _compress(basis, H, done, pending, ritz, select(ritz.values, keep, which))
+                ritz, done = _ritz(H, keep, pending, space.eps), keep
+                wanted = select(ritz.values, k, which)
+            w = _second(second, basis) if before is None else krylov.random(starts[0], count).to(basis.device)
+            w = _put(basis, H, done, pending, w)
+            before, pending, segment = ritz.values[wanted], pending + 1, done
+            chain = Chain(ritz.vectors[:, wanted], before, ritz.residuals[wanted], w, n, space.eps * scale)
+            continue
+        if finished or exhausted:
+            kept = krylov.select_all(ritz.values, k, which) if keep_all else wanted
+            return _checked(multiply, basis, H, done, pending, ritz, kept, count, outside)
         if pending > 1 and not closed:
             _turn(basis, H, done, pending, H[done : done + pending, :done] @ ritz.vectors[:, unsettled[0]])
-        if done == basis_size:
-            keep = k + (basis_size - k) // 2
+        if full:
             _compress(basis, H, done, pending, ritz, select(ritz.values, keep, which))
             done, segment = keep, 0
         if closed:
-            reopened, segment = True, done
+            doubtful, segment = True, done
         if not pending:
             basis[done] = krylov.fresh(starts[0], basis[:done], count)
             pending = 1
+
+
+def _second(second: Callable[[], Tensor], basis: Tensor) -> Tensor:
+    return krylov.unit(second().detach(), "second_start").to(basis)
+
+
+_NEW = 1e-3  # what a direction must have of itself beside earlier ones
+
+
+def _put(basis: Tensor, H: Tensor, done: int, pending: int, w: Tensor) -> Tensor:
+    """One more pending row, and all of them turned so that the first is what w has outside of the first ``done``.
+
+    Returns the coordinates of w in the first ``done + 1``.
+    """
+    last = done + pending
+    rest, components = krylov.orthogonalize(w, basis[:last])
+    basis[last] = krylov.unit(rest)
+    H[last, :done] = 0.0
+    outside = torch.cat([components[done:], tree.norm(rest)[None]]).cpu().double()
+    if pending:
+        _turn(basis, H, done, pending + 1, outside)
+    return torch.cat([components[:done], (basis[done] @ w)[None]]).cpu().double()
 
 
 def _begin(basis: Tensor, starts: Tensor) -> int:
@@ -139,24 +202,39 @@ def _turn(basis: Tensor, H: Tensor, done: int, pending: int, towards: Tensor) ->
 def _compress(basis: Tensor, H: Tensor, done: int, pending: int, ritz: Ritz, kept: Tensor) -> None:
     """The kept Ritz vectors and the pending rows become the whole basis."""
     turn, keep = ritz.vectors[:, kept], len(kept)
-    for columns in basis.split(_COLUMNS, dim=1):  # in place, block by block: no second basis
-        columns[: keep + pending] = torch.cat([turn.T.to(columns) @ columns[:done], columns[done : done + pending]])
+    _rotate(basis, done, turn)
+    basis[keep : keep + pending] = basis[done : done + pending].clone()
     coupling = H[done : done + pending, :done] @ turn
     H.zero_()
     H[:keep, :keep] = ritz.values[kept].diag()
     H[keep : keep + pending, :keep] = coupling
 
 
+def _rotate(basis: Tensor, done: int, turn: Tensor) -> None:
+    """The first rows become combinations of the first ``done``: in place, block by block, with no second basis."""
+    for columns in basis.split(_COLUMNS, dim=1):
+        columns[: turn.shape[1]] = turn.T.to(columns) @ columns[:done]
+
+
 _COLUMNS = 1 << 16
 
 
 def _checked(
-    multiply: FlatMatVec, basis: Tensor, H: Tensor, done: int, pending: int, ritz: Ritz, wanted: Tensor, count: int
+    multiply: FlatMatVec,
+    basis: Tensor,
+    H: Tensor,
+    done: int,
+    pending: int,
+    ritz: Ritz,
+    wanted: Tensor,
+    count: int,
+    outside: Tensor | None,
 ) -> Found:
     """The wanted pairs. One more product, of their mean, compares A with what H says of it."""
     turn = ritz.vectors[:, wanted]
     mean = turn.sum(1) / len(wanted) ** 0.5
-    error = multiply(mean.to(basis) @ basis[:done])  # first, while there are no vectors: a product takes memory
+    error = multiply(mean.to(basis) @ basis[:done])
     error = error - (H[: done + pending, :done] @ mean).to(basis) @ basis[: done + pending]
     residuals = torch.hypot(ritz.residuals[wanted], tree.norm(error).cpu())
-    return Found(ritz.values[wanted], turn.T.to(basis) @ basis[:done], residuals, count + 1, 3 * ritz.floor)
+    _rotate(basis, done, turn)
+    return Found(ritz.values[wanted], basis[: len(wanted)], residuals, count + 1, 3 * ritz.floor, outside)
