@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nets import classes, normal, seeded
-from torch import nn
+from reports import changed, report_of, trained, truth, written
 
+from hessfn.reporting import html
 from hessfn.reporting.compare import compare
-from hessfn.reporting.run import report
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -28,22 +29,20 @@ FLAGS = (
 NASTY = "</script><script>document['title'] = 'broken'</script>$x"
 
 
-def net() -> nn.Module:
-    model = nn.Sequential()
-    for part, layer in (("first", nn.Linear(3, 4)), ("bend", nn.Tanh()), (NASTY, nn.Linear(4, 2))):
-        model.add_module(part, layer)
-    return model
+def renamed(result: dict[str, Any]) -> dict[str, Any]:
+    """A layer, a problem and a model whose names are markup, and a layer whose trace is not known."""
+    layers = {**result["layers"], NASTY: {**result["layers"]["2.bias"], "trace": None}}
+    return changed(result, layers=layers, settings__problem=NASTY, model__name=NASTY, samples=None)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("pages")
-    problem = seeded(net), nn.CrossEntropyLoss(), [(normal(8, 3), classes(8, 2))]
-    report(problem, where / "a", name=NASTY, k=3, num_probes=8, num_runs=2, num_steps=12, num_plane_points=5)
-    (where / "b").mkdir()
-    other_net = (where / "a" / "report.json").read_text().replace(json.dumps(NASTY)[1:-1], "last")
-    (where / "b" / "report.json").write_text(other_net)
-    compare(where / "a", where / "b", where / "compare.html")
+    nets = [report_of(truth(trained(num))) for num in (40, 60, 80)]
+    folders = [written(where / name, renamed(net)) for name, net in zip("abc", nets, strict=True)]
+    html.write(where / "a", html.template(), renamed(nets[0]))
+    compare(*folders[:2], out=where / "two.html")
+    compare(*folders, out=where / "three.html")
     return where
 
 
@@ -60,7 +59,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     driver.quit()
 
 
-@pytest.fixture(scope="module", params=["a/report.html", "compare.html"])
+@pytest.fixture(scope="module", params=["a/report.html", "two.html", "three.html"])
 def page(request: Any, browser: Any, folder: Path) -> Any:
     """The browser with a page open, every chart drawn."""
     browser.get((folder / request.param).as_uri())
@@ -92,7 +91,7 @@ def test_pages_draw_all_they_have_and_ask_for_nothing(page: Any) -> None:
 
 
 def column(page: Any, number: int) -> list[str]:
-    rows = "return [...document.querySelectorAll('#layers tbody tr')]"
+    rows = "return [...document.querySelectorAll('#layer-table tbody tr')]"
     return page.execute_script(
         f"{rows}.map((row) => row.cells[{number}].dataset.value ?? row.cells[{number}].innerText)"
     )
@@ -100,7 +99,7 @@ def column(page: Any, number: int) -> list[str]:
 
 def test_tables_are_sorted_with_the_keyboard(page: Any) -> None:
     before = column(page, 0)
-    headers = page.find_elements("css selector", "#layers thead th")
+    headers = page.find_elements("css selector", "#layer-table thead th")
     button = headers[3].find_element("tag name", "button")
     for order, sign in (("descending", -1), ("ascending", 1)):
         page.execute_script("arguments[0].focus()", button)
@@ -112,19 +111,70 @@ def test_tables_are_sorted_with_the_keyboard(page: Any) -> None:
         assert all(found[: len(values)])  # what there is no number of comes last
         assert sorted(column(page, 0)) == sorted(before)
     headers[0].find_element("tag name", "button").click()
-    by_name = [name for name in column(page, 0) if name.startswith("first")]
-    assert by_name == ["first.bias", "first.weight"]
+    assert [name for name in column(page, 0) if name[0].isdigit()] == ["0.bias", "0.weight", "2.bias", "2.weight"]
     for _ in range(2):
         headers[1].find_element("tag name", "button").click()
     assert column(page, 0) == before
-    assert len(page.find_elements("css selector", "#layers [aria-sort]")) == 1
+    assert len(page.find_elements("css selector", "#layer-table [aria-sort]")) == 1
 
 
-def test_pages_fit_a_phone(page: Any) -> None:
-    screen = {"width": 360, "height": 700, "deviceScaleFactor": 1, "mobile": True}
+def test_layers_are_filtered_by_a_part_of_their_names(page: Any) -> None:
+    entry = page.find_element("css selector", "[data-filter='layer-table']")
+    shown = "return [...document.querySelectorAll('#layer-table tbody tr')].filter((row) => row.offsetHeight).length"
+    entry.send_keys("BIAS")
+    assert page.execute_script(shown) == 2
+    assert page.find_element("css selector", ".filter output").text == "2 of 5"
+    entry.send_keys("\b\b\b\b")
+    assert page.execute_script(shown) == 5
+
+
+def test_contents_lead_to_their_parts(page: Any) -> None:
+    for link in page.find_elements("css selector", "nav a"):
+        link.click()
+        top = "return document.getElementById(location.hash.slice(1)).getBoundingClientRect().top"
+        end = "return scrollY + innerHeight >= document.documentElement.scrollHeight - 2"
+        assert -1 <= page.execute_script(top) < 40 or page.execute_script(end)
+    page.execute_script("scrollTo(0, 0)")
+
+
+def test_numbers_are_downloaded_from_the_page(page: Any, folder: Path, tmp_path: Path) -> None:
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    buttons = page.find_elements("css selector", "[data-download]")
+    assert len(buttons) >= 3
+    for button in buttons:
+        button.click()
+        file = tmp_path / button.get_attribute("data-download")
+        until(lambda file=file: file.exists() and file.stat().st_size > 0)
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    with (tmp_path / "layers.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["name"] for row in rows] == list(numbers["layers"])
+    key = "trace" if "trace" in rows[0] else "mean"
+    assert [row[key] for row in rows[:4]] == [repr(layer[key]) for layer in list(numbers["layers"].values())[:4]]
+    assert rows[4][key] == ""
+    if (tmp_path / "density.csv").exists():
+        written_before = json.loads((folder / "a" / "report.json").read_text())
+        assert numbers == {name: x for name, x in written_before.items() if name != "samples"}
+
+
+def until(done: Any) -> None:
+    end = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_nothing_is_cut_off_on_a_phone_without_a_sign(page: Any) -> None:
+    screen = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    wait(page, "[...document.querySelectorAll('.main-svg')].every((svg) => svg.clientWidth <= 360)")
-    assert page.execute_script("return document.documentElement.scrollWidth") <= 360
+    wait(page, "[...document.querySelectorAll('.main-svg')].every((svg) => svg.clientWidth <= 390)")
+    assert page.execute_script("return document.documentElement.scrollWidth") <= 390
+    cut = """return [...document.querySelectorAll('.wide')].map((wide) => [wide.scrollWidth > wide.clientWidth + 4,
+        wide.previousElementSibling.offsetHeight > 0])"""
+    wait(page, "document.querySelectorAll('.hint.on').length > 0")
+    signs = page.execute_script(cut)
+    assert all(wider == said for wider, said in signs) and any(wider for wider, _ in signs)
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
@@ -147,3 +197,16 @@ def test_pictures_are_printed_and_charts_are_not(page: Any) -> None:
     replaced = len(page.find_elements("css selector", ".still.replaced"))
     assert page.execute_script(seen) == [charts, pictures - replaced]
     assert replaced > 0
+
+
+def test_a_printed_heading_stays_with_what_follows(page: Any) -> None:
+    media(page, kind="print")
+    style = "return [...document.querySelectorAll('h2')].map((h) => getComputedStyle(h).breakAfter)"
+    assert set(page.execute_script(style)) == {"avoid"}
+    inside = "return [...document.querySelectorAll('figure, tr')].map((x) => getComputedStyle(x).breakInside)"
+    assert set(page.execute_script(inside)) == {"avoid"}
+    seen = (
+        "return [...document.querySelectorAll('nav, .filter, .hint, .downloads')].filter((x) => x.offsetHeight).length"
+    )
+    assert page.execute_script(seen) == 0
+    media(page)

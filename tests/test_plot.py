@@ -77,20 +77,66 @@ def test_density_is_logarithmic_and_shows_one_eigenvalue_among_many() -> None:
     assert high > 1.8
 
 
-def test_eigenvalues_carry_their_residuals() -> None:
-    ax = plot.eigen_plot(pairs(3.0, 2.0), Figure().subplots())
-    (bars,) = ax.containers[0].lines[2]
-    ends = np.array([segment[:, 1] for segment in bars.get_segments()])
-    assert ends.tolist() == [[2.5, 3.5], [1.5, 2.5]]
+def bars(ax: Any, number: int) -> list[list[float]]:
+    """The ends of the horizontal bars that were drawn as the n-th."""
+    return [segment[:, 0].tolist() for segment in ax.collections[number].get_segments()]
+
+
+def test_eigenvalues_carry_their_residuals_and_what_other_data_would_give() -> None:
+    known = pairs(3.0, -2.0)._replace(rounding=torch.tensor([0.25, 0.0]), data_stderr=torch.tensor([1.0, torch.nan]))
+    ax = plot.eigen_plot(known, Figure().subplots())
+    assert bars(ax, 1) == [[2.25, 3.75], [1.5, 2.5]]
+    assert bars(ax, 0) == [[pytest.approx(3 - 1.96), pytest.approx(3 + 1.96)], [2.0, 2.0]]
+    assert ax.get_xscale() == "log" and ax.yaxis_inverted()
+    assert ax.get_xlim()[1] >= 3 + 1.96
+
+
+def test_negative_numbers_are_hollow() -> None:
+    for ax in (plot.eigen_plot(pairs(3.0, -2.0)), plot.layer_plot(layers(3.0, -2.0))):
+        full, hollow = ax.lines
+        assert (full.get_xdata().tolist(), hollow.get_xdata().tolist()) == ([3.0], [2.0])
+        assert hollow.get_markerfacecolor() == ax.get_facecolor() != full.get_markerfacecolor()
+        plt.close(ax.figure)
 
 
 def test_layers_stand_in_the_order_of_the_net_with_their_errors() -> None:
     ax = plot.layer_plot(layers(1.0, 5.0, 2.0), Figure().subplots())
     assert [label.get_text() for label in ax.get_yticklabels()] == ["layer0", "layer1", "layer2"]
-    assert ax.yaxis_inverted()
-    assert [bar.get_width() for bar in ax.patches] == [1.0, 5.0, 2.0]
-    (bars,) = ax.containers[1].lines[2]
-    assert bars.get_segments()[1][:, 0].tolist() == [4.75, 5.25]
+    assert ax.yaxis_inverted() and ax.get_xscale() == "log"
+    assert ax.lines[0].get_xdata().tolist() == [1.0, 5.0, 2.0]
+    assert bars(ax, 1)[1] == [4.75, 5.25]
+
+
+def test_layers_of_two_nets_stand_side_by_side() -> None:
+    ax = plot.layer_plot({"A": layers(1.0, 5.0), "B": layers(2.0, 4.0)}, Figure().subplots())
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["A", "B"]
+    a, b = (line.get_ydata() for line in ax.lines if len(line.get_ydata()))
+    assert (a < b).all() and (b - a < 1).all()
+
+
+@pytest.mark.parametrize("values", [(1e-30, 1.0), (0.0, 1.0), (torch.nan, 1.0)])
+def test_what_is_too_small_for_the_axis_leaves_it_readable(values: tuple[float, float]) -> None:
+    figure = Figure()
+    ax = plot.layer_plot(layers(*values), figure.subplots())
+    figure.draw_without_rendering()
+    assert ax.get_xlim()[0] >= 1e-9
+    assert ax.lines[0].get_xdata().tolist() == [1.0]
+
+
+def test_a_band_is_filled_only_where_it_is_on_the_axis() -> None:
+    """A band that reaches to zero would be a block down to the floor of the axis."""
+    band = hf.Band(GRID, DENSITY.values - 0.01, DENSITY.values + 0.01)
+    ax = plot.density_plot(DENSITY, Figure().subplots(), band=band, floor=1e-4)
+    edges = np.concatenate([path.vertices for path in ax.collections[0].get_paths()])
+    inside = GRID[DENSITY.values - 0.01 > 1e-4]
+    assert (edges[:, 0].min(), edges[:, 0].max()) == (
+        pytest.approx(float(inside.min())),
+        pytest.approx(float(inside.max())),
+    )
+    dotted = ax.lines[0].get_ydata()
+    assert np.isfinite(dotted).sum() == len(GRID) - len(inside)
+    assert ax.get_ylim()[0] == 1e-4
+    assert len(plot.density_plot(DENSITY, Figure().subplots()).collections) == 0
 
 
 def test_many_layers_stay_readable() -> None:
@@ -111,8 +157,6 @@ def test_many_layers_stay_readable() -> None:
 )
 def test_axes_follow_the_data(values: list[float], scale: str) -> None:
     assert plot.line_plot([0.0, 1.0, 2.0], torch.tensor(values), Figure().subplots()).get_yscale() == scale
-    assert plot.eigen_plot(pairs(*values), Figure().subplots()).get_yscale() == scale
-    assert plot.layer_plot(layers(*values), Figure().subplots()).get_xscale() == scale
 
 
 def test_lines_are_told_apart_by_more_than_colour() -> None:
@@ -129,8 +173,8 @@ def test_colours_are_seen_on_light_and_on_dark_axes(style: str) -> None:
         dots = plot.eigen_plot({"A": pairs(3.0, 1.0), "B": pairs(2.0)}, figure.add_subplot(2, 2, 2))
         bars = plot.layer_plot(layers(1.0, -1.0), figure.add_subplot(2, 2, 3))
     background = curves.get_facecolor()
-    drawn = [line.get_color() for line in curves.lines] + [box.lines[0].get_color() for box in dots.containers]
-    drawn += [bar.get_facecolor() for bar in bars.patches] + [bars.containers[1].lines[2][0].get_color()[0]]
+    drawn = [line.get_color() for ax in (curves, dots, bars) for line in ax.lines]
+    drawn += [color for ax in (dots, bars) for color in ax.collections[1].get_colors()]
     assert all(contrast(color, background) >= 3 for color in drawn)
 
 

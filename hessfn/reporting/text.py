@@ -32,19 +32,22 @@ def summary(result: dict[str, Any]) -> str:
         "",
         f"loss {number(result['loss'])}, gradient norm {number(result['gradient_norm'])}{_accuracy(result)}",
         "",
-        f"{'':<20}{'value':>12}" + "".join(f"{title:>12}" for title in ERRORS.values()),
+        f"{'':<20}{'value':>12}" + "".join(f"{title:>11}" for title in ERRORS.values()),
     ]
     for name, one in headline(result).items():
         lines.append(f"{name:<20}{number(one['value']):>12}{_errors(one)}")
-    names = ("eigenvalues", "residuals", "rounding", "data_stderr", "converged")
-    for i, (x, residual, rounding, data_stderr, converged) in enumerate(
-        zip(*(result[name] for name in names), strict=True), 1
-    ):
-        found = {"residual": residual, "rounding": rounding, "data_stderr": data_stderr}
-        mark = "" if converged else " not converged"
-        lines.append(f"{f'  eigenvalue {i}':<20}{number(x):>12}{_errors(found)}{mark}"[:80])
+    lines += _eigenvalues(result)
     lines += ["", *_words(result), "", *_layers(result["layers"])]
     return "\n".join(lines)
+
+
+def _eigenvalues(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for i, (x, converged) in enumerate(zip(result["eigenvalues"], result["converged"], strict=True)):
+        names = {"residual": "residuals", "rounding": "rounding", "data_stderr": "data_stderr"}
+        found = {name: None if result[key] is None else result[key][i] for name, key in names.items()}
+        lines.append(f"{f'  eigenvalue {i + 1}':<20}{number(x):>12}{_errors(found)}{'' if converged else ' *'}")
+    return lines + ([] if all(result["converged"]) else ["  * not converged to the tolerance"])
 
 
 def headline(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -79,7 +82,7 @@ def largest_errors(numbers: dict[str, dict[str, Any]]) -> list[str]:
 
 def _errors(one: dict[str, Any]) -> str:
     cells = (f"{one[key]:.1e}" if finite(one.get(key)) else "-" if key not in one else "unknown" for key in ERRORS)
-    return "".join(f"{cell:>12}" for cell in cells)
+    return "".join(f"{cell:>11}" for cell in cells)
 
 
 def _words(result: dict[str, Any]) -> list[str]:
