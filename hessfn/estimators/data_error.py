@@ -73,10 +73,14 @@ def data_interval(forms: Tensor, weights: Tensor | None = None, *, level: float 
         raise InvalidInput(f"{call}: level={level} must be between 0 and 1")
     values, shares = _shares(forms, weights, call)
     mean, stderr, skewness, df = _spread(values, shares)
+    far = _far(df, level)
+    return mean - stderr * _unskewed(far, skewness), mean - stderr * _unskewed(-far, skewness)
+
+
+def _far(df: float, level: float) -> float:
     from scipy.special import stdtrit  # a fifth of a second to load
 
-    far = float(stdtrit(df, 0.5 + level / 2)) if df > 0 else math.inf
-    return mean - stderr * _unskewed(far, skewness), mean - stderr * _unskewed(-far, skewness)
+    return float(stdtrit(df, 0.5 + level / 2)) if df > 0 else math.inf
 
 
 def _unskewed(t: float, a: Tensor) -> Tensor:
@@ -185,7 +189,7 @@ def cross_fitted(
         matvec_a, matvec_b: products with the mean matrices of two halves, such as the batches of even and odd number.
         v0: where to start, as ``gaussian(params, 1)[0]``: it must not depend on the data.
         forms_a, forms_b: from a vector to its quadratic forms by batch in that half, as :func:`batch_forms` has them:
-            ``lambda v: batch_forms(make, half, v)`` with the vector as ``v``, without an axis in front.
+            ``lambda v: batch_forms(make, half, hf.tree.map(lambda x: x[None], v))``.
         whole: an eigenpair of both halves together, k = 1, where one is known; else it is computed.
         which: ``"LA"``, or ``"SA"`` for the smallest, of which all is the other way round.
         level: of the interval from ``lower`` to ``upper``.
@@ -238,13 +242,13 @@ def cross_fitted(
         count += float(whole.num_matvecs)
     q = tree.map(lambda x: x[0], whole.vectors)
     crossed, fitted = _joined(crossed_a, crossed_b), _joined(forms_a(q), forms_b(q))
-    ends = [data_interval(forms.values, forms.weights, level=level) for forms in (crossed, fitted)]
-    (lower, _), (_, upper) = ends if which == "LA" else ends[::-1]
-    crossed_mean, crossed_stderr = _mean(crossed)
-    fitted_mean, fitted_stderr = _mean(fitted)
-    return CrossFitted(
-        lower, upper, crossed_mean, crossed_stderr, fitted_mean, fitted_stderr, torch.tensor(math.ceil(count + 1))
-    )
+    inner = data_interval(crossed.values, crossed.weights, level=level)[0 if which == "LA" else 1]
+    crossed_mean, crossed_stderr, _, _ = _of(crossed)
+    mean, stderr, _, df = _of(fitted)
+    # This one is off outwards by itself: its skewness need not be taken out, which would move it much further.
+    outer = mean + _far(df, level) * stderr * (1 if which == "LA" else -1)
+    lower, upper = (inner, outer) if which == "LA" else (outer, inner)
+    return CrossFitted(lower, upper, crossed_mean, crossed_stderr, mean, stderr, torch.tensor(math.ceil(count + 1)))
 
 
 def _joined(a: Forms, b: Forms) -> Forms:
@@ -252,6 +256,5 @@ def _joined(a: Forms, b: Forms) -> Forms:
     return Forms(values, torch.cat([a.weights, b.weights.to(a.weights)]))
 
 
-def _mean(forms: Forms) -> tuple[Tensor, Tensor]:
-    mean, stderr, *_ = _spread(*_shares(forms.values, forms.weights, "cross_fitted(matvec_a, matvec_b, v0)"))
-    return mean, stderr
+def _of(forms: Forms) -> tuple[Tensor, Tensor, Tensor, float]:
+    return _spread(*_shares(forms.values, forms.weights, "cross_fitted(matvec_a, matvec_b, v0)"))

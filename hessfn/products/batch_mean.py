@@ -57,8 +57,23 @@ def batch_mean(
     require_batches(batches, _CALL)
     if weights is not None:
         return mean_of(make, batches, weights=weights, microbatch=microbatch, keep=keep)
-    made, before = _with_foresight(make)
     probe: list[T] = []
+    made, weigher = weighed(make, probe, keep)
+    averaged = mean_of(made, batches, weights=weigher, microbatch=microbatch, keep=keep)
+
+    def matvec(v: T) -> T:
+        if not probe:
+            probe.append(gaussian(v, 1)[0])
+        return averaged(v)
+
+    return matvec
+
+
+def weighed(
+    make: Callable[[Any], MatVec[T]], probe: list[T], keep: bool = False
+) -> tuple[Callable[[Any], MatVec[T]], Weigher]:
+    """``make``, and what weighs its batches where no weights are given: it looks at the first along ``probe[0]``."""
+    made, before = _with_foresight(make)
 
     def form(batch: Any) -> Tensor:
         return tree.dot(probe[0], before(batch)(probe[0]))
@@ -68,15 +83,7 @@ def batch_mean(
         # Its parts would be made too, and each batch is to be made once.
         return found._replace(weight_of=found.weight_of or length) if keep and found.value_of is None else found
 
-    weigher = Weigher(form, about, make, probe)
-    averaged = mean_of(made, batches, weights=weigher, microbatch=microbatch, keep=keep)
-
-    def matvec(v: T) -> T:
-        if not probe:
-            probe.append(gaussian(v, 1)[0])
-        return averaged(v)
-
-    return matvec
+    return made, Weigher(form, about, make, probe)
 
 
 def mean_of(
@@ -96,10 +103,16 @@ def mean_of(
         matvec = make(part)
         if keep:
             kept.append((weight, matvec))
-        return _product(matvec, v)
+        return product_of_batch(matvec, v)
 
     averaged = weighted_mean(
-        product, batches, weights=weights, microbatch=microbatch, device=_home, state=state, passes=1 if keep else None
+        product,
+        batches,
+        weights=weights,
+        microbatch=microbatch,
+        device=home_of,
+        state=state,
+        passes=1 if keep else None,
     )
     if not keep:
         return averaged
@@ -110,19 +123,19 @@ def mean_of(
             return later[0](v)
         kept.clear()  # of a pass that failed
         result = averaged(v)
-        products = [functools.partial(_product, matvec) for _, matvec in kept]
+        products = [functools.partial(product_of_batch, matvec) for _, matvec in kept]
         later.append(mean_of_kept(products, [float(weight) for weight, _ in kept], batches))
         return result
 
     return matvec
 
 
-def _product(matvec: MatVec[T], v: T) -> T:
+def product_of_batch(matvec: MatVec[T], v: T) -> T:
     require_matvec(matvec, f"{_CALL}: make(batch)")
     return tree.owned(tree.require_finite(tree.matched(matvec(v), v, "the product", "its vector"), "the product"))
 
 
-def _home(v: Tree) -> torch.device | None:
+def home_of(v: Tree) -> torch.device | None:
     return next((leaf.device for leaf in tree.leaves(v)), None)
 
 
