@@ -45,7 +45,7 @@ def line(
     """
     require_kinds(loss, params, "line(loss, params, direction, steps)")
     direction = tree.aligned(direction, params, "the direction")
-    return _losses(loss, params, [direction], _numbers(steps, params)[:, None], args, batch_size)
+    return losses_at(loss, params, [direction], _numbers(steps, params)[:, None], args, batch_size)
 
 
 def plane(
@@ -72,7 +72,7 @@ def plane(
     names = ("the first direction", "the second direction")
     along = [tree.aligned(d, params, name) for d, name in zip(pair, names, strict=True)]
     x, y = _numbers(steps_x, params), _numbers(steps_y, params)
-    return _losses(loss, params, along, torch.cartesian_prod(x, y), args, batch_size).reshape(len(x), len(y))
+    return losses_at(loss, params, along, torch.cartesian_prod(x, y), args, batch_size).reshape(len(x), len(y))
 
 
 def require_kinds(loss: Loss, params: Tree, call: str, *, floating: bool = False) -> None:
@@ -80,9 +80,11 @@ def require_kinds(loss: Loss, params: Tree, call: str, *, floating: bool = False
     require_vector(params, "params", call, floating=floating)
 
 
-def _losses(
-    loss: Loss, params: Tree, directions: Sequence[Tree], points: Tensor, args: tuple[Any, ...], batch_size: int
+def losses_at(
+    loss: Loss, params: Tree, directions: Sequence[Tree], points: Tensor, args: tuple[Any, ...], batch_size: int = 1
 ) -> Tensor:
+    """The losses ``(len(points),)`` at ``params + sum_i points[:, i] directions[i]``."""
+
     def at(point: Tensor) -> Tensor:
         where = params
         for direction, step in zip(directions, point, strict=True):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from operator import length_hint
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from hessfn.core.results import EigenPairs
 from hessfn.core.tree import Tree
 from hessfn.landscape import slices
 from hessfn.landscape.directions import random_direction
+from hessfn.landscape.refinement import Refined, refinement, side_by_side
 from hessfn.losses.batches import mean
+from hessfn.parallel.all_reduce import ShardedBatches, gather
 from hessfn.products.loss_checks import plain_gradient
 from hessfn.reporting.analysis import Landscape, Plane
 from hessfn.reporting.options import Options
@@ -23,23 +27,52 @@ from hessfn.reporting.progress import progress_bar
 from hessfn.reporting.text import number
 
 _LINE_POINTS = 31
+_COARSE_LINE, _COARSE_PLANE = 7, 5  # points that are measured before others are chosen, each way
+_USUAL_POINTS = 90  # so many were measured of the loss of a ResNet20
+
+Wanted = dict[str, list[int]]
 
 
 def analyse_landscape(problem: Prepared, value: Tensor, eigen: EigenPairs, options: Options) -> Landscape:
-    """The loss around the parameters, where it is ``value``; every batch is read once."""
+    """The loss around the parameters, where it is ``value``: measured where it bends, and interpolated in between.
+
+    The batches are read once for each round of points, about ten times.
+    """
     first, *others = eigen.values.abs().argsort(descending=True).tolist()
     top = tree.map(lambda leaf: leaf[first], eigen.vectors)
     directions = {"top eigenvector": top, "random": random_direction(problem.params, seed=options.seed)}
     directions |= _gradient_direction(problem)
     radius = options.radius or _default_radius(value, eigen.values[first], problem.params)
     num_points = options.num_plane_points if others else 0
-    steps, grid = (torch.linspace(-radius, radius, num, dtype=torch.float64) for num in (_LINE_POINTS, num_points))
-    second = tree.map(lambda leaf: leaf[others[0]], eigen.vectors) if num_points else None
-    losses = _losses(problem, directions, steps, second, grid, options)
-    if not num_points:
-        return Landscape(steps, losses["lines"], None)
-    names = [f"eigenvector of {number(float(eigen.values[i]))}" for i in (first, others[0])]
-    return Landscape(steps, losses["lines"], Plane(grid, losses["plane"], names))
+    steps, axis = (np.linspace(-radius, radius, num) for num in (_LINE_POINTS, num_points))
+    with progress_bar(options, _USUAL_POINTS * length_hint(problem.batches), "point", "landscape") as bar:
+        along = {name: [direction] for name, direction in directions.items()}
+        lines = _losses(problem, along, dict.fromkeys(along, steps[:, None]), bar)
+        curves = {name: torch.from_numpy(line.losses) for name, line in lines.items()}
+        measured = {name: torch.from_numpy(line.measured) for name, line in lines.items()}
+        plane = None
+        if num_points:
+            second = tree.map(lambda leaf: leaf[others[0]], eigen.vectors)
+            names = [f"eigenvector of {number(float(eigen.values[i]))}" for i in (first, others[0])]
+            plane = _plane(problem, [top, second], names, axis, _in_plane(steps, lines["top eigenvector"]), bar)
+        bar.total = bar.n
+    return Landscape(torch.from_numpy(steps), curves, plane, measured)
+
+
+def _plane(
+    problem: Prepared, directions: list[Tree], names: list[str], axis: Any, known: tuple[Any, Any], bar: Any
+) -> Plane:
+    """The loss over a plane, of which it is known along a line."""
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    found = _losses(problem, {"plane": directions}, {"plane": grid}, bar, known)["plane"]
+    losses, measured = (torch.from_numpy(x).reshape(len(axis), len(axis)) for x in (found.losses, found.measured))
+    return Plane(torch.from_numpy(axis), losses, measured, names)
+
+
+def _in_plane(steps: Any, line: Refined) -> tuple[Any, Any]:
+    """The points of a line along the first direction that were measured, and their losses."""
+    x = steps[line.measured]
+    return np.stack([x, np.zeros_like(x)], -1), line.losses[line.measured]
 
 
 def _gradient_direction(problem: Prepared) -> dict[str, Tree]:
@@ -60,23 +93,49 @@ def _default_radius(value: Tensor, curvature: Tensor, theta: Tree) -> float:
     return min((r for r in (tenfold, 0.1 * float(tree.norm(theta))) if 0 < r < math.inf), default=1.0)
 
 
+def _start(grid: Any) -> list[int]:
+    """A coarse grid with the ends and the middle; along a line also both neighbours of the middle."""
+    is_line = grid.shape[1] == 1
+    width = len(grid) if is_line else math.isqrt(len(grid))
+    axis = {round(i) for i in np.linspace(0, width - 1, min(width, _COARSE_LINE if is_line else _COARSE_PLANE))}
+    if is_line:
+        return sorted(axis | {width // 2 - 1, width // 2 + 1})
+    return [i * width + j for i in sorted(axis) for j in sorted(axis)]
+
+
 def _losses(
-    problem: Prepared, directions: dict[str, Tree], steps: Tensor, second: Tree | None, grid: Tensor, options: Options
-) -> dict[str, Any]:
-    """The mean loss along lines; and over the plane of the first and a second direction, if there is one."""
-    num_points = len(directions) * len(steps) + (0 if second is None else len(grid) ** 2)
-    with progress_bar(options, num_points * length_hint(problem.batches), "point", "landscape") as bar:
+    problem: Prepared, directions: Mapping[str, list[Tree]], grids: Mapping[str, Any], bar: Any, known: Any = None
+) -> dict[str, Refined]:
+    """The mean loss on grids, each over its directions; the points of a round are measured in one pass."""
+    batches = problem.batches
 
-        def point(params: Tree, batch: Any) -> Tensor:
-            bar.update()
-            return problem.loss(params, batch)
+    def point(params: Tree, batch: Any) -> Tensor:
+        bar.update()
+        return problem.loss(params, batch)
 
-        def of_batch(batch: Any) -> dict[str, Any]:
-            theta = problem.params
-            lines = {name: slices.line(point, theta, along, steps, batch) for name, along in directions.items()}
-            if second is None:
-                return {"lines": lines}
-            plane = slices.plane(point, theta, (directions["top eigenvector"], second), grid, grid, batch)
-            return {"lines": lines, "plane": plane}
+    def losses_at(wanted: Wanted) -> dict[str, dict[int, float]]:
+        some = {name: indices for name, indices in wanted.items() if indices}
+        where = {name: torch.from_numpy(grids[name][indices]) for name, indices in some.items()}
 
-        return mean(of_batch, problem.batches, weights=problem.weights)()
+        def of_batch(batch: Any) -> dict[str, Tensor]:
+            return {
+                name: slices.losses_at(point, problem.params, directions[name], points, (batch,)).double()
+                for name, points in where.items()
+            }
+
+        bar.total = max(bar.total or 0, bar.n + sum(map(len, some.values())) * length_hint(batches))
+        found = mean(of_batch, batches, weights=problem.weights)() if some else {}
+        return {
+            name: dict(zip(indices, found[name].tolist(), strict=True)) if indices else {}
+            for name, indices in wanted.items()
+        }
+
+    def agree(decision: Any) -> Any:
+        return gather(decision, batches.group)[0] if isinstance(batches, ShardedBatches) else decision
+
+    at_once = {1: 2, 2: 5}  # of each grid in a round, by its dimensions
+    dialogues = {
+        name: refinement(grid, _start(grid), known=known, at_once=at_once[grid.shape[1]])
+        for name, grid in grids.items()
+    }
+    return side_by_side(dialogues, losses_at, agree)
