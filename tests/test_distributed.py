@@ -261,6 +261,30 @@ def test_torchrun_gives_the_report_of_one_process_and_one_progress_bar(tmp_path:
     assert list(numbers(two)) == pytest.approx(list(numbers(one)), rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_of_torchrun_is_named_and_no_folder_is_left(victim: int, tmp_path: Path) -> None:
+    (tmp_path / "small.py").write_text(
+        f"import os\nopen({str(tmp_path)!r} + '/pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\n{PROBLEM}"
+    )
+    out = tmp_path / "out"
+    report = ["report", f"{tmp_path / 'small.py'}:small", "--num-probes", "1000000", "--out", str(out)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with subprocess.Popen([*torchrun, "-m", "hessfn", *report], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 90
+        while not (out / ".unfinished" / "lock").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.05)
+        pid = int((tmp_path / f"pid{victim}").read_text())
+        os.kill(pid, signal.SIGKILL)
+        assert process.stderr is not None
+        said = process.stderr.read().replace("\r", "\n")
+    lines = [line for line in said.splitlines() if "hessfn: " in line]
+    assert len(lines) == 1, said
+    assert f"rank {1 - victim}: " in lines[0]
+    assert f"rank {victim} (process {pid}) has died: it was killed" in lines[0]
+    assert not out.exists() or list(out.iterdir()) == []
+
+
 def numbers(x: Any) -> Iterator[Any]:
     """The leaves of what JSON holds, those that are no numbers included."""
     for part in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +18,8 @@ from nets import classes, normal, seeded
 from torch import nn
 from tqdm.auto import tqdm
 
+from hessfn.core.errors import CannotWrite
+from hessfn.core.notes import notes
 from hessfn.quantization import sensitivity
 from hessfn.reporting import html, progress, spectrum, text
 from hessfn.reporting.cli import main
@@ -148,13 +152,11 @@ def test_traces_by_layer_go_on_where_they_were(made: Any, numbers_only: None, tm
         report(problem(), tmp_path / "out", **options)
     assert num_products(tmp_path / "out") == needed - 2
     (record,) = (tmp_path / "out" / ".unfinished" / "activations-1").glob("*-1")
-    whole = record.read_bytes()
-    record.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=f"{record.name}' is damaged"):
-        report(problem(), tmp_path / "out", resume=True, **options)
-    record.write_bytes(whole)
-    counted = made(2)
-    assert report(problem(), tmp_path / "out", resume=True, **options) == expected
+    record.write_bytes(record.read_bytes()[:-1])
+    counted = made(3)  # the two that are missing, and the damaged one
+    with pytest.warns(UserWarning, match=f"{record.name}' is damaged .*: its product is computed again"):
+        assert report(problem(), tmp_path / "out", resume=True, **options) == expected
+    assert len(counted) == 3
 
 
 def other_code() -> tuple[Any, Any, Any]:
@@ -273,8 +275,9 @@ def test_what_a_killed_report_left_half_written_goes_and_a_second_one_waits(numb
         try:
             assert other.stdout is not None
             assert other.stdout.readline() == "held\n"
-            with pytest.raises(BlockingIOError, match="in use by another process"):
+            with pytest.raises(BlockingIOError, match="in use by another process") as error:
                 report(problem(), tmp_path, **QUICK)
+            assert notes(error.value) == []
         finally:
             other.send_signal(signal.SIGKILL)
     report(problem(), tmp_path, **QUICK)
@@ -307,6 +310,90 @@ def test_a_full_disk_says_how_to_go_on(
     monkeypatch.undo()
     monkeypatch.setattr(html, "write", lambda folder, *_: (folder / "report.json").write_text("{}"))
     assert main([*arguments, "--resume"]) == 0
+
+
+def test_no_advice_is_given_about_products_that_may_be_of_another_problem(
+    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "problem.py", tmp_path / "out"
+    file.write_text(f"{PROBLEM}\ndef interrupted():\n    raise KeyboardInterrupt\n")
+    run = ["report", f"{file}:small", "--out", str(out), "--num-plane-points", "0"]
+    made(5)
+    assert main(run) == 130
+    assert "; 5 products are kept, --resume goes on from there" in capsys.readouterr().err
+    with records.lock(out / ".unfinished" / "lock"):  # of a process whose report these products are
+        assert main([*run, "--resume"]) == 2
+        said = capsys.readouterr().err
+    assert "in use by another process" in said
+    assert "--resume" not in said
+    made(2)
+    assert main([*run, "--no-journal"]) == 130
+    assert "--resume" not in capsys.readouterr().err
+    assert main(["report", f"{file}:interrupted", "--out", str(out)]) == 130
+    assert "--resume" not in capsys.readouterr().err
+    assert num_products(out) == 5
+
+
+def test_there_must_be_something_to_resume(numbers_only: None, tmp_path: Path) -> None:
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(ValueError, match="there is nothing to resume in"):
+            report(problem(), folder, resume=True, **QUICK)
+        assert list(tmp_path.iterdir()) == []
+    report(problem(), tmp_path / "done", **QUICK)
+    with pytest.raises(ValueError, match="there is nothing to resume in"):
+        report(problem(), tmp_path / "done", resume=True, **QUICK)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ends by signal")
+def test_what_is_ended_by_a_scheduler_leaves_its_products_and_nothing_half_written(tmp_path: Path) -> None:
+    file, out = tmp_path / "problem.py", tmp_path / "out"
+    file.write_text(PROBLEM)
+    run = [sys.executable, "-m", "hessfn", "report", f"{file}:small", "--out", str(out), "--num-probes", "100000"]
+    with subprocess.Popen(run, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and num_products(out) < 5:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        said = process.stderr.read().replace("\r", "\n").splitlines()[-1]
+    assert process.returncode == 143, said
+    assert said.startswith("hessfn: ended by SIGTERM, no report was written; ")
+    assert said.endswith(f"{num_products(out)} products are kept, --resume goes on from there")
+    assert [file.name for file in out.iterdir()] == [".unfinished"]
+
+
+def test_a_full_disk_names_the_file_of_the_report(tmp_path: Path) -> None:
+    with pytest.raises(CannotWrite, match=r"out/density\.png' cannot be written \(File too large\): make room"):
+        fill_the_disk(tmp_path / "out", "density.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def fill_the_disk(out: Path, name: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_workspace(out, Options()) as (_, scratch):
+        assert scratch is not None
+        (scratch / "report.json").write_text("{}")
+        os.utime(scratch / "report.json", ns=(0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            (scratch / name).write_bytes(bytes(2000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def write_both(out: Path) -> None:
+    with open_workspace(out, Options()) as (_, scratch):
+        assert scratch is not None
+        for name in ("before.txt", "report.json"):
+            (scratch / name).write_text("after")
+
+
+def test_a_report_replaces_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()
+    (tmp_path / "before.txt").write_text("before")
+    with pytest.raises(CannotWrite, match=r"report\.json' cannot be written \(it is no file\)"):
+        write_both(tmp_path)
+    assert (tmp_path / "before.txt").read_text() == "before"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["before.txt", "report.json"]
 
 
 def test_unfinished_work_is_gone_with_its_folders_once_it_is_done(tmp_path: Path) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
 from operator import length_hint
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -121,25 +119,6 @@ def across(group: Group) -> Callable[[Compute, tuple[Any, ...]], Tree]:
     return average
 
 
-@contextlib.contextmanager
-def launched(timeout: float) -> Iterator[Group]:
-    """The group of the processes that ``torchrun`` started, or None where it did not start this one.
-
-    A process that waits ``timeout`` seconds for another raises ``RuntimeError``.
-    """
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield None
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
-
-
 def _require_initialized() -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise RankError(
@@ -247,5 +226,5 @@ def _explained(group: Group) -> Iterator[None]:
     except RuntimeError as error:
         raise RankError(
             f"rank {dist.get_rank(group)} could not reach the others: one has died, hangs or does something else; see "
-            f"its own message ({str(error).splitlines()[0]})"
+            f"its own message ({str(error).splitlines()[0].partition('. ')[0]})"
         ) from error

@@ -24,14 +24,14 @@ def load_problem(spec: str, arguments: dict[str, Any]) -> Any:
         raise InvalidInput(f"PROBLEM {spec!r} must be module:function or path/to/file.py:function")
     try:
         module = _import(where)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidInput(f"PROBLEM {spec!r} cannot be imported: {_explain(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise InvalidInput(f"PROBLEM {spec!r}: there is no function {name!r} in {where}")
     try:
         return function(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidInput(f"PROBLEM {spec!r} failed: {_explain(error)}") from error
 
 
@@ -51,7 +51,7 @@ def _import(where: str) -> ModuleType:
     return module
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     """An exception in one line, with the place in the problem's code where it came from."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""

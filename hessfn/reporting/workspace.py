@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -10,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hessfn.core.errors import FolderInUse, InvalidInput
+from hessfn.core.errors import CannotWrite, FolderInUse, InvalidInput
+from hessfn.core.notes import add_note
 from hessfn.core.tree import MatVec
 from hessfn.reporting.options import Options
 from hessfn.storage import records
@@ -35,11 +37,24 @@ def open_workspace(out: Path, options: Options) -> Iterator[Workspace]:
 
     Raises:
         FolderInUse: another process has opened it.
-        InvalidInput: ``out`` cannot be written to.
+        InvalidInput: ``out`` cannot be written to, or there is nothing to resume in it.
+        CannotWrite: a file of the report cannot be written, as on a full disk.
     """
     if not options.is_first_process:
-        yield Workspace(None, None)
+        try:
+            yield Workspace(None, None)
+        except BaseException:
+            _clear_after_a_kill(out)
+            raise
         return
+    if options.resume:
+        with _explained(out):
+            found = (out / _UNFINISHED).is_dir()
+        if not found:
+            raise InvalidInput(
+                f"there is nothing to resume in {str(out)!r}: no report was begun there, or none was left unfinished. "
+                "Without resume a report begins anew"
+            )
     with _unfinished(out) as journals, staging(out) as scratch:
         yield Workspace(journals if options.keeps_products else None, scratch)
 
@@ -58,7 +73,13 @@ def keep_in(folder: Path | None, key: Mapping[str, Any], *, resume: bool) -> Kee
 
 def num_products(out: Path) -> int:
     """How many products an unfinished report in ``out`` has made."""
-    return sum(len(products_in(folder)) for folder in (out / _UNFINISHED).glob("*") if folder.is_dir())
+    return len(_products(out))
+
+
+def _products(out: Path) -> dict[Path, int]:
+    """The files of the products in ``out``, and when each was written."""
+    folders = [folder for folder in (out / _UNFINISHED).glob("*") if folder.is_dir()]
+    return {file: file.stat().st_mtime_ns for folder in folders for file in products_in(folder)}
 
 
 @contextlib.contextmanager
@@ -68,9 +89,9 @@ def staging(out: Path) -> Iterator[Path]:
         with _explained(out):
             scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=out))
         try:
-            yield scratch
-            for file in sorted(scratch.iterdir()):
-                os.replace(file, out / file.name)
+            with _named(scratch, out):
+                yield scratch
+            _move(scratch, out)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -80,17 +101,20 @@ def _unfinished(out: Path) -> Iterator[Path]:
     """The folder of journals; gone once the report is written.
 
     It stays after what may not happen again, such as an interrupt or a full disk; after a mistake, which will happen
-    again, only products of before stay.
+    again, only products of before stay. The error has a note of what is kept, if that is this report's: products of
+    before may be those of another problem.
     """
     journals = out / _UNFINISHED
     with _folder(out), _locked(journals, out):
-        for scratch in out.glob(f"{_SCRATCH}*"):  # of a process that was killed
-            shutil.rmtree(scratch, ignore_errors=True)
-        stays, before = False, num_products(out)
+        _remove_scratch(out)
+        stays, before = False, _products(out)
         try:
             yield journals
         except BaseException as error:
-            stays = (before if isinstance(error, ValueError) else num_products(out)) > 0
+            mistake, now = isinstance(error, ValueError), _products(out)
+            stays = bool(before if mistake else now)
+            if not mistake and now.items() - before.items():
+                add_note(error, f"{len(now)} products are kept, --resume goes on from there")
             raise
         finally:
             if not stays:
@@ -99,12 +123,30 @@ def _unfinished(out: Path) -> Iterator[Path]:
                 shutil.rmtree(renamed, ignore_errors=True)
 
 
+def _remove_scratch(out: Path) -> None:
+    """Removes what a process that was killed has half written."""
+    for scratch in out.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _clear_after_a_kill(out: Path) -> None:
+    """Removes what the first process has left, if it was killed. A living one has the lock, and does so itself."""
+    journals = out / _UNFINISHED
+    with contextlib.suppress(OSError):
+        if journals.is_dir():
+            with records.lock(journals / "lock"):
+                _remove_scratch(out)
+                if not _products(out):
+                    shutil.rmtree(journals)
+
+
 @contextlib.contextmanager
 def _folder(path: Path) -> Iterator[None]:
     """A folder with its parents. Those that are new and still empty at the end are removed."""
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    new: list[Path] = []
     try:
         with _explained(path):
+            new += [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
         yield
     finally:
@@ -133,6 +175,48 @@ def _explained(out: Path) -> Iterator[None]:
         raise InvalidInput(
             f"the report cannot be written to {str(out)!r} ({error.strerror}): take another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def _named(scratch: Path, out: Path) -> Iterator[None]:
+    """An error of the system at a file of the scratch folder becomes one that names what the file was to be."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except OSError as error:
+        name = _file_of(error, scratch)
+        if name is None:
+            raise
+        remedy = "make room and run it again" if error.errno in _FULL else "take another name or folder"
+        raise CannotWrite(error.errno, f"{str(out / name)!r} cannot be written ({error.strerror}): {remedy}") from error
+
+
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def _file_of(error: OSError, scratch: Path) -> str | None:
+    """The file in a scratch folder that an error is about; None where it is about something else."""
+    if isinstance(error.filename, str):
+        path = Path(error.filename)
+        return "" if path == scratch else path.name if path.parent == scratch else None
+    # A file that is written to does not tell its name: it is the one that was last written to.
+    files = sorted(scratch.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    return files[-1].name if files and error.errno in _FULL else None
+
+
+def _move(scratch: Path, out: Path) -> None:
+    files = sorted(scratch.iterdir())
+    for file in files:
+        target = out / file.name
+        if target.exists() and not target.is_file():  # a folder or a device; asked before any file is moved
+            raise CannotWrite(errno.EEXIST, f"{str(target)!r} cannot be written (it is no file): take another name")
+    try:
+        for file in files:
+            os.replace(file, out / file.name)
+    except OSError as error:
+        message = f"{error.filename2!r} cannot be written ({error.strerror}): take another folder"
+        raise CannotWrite(error.errno, message) from error
 
 
 def _drop_journals(folder: Path) -> None:

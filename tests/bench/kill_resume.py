@@ -107,7 +107,8 @@ def soak(problem: str, kills: int, seed: int, forked: bool, options: list[str], 
     while True:
         out = folder / f"report{report}"
         before, over = num_products(out), False
-        pid = begin(log, [problem, "--out", str(out), "--resume", *options], forked)
+        again_there = ["--resume"] if (out / ".unfinished").exists() else []
+        pid = begin(log, [problem, "--out", str(out), *again_there, *options], forked)
         while "begun" not in log.read_text():
             assert not ended(pid, 0.01), "a report did not begin"
         most, limit = rng.randint(0, max(2, 2 * num // kills)), time.monotonic() + rng.uniform(0, took)
