@@ -90,6 +90,13 @@ class Quadrature(NamedTuple):
     weights: Tensor  #: (p, m), at least 0, without unit; each row sums to 1
 
 
+class NegativeShare(NamedTuple):
+    """How much of the squared curvature is negative, from :func:`hessfn.negative_share_of_squares`."""
+
+    share: Estimate[Tensor]  #: (), from 0 to 1, without unit, with its error by the probes
+    steps_error: Tensor  #: (), the error of the quadrature itself, which the probes do not see
+
+
 class Density(NamedTuple):
     """A smoothed spectral density, from :func:`hessfn.density`."""
 
@@ -173,6 +180,15 @@ class CrossFitted(NamedTuple):
     num_matvecs: (
         Tensor  #: (), int64, products with the mean over all batches, to which those of parts add up
     )
+
+
+class BlockTops(NamedTuple):
+    """The eigenvalue of largest magnitude of some leaves' diagonal blocks, from :func:`hessfn.block_tops`."""
+
+    values: dict[str, Tensor]  #: (), in the unit of the eigenvalues
+    residuals: dict[str, Tensor]  #: (), ``||A_ll v - value v||``: an eigenvalue of the block is no further than this
+    converged: dict[str, Tensor]  #: (), bool, whether the residual is at most ``rtol |value|``
+    num_matvecs: Tensor  #: (), int64, the products that were made, for all of them
 
 
 add_safe_globals([kind for kind in list(globals().values()) if hasattr(kind, "_fields")])
