@@ -64,6 +64,27 @@ def two_parts(batch: Any, most: int | None = None) -> tuple[Any, Any, Any] | Non
     return (some, rows(batch, 0, cut), rows(batch, cut, stop)) if stop > 1 else None
 
 
+def few(batch: Any) -> Any | None:
+    """About eight samples of a batch, evenly spaced, a quarter of it at most; None where it cannot be cut so.
+
+    A tensor of a multiple of the batch's length has several rows a sample, as flattened targets have.
+    """
+    if not all(isinstance(as_tensor(x), (Tensor, *PLAIN)) for x in tree.leaves(batch)):
+        return None
+    size = next((len(x) for x in tensors(batch) if x.dim()), 0)
+    stride = max(4, size // 8)
+    if size < 8 or any(x.layout != torch.strided or (x.dim() and len(x) % size) for x in tensors(batch)):
+        return None
+
+    def some(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.dim():
+            rows = x.detach().reshape(size, -1, *x.shape[1:])[::stride].flatten(0, 1)
+            return rows.clone().requires_grad_(x.requires_grad)
+        return x.reshape(size, -1, *x.shape[1:])[::stride].reshape(-1, *x.shape[1:]) if np.ndim(x) else x
+
+    return tree.map(some, batch)
+
+
 def refuse_uneven(batch: Any) -> None:
     """Raises where the tensors of a batch are not all cut into the same samples."""
     size = length(batch)

@@ -30,7 +30,13 @@ class Evidence(NamedTuple):
 
 
 def evidence(
-    loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, value: Tensor, custom: bool = False
+    loss: Loss,
+    params: Tree,
+    args: tuple[Any, ...],
+    v: Tree,
+    value: Tensor,
+    custom: bool = False,
+    narrow: bool = True,
 ) -> Evidence | None:
     """Two gradients; None where no difference tells anything.
 
@@ -40,6 +46,7 @@ def evidence(
     Args:
         value: the loss at ``params``, in its own dtype: how far float64 is from it says how exact it is.
         custom: whether the loss has an ``autograd.Function``.
+        narrow: whether what takes its own dtype only is differenced in that.
     """
     given = [x for x in tree.leaves((params, args, v)) if isinstance(x, Tensor)]
     if any(layout(x) or x.is_meta or x.is_complex() or x.device.type == "mps" for x in given):
@@ -48,8 +55,7 @@ def evidence(
         return None
     if not math.isfinite(float(tree.norm(params))):
         return None
-    narrow = _tolerance(params)
-    for wide in (True, False):
+    for wide in (True, False)[: 1 + narrow]:
         at, rest, along = tree.map(widened, (params, args, v)) if wide else (params, args, v)
         tape = Tape(wide, all_without_grad=not custom)
         try:
@@ -59,7 +65,7 @@ def evidence(
             if rounding < 1e-2:
                 relative = 1e-8 if wide else tree.eps(at) ** 0.25
                 seen = _evidence(_along(loss, tape, at, rest, along), at, along, relative, float(exact.detach().abs()))
-                return seen._replace(tolerance=narrow + (30 * rounding**0.5 if wide else 0.3))
+                return seen._replace(tolerance=_tolerance(params) + (30 * rounding**0.5 if wide else 0.3))
         except Exception:  # it takes its own dtype only, or its gradient cannot be had alone: the modes will tell
             continue
     return None

@@ -23,9 +23,10 @@ from hessfn.products.batch_mean import mean_of
 from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, not_finite, verdict
 from hessfn.products.just_in_time import PATIENCE, product_of
 from hessfn.products.ladder import blame
-from hessfn.products.loss_checks import Loss, check_loss
+from hessfn.products.loss_checks import Inspected, Loss, inspect
 from hessfn.products.loss_memory import copied, memory_of, shapes_of
 from hessfn.products.modes import ModeName, differentiating
+from hessfn.products.part_check import PartCheck
 
 
 def hvp(
@@ -129,14 +130,14 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
         lambda x: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, (params, args)
     )
     with differentiating():
-        value = check_loss(loss, params, args)
+        inspected = inspect(loss, params, args)
     product = MadeHere(_linear_product, loss, params, args, compile)
 
     def matvec(v: T) -> T:
         return tree.owned(tree.unflatten(product.made(*tree.leaves(tree.aligned(v, params))), params))
 
     if check:
-        _hold(loss, params, args, value, matvec)
+        _hold(loss, params, args, inspected, matvec)
     return knowing(matvec, of_loss(loss), lambda batch: loss(params, batch))
 
 
@@ -159,16 +160,23 @@ _CONSTANT = (
 )
 
 
-def _hold(loss: Loss, params: T, args: tuple[Any, ...], value: Tensor, matvec: MatVec[T]) -> None:
+def _hold(loss: Loss, params: T, args: tuple[Any, ...], inspected: Inspected, matvec: MatVec[T]) -> None:
     """Raises where the linearized product is not what gradients of the loss say, once for its shapes."""
     memory, key = memory_of(loss), ("linearized", *shapes_of((params, args)))
     if memory.is_right.get(key) or is_observed(*tree.leaves((params, args))):
         return
     v = gaussian(params, 1)[0]
-    seen = evidence(loss, params, args, v, value)
-    if seen is None:
+    of_part = PartCheck(loss, params, args, v, inspected.has_custom_backward)
+    seen = None if of_part.ask_with_plain() else evidence(loss, params, args, v, inspected.value)
+    if of_part.plain is None and seen is None:
         return
     found = matvec(v)
+    if of_part.agrees_with_plain(found):
+        memory.is_right[key] = True
+        return
+    seen = seen or evidence(loss, params, args, v, inspected.value)
+    if seen is None:
+        return
     said = verdict(found, seen)
     if said == "not finite":
         raise not_finite(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from hessfn.products.first_check import AT_A_KINK, Evidence, disagreement, evide
 from hessfn.products.loss_checks import Inspected, Loss, inspect, refuse_once_differentiable, two_differences
 from hessfn.products.loss_memory import Memory, Trace, memory_of, shapes_of
 from hessfn.products.modes import MODES, Product, differentiating, of_loss, of_trace
+from hessfn.products.part_check import PartCheck
 from hessfn.products.reasons import listed, reason
 from hessfn.products.wrong_operation import wrong_operation
 
@@ -101,7 +103,7 @@ def climb(
     is_checked = check and not is_observed(*tree.leaves((params, args, v)))
     judge = Judge(loss, params, args, v, inspected)
     if is_checked and (order[0], *shapes) not in memory.is_right:
-        judge.ask()  # before a trace, which would not hold for a loss that counts its calls
+        judge.ask(order[0])  # before a trace, which would not hold for a loss that counts its calls
     finding, reasons = "", list(reasons)
     for name in order:
         key = (name, *shapes)
@@ -146,35 +148,55 @@ class Judged(NamedTuple):
 
 
 class Judge:
-    """Holds products against gradients of the loss, which it asks for once, and only if it is asked."""
+    """Holds products against gradients of the loss, which it asks for once, and only if it is asked.
+
+    Some of the samples are asked first. What is right there is right; all samples are asked of the rest.
+    """
 
     def __init__(self, loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, inspected: Inspected) -> None:
         self.loss, self.params, self.args, self.v, self.inspected = loss, params, args, v, inspected
-        self.along = v
-        self.seen: Evidence | None = None
-        self.is_asked = False
+        self.of_part: PartCheck | None = None
+        self.of_all: list[Evidence | None] = []
 
-    def ask(self) -> None:
-        if not self.is_asked:
-            loss, inspected = self.loss, self.inspected
-            self.along = self.v if is_generic(self.v) else gaussian(self.params, 1)[0]
+    def ask(self, name: str) -> PartCheck:
+        """Before a product in this mode, and before its trace."""
+        if self.of_part is None:
+            along = self.v if is_generic(self.v) else gaussian(self.params, 1)[0]
+            custom = self.inspected.has_custom_backward
+            self.of_part = PartCheck(self.loss, self.params, self.args, along, custom)
+            if not (self.of_part.ask_with_plain() if name == "traced" else self.of_part.ask()):
+                self.ask_all(along)
+        return self.of_part
+
+    def ask_all(self, along: Tree) -> Evidence | None:
+        if not self.of_all:
+            inspected = self.inspected
             custom = inspected.has_custom_backward
-            self.seen = evidence(loss, self.params, self.args, self.along, inspected.value, custom)
-            self.is_asked = True
+            self.of_all = [evidence(self.loss, self.params, self.args, along, inspected.value, custom)]
+        return self.of_all[0]
 
     def __call__(self, name: str, found: Found, result: Tree) -> Judged:
-        self.ask()
-        if self.seen is None:
+        of_part = self.ask(name)
+        along = of_part.v
+        stated = min(10 * found.mode.error, 0.1)  # of differences, which say it themselves
+        is_finite = math.isfinite(float(tree.norm(result)))
+        if name != "traced" and is_finite and of_part.agrees(found.product(self.loss), stated):
+            return Judged(True, "")
+        if of_part.plain is None and self.ask_all(along) is None:
             return Judged(True, "")
         with differentiating():
-            held = result if self.along is self.v else found.product(self.loss)(self.params, self.args, self.along)
-        stated = min(10 * found.mode.error, 0.1)  # of differences, which say it themselves
-        said = verdict(held, self.seen._replace(tolerance=self.seen.tolerance + stated))
+            held = result if along is self.v else found.product(self.loss)(self.params, self.args, along)
+        if name == "traced" and of_part.agrees_with_plain(held):
+            return Judged(True, "")
+        seen = self.ask_all(along)
+        if seen is None:
+            return Judged(True, "")
+        said = verdict(held, seen._replace(tolerance=seen.tolerance + stated))
         if said == "not finite":
             raise not_finite(held)
         if said in ("agrees", "unknown"):
             return Judged(True, "")
-        message = disagreement(name, held, self.seen, self.along)
+        message = disagreement(name, held, seen, along)
         if self.inspected.has_custom_backward:
             return Judged(True, "" if name == "difference" else f"{message}. {_CUSTOM}")
         return Judged(True, f"{message}. {AT_A_KINK}") if said == "kink" else Judged(False, message)
