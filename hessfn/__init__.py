@@ -22,13 +22,18 @@ if TYPE_CHECKING:
     from hessfn.core.probes import gaussian, rademacher
     from hessfn.core.results import (
         Band,
+        BlockTops,
+        CrossFitted,
         Cumulative,
         Curvature,
         Density,
         EigenPair,
         EigenPairs,
         Estimate,
+        Forms,
         Mode,
+        NegativeShare,
+        ProductRounding,
         Quadrature,
         Sensitivities,
         Trajectory,
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
     from hessfn.losses.functional import functionalize, stateless
 
     # Make a matvec from a loss.
+    from hessfn.products.batch_forms import batch_forms, batch_traces
     from hessfn.products.batch_mean import batch_mean
     from hessfn.products.fisher import fvp
     from hessfn.products.gauss_newton import ggnvp
@@ -58,6 +64,7 @@ if TYPE_CHECKING:
     from hessfn.transforms.progress_bar import progress
 
     # Consume one.
+    from hessfn.estimators.data_error import cross_fitted, data_interval, data_stderr, trace_data_stderr
     from hessfn.estimators.eigen import eigsh, lanczos, power_iter
     from hessfn.estimators.hutchinson import (
         deflated_trace,
@@ -67,8 +74,16 @@ if TYPE_CHECKING:
         hutchinson_per_sample,
         mean_traces,
     )
+    from hessfn.estimators.layer_blocks import block_tops, squared_frobenius_per_leaf, stable_ranks
     from hessfn.estimators.leave_one_out import hutchpp, xdiag, xtrace
+    from hessfn.estimators.negative import negative_share_of_squares
     from hessfn.estimators.spectral_sums import trace_of
+    from hessfn.estimators.rounding import (
+        kind_of_rounding,
+        rounding_of_pairs,
+        rounding_of_products,
+        rounding_of_trace,
+    )
     from hessfn.estimators.spectrum import (
         cumulative,
         density,
@@ -101,13 +116,14 @@ _HOMES = {
     "hessfn.core.errors": "HessfnError JournalError Untraceable",
     "hessfn.core.probes": "gaussian rademacher",
     "hessfn.core.results": (
-        "Band Cumulative Curvature Density EigenPair EigenPairs Estimate Mode Quadrature Sensitivities "
-        "Trajectory Tridiagonal"
+        "Band BlockTops CrossFitted Cumulative Curvature Density EigenPair EigenPairs Estimate Forms Mode "
+        "NegativeShare ProductRounding Quadrature Sensitivities Trajectory Tridiagonal"
     ),
     "hessfn.core.tree": "MatVec Tree",
     "hessfn.losses": "batches",
     "hessfn.losses.activation": "activation_loss activation_shapes",
     "hessfn.losses.functional": "functionalize stateless",
+    "hessfn.products.batch_forms": "batch_forms batch_traces",
     "hessfn.products.batch_mean": "batch_mean",
     "hessfn.products.fisher": "fvp",
     "hessfn.products.gauss_newton": "ggnvp",
@@ -120,12 +136,16 @@ _HOMES = {
     "hessfn.transforms.deflation": "deflate",
     "hessfn.transforms.matvec_check": "check_matvec",
     "hessfn.transforms.progress_bar": "progress",
+    "hessfn.estimators.data_error": "cross_fitted data_interval data_stderr trace_data_stderr",
     "hessfn.estimators.eigen": "eigsh lanczos power_iter",
     "hessfn.estimators.hutchinson": (
         "deflated_trace hutchinson hutchinson_diag hutchinson_per_leaf hutchinson_per_sample mean_traces"
     ),
+    "hessfn.estimators.layer_blocks": "block_tops squared_frobenius_per_leaf stable_ranks",
     "hessfn.estimators.leave_one_out": "hutchpp xdiag xtrace",
+    "hessfn.estimators.negative": "negative_share_of_squares",
     "hessfn.estimators.spectral_sums": "trace_of",
+    "hessfn.estimators.rounding": "kind_of_rounding rounding_of_pairs rounding_of_products rounding_of_trace",
     "hessfn.estimators.spectrum": "cumulative density density_band quadrature_of slq wasserstein",
     "hessfn.estimators.squared_norms": "squared_frobenius squared_row_norms",
     "hessfn.quantization.sensitivity": "activation_traces sensitivities",
@@ -173,16 +193,21 @@ if not _is_the_command():
 
 __all__ = [
     "Band",
+    "BlockTops",
+    "CrossFitted",
     "Cumulative",
     "Curvature",
     "Density",
     "EigenPair",
     "EigenPairs",
     "Estimate",
+    "Forms",
     "HessfnError",
     "JournalError",
     "MatVec",
     "Mode",
+    "NegativeShare",
+    "ProductRounding",
     "Quadrature",
     "Sensitivities",
     "ShardedBatches",
@@ -195,13 +220,19 @@ __all__ = [
     "activation_traces",
     "all_reduce",
     "as_linear_operator",
+    "batch_forms",
     "batch_mean",
+    "batch_traces",
     "batches",
     "block",
+    "block_tops",
     "check_matvec",
     "check_slice",
     "compare",
+    "cross_fitted",
     "cumulative",
+    "data_interval",
+    "data_stderr",
     "deflate",
     "deflated_trace",
     "dense",
@@ -223,11 +254,13 @@ __all__ = [
     "hutchpp",
     "hvp",
     "journal",
+    "kind_of_rounding",
     "lanczos",
     "line",
     "linearized_hvp",
     "mean_hvp",
     "mean_traces",
+    "negative_share_of_squares",
     "plane",
     "plot",
     "power_iter",
@@ -238,13 +271,19 @@ __all__ = [
     "random_direction",
     "report",
     "restrict",
+    "rounding_of_pairs",
+    "rounding_of_products",
+    "rounding_of_trace",
     "sensitivities",
     "show_config",
     "slice_curvature",
     "slq",
     "squared_frobenius",
+    "squared_frobenius_per_leaf",
     "squared_row_norms",
+    "stable_ranks",
     "stateless",
+    "trace_data_stderr",
     "trace_of",
     "tree",
     "wasserstein",
