@@ -16,7 +16,6 @@ import pytest
 import torch
 from nets import classes, normal, seeded
 from torch import nn
-from tqdm.auto import tqdm
 
 from hessfn.core.errors import CannotWrite
 from hessfn.core.notes import notes
@@ -24,6 +23,7 @@ from hessfn.quantization import sensitivity
 from hessfn.reporting import html, progress, spectrum, text
 from hessfn.reporting.cli import main
 from hessfn.reporting.options import Options
+from hessfn.reporting.progress import Lines
 from hessfn.reporting.run import report
 from hessfn.reporting.workspace import num_products, open_workspace
 from hessfn.storage import records
@@ -134,7 +134,7 @@ def test_resumed_with_other_options_it_makes_use_of_the_products(
     needed = len(counted)
     interrupted(made, tmp_path / "out", num=12)
     counted, bars = made(float("inf")), []
-    monkeypatch.setattr(progress, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    monkeypatch.setattr(progress, "Lines", lambda *args, **options: bars.append(Lines(*args, **options)) or bars[-1])
     assert report(problem(), tmp_path / "out", resume=True, **options) == expected
     assert len(counted) == needed - 12
     assert bars[0].n == needed
