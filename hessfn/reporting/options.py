@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,11 +82,25 @@ class Options:
         metadata=_about("those of largest magnitude, the largest, the smallest, or of both ends", WORK, choices=ENDS),
     )
     rtol: float = field(default=1e-3, metadata=_number("residual of an eigenvalue at which it is good, relative to it"))
-    num_probes: int = field(default=100, metadata=_count("random vectors for the trace, one product each", 2))
-    num_runs: int = field(default=4, metadata=_count("Lanczos runs for the spectral density", 1))
-    num_steps: int = field(default=60, metadata=_count("products in each of these runs", 1))
+    num_pairs: int = field(
+        default=10, metadata=_count("eigenpairs by which the errors of trace, layers and density are cut", 1)
+    )
+    num_probes: int = field(default=40, metadata=_count("random vectors for the trace, one product each", 2))
+    rtol_trace: float | None = field(
+        default=None,
+        metadata=_number("take as many probes as it takes for an interval of 95 %% so wide to each side of the trace"),
+    )
+    num_runs: int = field(default=3, metadata=_count("Lanczos runs for the spectral density", 1))
+    num_steps: int = field(default=25, metadata=_count("products in each of these runs", 1))
+    num_layers: int = field(
+        default=5, metadata=_count("layers whose top eigenvalue is computed; 0 for none", 1, or_zero=True)
+    )
+    minutes: float | None = field(
+        default=None,
+        metadata=_number("how long it may take: finds the batches, probes and steps of the smallest errors by itself"),
+    )
     num_activation_probes: int = field(
-        default=30,
+        default=10,
         metadata=_count(
             "random vectors for the traces of activations, a product with each batch; 0 for none", 2, or_zero=True
         ),
@@ -144,7 +159,9 @@ class Options:
         import torch
 
         dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
-        if self.dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        # Those of eight bits and fewer are for storage: torch does not compute in them.
+        fits = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
+        if self.dtype is not None and not fits:
             kinds = "'float32', 'float64', 'bfloat16'"
             raise InvalidInput(f"dtype={self.dtype!r} must be a floating-point type such as {kinds}")
         return dtype
@@ -154,7 +171,11 @@ class Options:
         import torch
 
         try:
-            return None if self.device is None else torch.empty(0, device=self.device).device
+            if self.device is None:
+                return None
+            tried = torch.zeros(1, device=self.device)
+            tried.tolist()  # there is nothing to be read on the device meta
+            return tried.device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             first_line = (str(error).strip().splitlines() or [""])[0]
             raise InvalidInput(
@@ -166,7 +187,11 @@ class Options:
         """The options for a model of so many parameters: a Lanczos run takes no more steps than that."""
         if self.k > num_parameters:
             raise InvalidInput(f"k={self.k} must be between 1 and {num_parameters}, the number of parameters")
-        return replace(self, num_steps=min(self.num_steps, num_parameters))
+        return replace(
+            self,
+            num_steps=min(self.num_steps, num_parameters),
+            num_pairs=max(self.k, min(self.num_pairs, num_parameters)),
+        )
 
     def settings(self) -> dict[str, Any]:
         """The options that the numbers depend on, by name."""
@@ -196,6 +221,8 @@ def _in_range(name: str, value: Any, least: int, or_zero: bool) -> int:
         count = operator.index(value)
     except TypeError:
         raise InvalidInput(f"{name}={value!r} must be an integer of at least {least}") from None
+    if count > sys.maxsize:
+        raise InvalidInput(f"{name}={count} must be at most {sys.maxsize}")
     if count < least and not (or_zero and count == 0):
         raise InvalidInput(f"{name}={count} must be at least {least}{', or 0 for none' if or_zero else ''}")
     return count

@@ -6,8 +6,11 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hessfn.core import tree
@@ -16,13 +19,14 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import fingerprint
 from hessfn.core.tree import Tree
 from hessfn.losses.batches import Weights, deal, mean
-from hessfn.losses.functional import functionalize
+from hessfn.losses.functional import functionalize, stateless
+from hessfn.losses.model_inputs import pair
 from hessfn.losses.samples import length, moved, tensors
 from hessfn.losses.skeleton import bare
 from hessfn.losses.weights import Weigher, of_loss
-from hessfn.parallel.all_reduce import ShardedBatches
+from hessfn.parallel.all_reduce import ShardedBatches, gather
 from hessfn.products.hessian import mean_hvp
-from hessfn.products.loss_checks import check_loss
+from hessfn.products.loss_checks import check_loss, plain_gradient
 from hessfn.reporting.options import Options
 
 Loss = Callable[[Tree, Any], Tensor]
@@ -34,6 +38,7 @@ class Prepared(NamedTuple):
     model: nn.Module  #: as it was given
     criterion: Callable[..., Any]  #: as it was given
     loss: Loss  #: of parameters and a batch, which it casts and moves to where the parameters are
+    finer: Callable[[], tuple[Loss, Tree]] | None  #: makes the loss and params in float64; None where these are finest
     params: Tree  #: by name, those that the Hessian is taken by
     weights: Weights  #: what each batch counts
     batches: Iterable[Any]  #: those that are looked at; a process of several passes over its share of them
@@ -43,7 +48,9 @@ class FirstPass(NamedTuple):
     """What one pass over the data has found."""
 
     loss: Tensor  #: (), the mean over the samples
-    num_samples: int  #: of all processes
+    gradient: Tree  #: like the parameters, of that mean
+    accuracy: Tensor | None  #: (), the share of targets that are the largest output; None where targets are no classes
+    sizes: list[int]  #: the number of samples of each batch, of all processes
     fingerprints: dict[str, Any]  #: of the batches and of their losses, by which a journal knows them
 
 
@@ -55,6 +62,24 @@ def prepare(problem: Any, options: Options) -> Prepared:
     """
     model, criterion, batches, weights = _parts(problem)
     weights = weights if options.weights is None else options.weights
+    loss, theta = _loss(model, criterion, options)
+    finer = None if _is_finest(theta) else partial(_loss, model, criterion, replace(options, dtype="float64"))
+    if weights is None:
+        weights = Weigher(lambda batch: loss(theta, batch), of_loss(loss), loss, theta)
+    mean_hvp(loss, theta, batches)  # refuses what cannot be passed over again, before a part of it is taken
+    if options.num_batches is not None:
+        batches = list(itertools.islice(batches, options.num_batches))
+        if len(batches) < options.num_batches:
+            raise InvalidInput(
+                f"num_batches={options.num_batches} must be at most {len(batches)}, the number of batches there are"
+            )
+    if options.group is not None:
+        batches = deal(batches, (dict(model.named_parameters()), dict(model.named_buffers())), options.group)
+    return Prepared(model, criterion, loss, finer, theta, weights, batches)
+
+
+def _loss(model: nn.Module, criterion: Any, options: Options) -> tuple[Loss, Tree]:
+    """The loss of parameters and a batch, in the dtype of the options, and the parameters."""
     of_batch, theta = functionalize(*converted(model, criterion, options), params=options.params)
     home, dtype = tree.leaves(theta)[0].device, options.torch_dtype
 
@@ -64,14 +89,13 @@ def prepare(problem: Any, options: Options) -> Prepared:
     def loss(params: Tree, batch: Any) -> Tensor:
         return of_batch(params, tree.map(cast, moved(as_tensors(batch), home)))
 
-    if weights is None:
-        weights = Weigher(lambda batch: loss(theta, batch), of_loss(of_batch), loss, theta)
-    mean_hvp(loss, theta, batches)  # refuses what cannot be passed over again, before a part of it is taken
-    if options.num_batches is not None:
-        batches = list(itertools.islice(batches, options.num_batches))
-    if options.group is not None:
-        batches = deal(batches, (dict(model.named_parameters()), dict(model.named_buffers())), options.group)
-    return Prepared(model, criterion, loss, theta, weights, batches)
+    loss.mean_over = of_loss(of_batch)  # type: ignore[attr-defined]
+    return loss, theta
+
+
+def _is_finest(params: Tree) -> bool:
+    """Whether nothing finer than the dtype of the parameters can be had where they are."""
+    return all(leaf.dtype == torch.float64 or leaf.device.type == "mps" for leaf in tree.leaves(params))
 
 
 def converted(model: nn.Module, criterion: Any, options: Options) -> tuple[nn.Module, Any]:
@@ -116,8 +140,36 @@ def first_pass(problem: Prepared) -> FirstPass:
         return value
 
     value, batches = mean(checked, problem.batches, weights=problem.weights)(), problem.batches
-    num_samples = batches.total(sum(sizes)) if isinstance(batches, ShardedBatches) else sum(sizes)
-    return FirstPass(value, num_samples, {"data": data, "losses": losses})
+    if isinstance(batches, ShardedBatches):
+        sizes = [size for there in gather(sizes, batches.group) for size in there]
+    return FirstPass(value, _gradient(problem), _accuracy(problem), sizes, {"data": data, "losses": losses})
+
+
+def _gradient(problem: Prepared) -> Tree:
+    def of_batch(batch: Any) -> Tree:
+        gradient = tree.unflatten(plain_gradient(problem.loss, problem.params, (batch,))[1], problem.params)
+        return tree.require_finite(gradient, "the gradient")
+
+    return mean(of_batch, problem.batches, weights=problem.weights)()
+
+
+def _accuracy(problem: Prepared) -> Tensor | None:
+    """The share of the samples whose target is the largest of the model's outputs, where targets are classes."""
+    forward, params = stateless(problem.model)
+
+    def share(batch: Any) -> Tensor:
+        inputs, targets = pair(batch)
+        home = tree.leaves(params)[0].device
+        outputs = forward(params, moved(inputs, home))
+        if outputs.dim() != 2 or targets.shape != outputs.shape[:1] or targets.is_floating_point():
+            raise InvalidInput("targets are no classes")
+        return (outputs.argmax(1) == targets.to(home)).double().mean()
+
+    try:
+        with torch.no_grad():
+            return mean(share, problem.batches)()
+    except Exception:  # whatever there is to say of the model, the loss has said
+        return None
 
 
 def state_of(problem: Prepared) -> dict[str, Any]:

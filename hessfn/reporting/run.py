@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from hessfn.parallel.all_reduce import Group
 from hessfn.reporting import html
 from hessfn.reporting.activations import analyse_activations
 from hessfn.reporting.analysis import Analysis
+from hessfn.reporting.clock import Clock
 from hessfn.reporting.landscape import analyse_landscape
+from hessfn.reporting.layers import analyse_layers
 from hessfn.reporting.options import Options, Which
-from hessfn.reporting.problem import Prepared, first_pass, prepare, state_of
+from hessfn.reporting.problem import FirstPass, Prepared, first_pass, prepare, state_of
+from hessfn.reporting.products import Measured
 from hessfn.reporting.result import result_of, versions
 from hessfn.reporting.spectrum import analyse_spectrum
+from hessfn.reporting.traces import analyse_traces
 from hessfn.reporting.workspace import Keep, keep_in, open_workspace
 
 Three = tuple[nn.Module, Callable[[Any, Any], Tensor], Iterable[Any]]
@@ -40,9 +45,13 @@ def report(
     k: int = Options.k,
     which: Which = Options.which,
     rtol: float = Options.rtol,
+    num_pairs: int = Options.num_pairs,
     num_probes: int = Options.num_probes,
+    rtol_trace: float | None = Options.rtol_trace,
     num_runs: int = Options.num_runs,
     num_steps: int = Options.num_steps,
+    num_layers: int = Options.num_layers,
+    minutes: float | None = Options.minutes,
     num_activation_probes: int = Options.num_activation_probes,
     radius: float | None = Options.radius,
     num_plane_points: int = Options.num_plane_points,
@@ -66,9 +75,15 @@ def report(
         num_batches: how many of the batches, the first ones; by default all.
         dtype: what to compute in, such as ``"float64"``, on a copy of the model; by default the model's own.
         device: where to compute, on a copy of the model; by default where the model is.
-        k: number of eigenvalues; ``which`` and ``rtol`` as for :func:`hessfn.eigsh`.
+        k: number of eigenvalues shown; ``which`` and ``rtol`` as for :func:`hessfn.eigsh`.
+        num_pairs: eigenpairs, of which ``k`` are shown: all that their Krylov space knows is taken out of the errors of
+            trace, layers and density, at no product.
         num_probes: random vectors for the trace, one product each.
+        rtol_trace: as many probes as it takes for an interval of 95 % this wide, relatively, to each side of the trace.
         num_runs: Lanczos runs for the spectral density, ``num_steps`` products each.
+        num_layers: of so many layers, those of the largest traces, also the top eigenvalue and the stable rank.
+        minutes: how long it may take. It finds by itself how many batches, probes and steps make the errors smallest,
+            says so, and keeps to the time within a tenth.
         num_activation_probes: random vectors for the traces by layer of weights and activations, one product with each
             batch; 0 for none of it. A model that allows none is a warning.
         radius: how far the landscape goes each way; by default as far as the quadratic model along the top eigenvector
@@ -88,25 +103,35 @@ def report(
     Returns:
         What ``report.json`` holds; numbers that are not finite are None::
 
-            loss                  the mean over the samples
-            eigenvalues           k of them, in the order of ``which``; residuals and converged likewise
-            trace                 mean, stderr
-            negative_curvature    mean, stderr of the share of the sum of all |eigenvalues| that is below zero; stderr
-                                  is that of the runs, and knows nothing of what more steps would change
+            schema, date          the version of this format; when it was made
+            loss, gradient_norm   of the mean over the samples
+            accuracy              value, stderr; None where the targets are no classes
+            eigenvalues           k of them, in the order of ``which``; likewise residuals (of convergence), rounding,
+                                  data_stderr (what other samples would change) and converged
+            sharpness             value, residual, rounding, data_stderr, converged of the largest eigenvalue; lower and
+                                  upper: where that of the population lies, 95 %
+            trace                 mean, stderr (by the probes), lower, upper (95 % by the probes), rounding, data_stderr
+            negative_curvature    smallest: value and errors of the most negative eigenvalue; share_of_squares: mean,
+                                  stderr, steps_error of the part of the sum of lambda^2 that is of negative ones
             density               grid, values; lower, upper: a band of 95 % (None of a single run)
-            layers                name: numel, trace, stderr
+            layers                name: numel, trace and its errors, top, top_residual, stable_rank, stable_rank_stderr
+                                  (None but for the largest), pairs_share
             activations           name: numel, trace, stderr, weight_numel, weight_trace, weight_stderr, by layer with a
                                   weight, in the order of their calls (see :func:`hessfn.sensitivities`); may be None
             landscape             steps, losses {direction: one at each step}; plane, which may be None: steps (of both
-                                  axes), losses (row i is at steps[i] along the first direction), directions (two names)
+                                  axes), losses (row i is at steps[i] along the first direction), measured (where it is
+                                  not interpolated), directions (two names)
+            samples               of single probes and groups of the data: by these ``hessfn.compare`` compares in pairs
+            model, data, cost     what was looked at, and what it took
             settings, versions    what it takes to do it again
 
-    Cost: ``num_probes + num_runs * num_steps`` products, those of ``eigsh``, four that check that the products are a
-    Hessian's, and one forward pass for each point of the landscape, ``93 + num_plane_points**2``, in a single pass over
-    the batches.
+    Cost: ``num_probes + num_runs * num_steps`` products, about ``4 num_pairs`` for the eigenvalues, some for both ends
+    of the spectrum and for layers, ``k`` for the data's errors, four that check that the products are a Hessian's; two
+    in float64 for the rounding, of an eighth of the data. The products are linearized, and kept as far as half of the
+    free memory goes; the vectors of the Krylov space take that of about 60 times the parameters.
 
     Raises:
-        ModuleNotFoundError: jinja2 or plotly, which make the page, is not installed.
+        ModuleNotFoundError: jinja2, which makes the page, is not installed.
         OSError: the products cannot be written, as on a full disk, or another process is about a report in ``out``.
         ValueError: an argument is out of range, ``problem`` is something else, there is no batch, the loss is not
             finite (the batch is named) or no mean over samples by the weights, the products are not a Hessian's, those
@@ -114,9 +139,10 @@ def report(
     """
     options = Options(
         name=name, params=params, weights=weights, num_batches=num_batches, dtype=dtype, device=device, k=k,
-        which=which, rtol=rtol, num_probes=num_probes, num_runs=num_runs, num_steps=num_steps,
-        num_activation_probes=num_activation_probes, radius=radius, num_plane_points=num_plane_points, seed=seed,
-        resume=resume, journal=journal, command=command, group=group,
+        which=which, rtol=rtol, num_pairs=num_pairs, num_probes=num_probes, rtol_trace=rtol_trace, num_runs=num_runs,
+        num_steps=num_steps, num_layers=num_layers, minutes=minutes, num_activation_probes=num_activation_probes,
+        radius=radius, num_plane_points=num_plane_points, seed=seed, resume=resume, journal=journal, command=command,
+        group=group,
     )  # fmt: skip
     return run(problem, Path(out), options)
 
@@ -124,6 +150,7 @@ def report(
 def run(problem: Problem, out: Path, options: Options) -> dict[str, Any]:
     """As :func:`report`, with its options in one object."""
     template = html.template()  # asked for now, since what makes the page may be missing
+    clock = Clock(None if options.minutes is None else 60 * options.minutes)
     # Batches may draw from the global generator, as a DataLoader does: its state is restored.
     with open_workspace(out, options) as workspace, torch.random.fork_rng(devices=[]):
         prepared = prepare(problem, options)
@@ -131,15 +158,54 @@ def run(problem: Problem, out: Path, options: Options) -> dict[str, Any]:
         first = first_pass(prepared)
         key = {**state_of(prepared), **first.fingerprints, **versions("hessfn", "torch")}
         keep = keep_in(workspace.journals, key, resume=options.resume)
-        analysis = analyse(prepared, first.loss, options, keep)
-        result = result_of(analysis, prepared, first, options)
+        analysis = analyse(prepared, first, options, keep, clock)
+        result = result_of(analysis, prepared, first, options, clock.spent)
         if workspace.scratch is not None:
-            html.write(workspace.scratch, template, analysis, result)
+            html.write(workspace.scratch, template, result)
     return result
 
 
-def analyse(problem: Prepared, value: Tensor, options: Options, keep: Keep) -> Analysis:
-    """All numbers of a report, of a loss that is ``value`` at the parameters."""
-    spectrum = analyse_spectrum(problem, options, keep)
-    landscape = analyse_landscape(problem, value, spectrum.eigen, options)
-    return Analysis(value, spectrum, landscape, analyse_activations(problem, options, keep))
+def analyse(problem: Prepared, first: FirstPass, options: Options, keep: Keep, clock: Clock) -> Analysis:
+    """All numbers of a report. The trace comes late: its probes take the time that is left."""
+    measured, stages = Measured(problem, first.sizes, keep), Stages()
+    stages.begin("spectrum")
+    found = analyse_spectrum(measured, options)
+    stages.begin("landscape")
+    landscape = analyse_landscape(problem, first.loss, found.eigen, options)
+    stages.begin("activations")
+    activations = analyse_activations(problem, options, keep)
+    stages.begin("trace")
+    traces = analyse_traces(measured, found, options, clock)
+    stages.begin("layers")
+    layers = analyse_layers(measured, found, traces, options)
+    return Analysis(
+        loss=first.loss,
+        eigen=found.eigen,
+        sharpness=found.sharpness,
+        trace=traces.total,
+        layers=layers,
+        negative=found.negative,
+        density=found.density,
+        band=found.band,
+        samples=traces.samples,
+        landscape=landscape,
+        activations=activations,
+        num_products=measured.num_products,
+        mode=measured.mode,
+        stages=stages.end(),
+    )
+
+
+class Stages:
+    """How long each stage takes, one after the other."""
+
+    def __init__(self) -> None:
+        self._begun: list[tuple[str, float]] = []
+
+    def begin(self, name: str) -> None:
+        self._begun.append((name, time.monotonic()))
+
+    def end(self) -> dict[str, float]:
+        """Seconds of each."""
+        times = [begun for _, begun in self._begun[1:]] + [time.monotonic()]
+        return {name: end - begun for (name, begun), end in zip(self._begun, times, strict=True)}

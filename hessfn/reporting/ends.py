@@ -1,0 +1,85 @@
+"""Both ends of the spectrum: the sharpness with its place in the population, and the most negative eigenvalue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.results import EigenPairs, Quadrature
+from hessfn.core.tree import Tree
+from hessfn.estimators.data_error import cross_fitted, data_stderr
+from hessfn.estimators.eigen import eigsh
+from hessfn.estimators.negative import negative_share_of_squares
+from hessfn.estimators.rounding import rounding_of_pairs
+from hessfn.reporting.analysis import Negative, Sharpness
+from hessfn.reporting.options import Options, Which
+from hessfn.reporting.products import Measured
+
+_MOST = 40  # products for an end that the space has not found
+
+
+def with_errors(pairs: EigenPairs, measured: Measured) -> tuple[EigenPairs, Tensor]:
+    """Pairs with all errors, and their quadratic forms by group of the data ``(k, g)``; a product each."""
+    found = [measured(row(pairs.vectors, i)) for i in range(len(pairs.values))]
+    forms = torch.stack([x.forms.sum(1) for x in found])
+    spread = torch.stack([data_stderr(x, found[0].weights) for x in forms])
+    matvecs = measured.precisions()
+    rounding = torch.zeros_like(pairs.values) if matvecs is None else rounding_of_pairs(*matvecs, pairs)
+    return pairs._replace(rounding=rounding, data_stderr=spread), forms
+
+
+def row(vectors: Tree, index: int) -> Tree:
+    return tree.map(lambda x: x[index], vectors)
+
+
+def end_of(space: EigenPairs, sign: int, measured: Measured, options: Options) -> EigenPairs:
+    """The largest (sign 1) or smallest (-1) eigenvalue, k = 1: from the space, or from where that has come near it."""
+    index = int((sign * space.values).argmax())
+    found = pairs_at(space, [index])
+    if float(found.residuals[0]) <= options.rtol * abs(float(found.values[0])):
+        return found
+    start = row(space.vectors, index)
+    which: Which = "LA" if sign > 0 else "SA"
+    return eigsh(measured.matvec, start, which=which, rtol=options.rtol, max_matvecs=_MOST)
+
+
+def pairs_at(pairs: EigenPairs, rows: list[int]) -> EigenPairs:
+    """Some of the pairs, with the errors that are known."""
+    at = torch.tensor(rows)
+    return EigenPairs(
+        pairs.values[at],
+        tree.map(lambda x: x[at.to(x.device)], pairs.vectors),
+        pairs.residuals[at],
+        pairs.num_matvecs,
+        pairs.converged[at],
+        None if pairs.rounding is None else pairs.rounding[at],
+        None if pairs.data_stderr is None else pairs.data_stderr[at],
+    )
+
+
+def sharpness(space: EigenPairs, shown: EigenPairs, measured: Measured, start: Tree, options: Options) -> Sharpness:
+    """The largest eigenvalue; where there are groups of data, both ends for that of the population."""
+    known = (shown.values == space.values.max()).nonzero().flatten().tolist()
+    if known:
+        pair = pairs_at(shown, known[:1])
+    else:
+        pair, _ = with_errors(end_of(space, 1, measured, options), measured)
+    if measured.parts.num_groups < 2:
+        return Sharpness(pair, None, None)
+    bracket = cross_fitted(
+        measured.half(0),
+        measured.half(1),
+        start,
+        forms_a=measured.forms_of_half(0),
+        forms_b=measured.forms_of_half(1),
+        whole=pair,
+    )
+    return Sharpness(pair, bracket.lower, bracket.upper)
+
+
+def negative(space: EigenPairs, quadrature: Quadrature, measured: Measured, options: Options) -> Negative:
+    """The most negative eigenvalue, and how much of all squared curvature is negative."""
+    pair, _ = with_errors(end_of(space, -1, measured, options), measured)
+    found = negative_share_of_squares(quadrature)
+    return Negative(pair, found.share, found.steps_error)

@@ -1,0 +1,220 @@
+"""The products of a report: with the mean Hessian, and of the same pass the quadratic form of every part of the data.
+
+The data are cut into parts, whose spread is the data's own error. As many parts as memory allows keep their linearized
+product from the first pass on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.errors import Untraceable
+from hessfn.core.free_memory import free_bytes
+from hessfn.core.kept_memory import bytes_kept
+from hessfn.core.results import Forms
+from hessfn.core.tree import MatVec, Tree
+from hessfn.losses.batches import share_of, weighted_mean
+from hessfn.losses.samples import two_parts
+from hessfn.losses.weights import of_loss
+from hessfn.products.hessian import hvp, linearized_hvp
+from hessfn.reporting.problem import Loss, Prepared
+from hessfn.reporting.progress import kept_and_counted
+from hessfn.reporting.workspace import Keep
+
+_LEAST_PARTS = 8  # of which a spread can be told
+_MOST_GROUPS = 64  # parts beyond are taken together: no more numbers are kept for a product
+_FEW = 100  # products in float64, which are not worth a trace
+_SHARE = 0.5  # of the memory that is free, for linearized products; the rest is for vectors and for others
+
+
+class Parts(NamedTuple):
+    """How the data are cut."""
+
+    size: int | None  #: samples in a part at most; None where a batch is a part
+    num_groups: int
+
+    def only(self, start: int, step: int) -> Tensor:
+        """A mask ``(g,)`` of every so-many-th group."""
+        chosen = torch.zeros(self.num_groups, dtype=torch.float64)
+        chosen[start::step] = 1
+        return chosen
+
+
+def cut(problem: Prepared, batch_sizes: list[int]) -> Parts:
+    """Parts of batches where there are few batches, if samples do not meet in them and each has its own."""
+    num_batches = max(1, len(batch_sizes))
+    share = -(-_LEAST_PARTS // num_batches)
+    largest = max(batch_sizes, default=1)
+    size = -(-largest // share)
+    if size == largest or of_loss(problem.loss).mixing or not _is_even(problem):
+        return Parts(None, min(_MOST_GROUPS, num_batches))
+    num_parts = sum(-(-length // size) for length in batch_sizes)
+    return Parts(size, min(_MOST_GROUPS, num_parts))
+
+
+def _is_even(problem: Prepared) -> bool:
+    """Whether the tensors of a batch have the samples along their first axis, so that it has parts."""
+    return all(two_parts(batch) is not None for batch in itertools.islice(problem.batches, 1))
+
+
+class Product(NamedTuple):
+    """A product with the mean over the groups of parts that were chosen."""
+
+    image: Tree  #: like the vector v: ``A v``
+    forms: Tensor  #: (g, l) float64: ``v_l'(A_g v)_l`` of every group of parts g and leaf l; 0 where not chosen
+    weights: Tensor  #: (g,) float64: what each group counts in the mean; they sum to 1
+
+
+class OfLoss:
+    """Products with the mean Hessian of a loss over the groups of parts that are chosen by a mask ``(g,)``."""
+
+    def __init__(
+        self, problem: Prepared, loss: Loss, params: Tree, parts: Parts, bytes_free: float, trace_after: int = 0
+    ) -> None:
+        """``bytes_free``: how much may be kept; 0 where each product is to be computed from the loss.
+
+        By default that is traced at once: a report that is resumed has the products of one that is not, to the bit.
+        """
+        self._loss, self._params, self._parts, self._left = loss, params, parts, bytes_free
+        self._trace_after = trace_after
+        self._made: dict[int, MatVec] = {}
+        self._num_parts, self._is_traceable = 0, True
+        self._rank, self._size = share_of(problem.batches)
+        self._averaged = weighted_mean(
+            self._of_part,
+            problem.batches,
+            weights=problem.weights,
+            microbatch=parts.size,
+            state=(params, of_loss(loss).state),
+        )
+
+    def __call__(self, v: Tree, chosen: Tensor) -> Product:
+        self._num_parts = 0
+        found = self._averaged(v, chosen)
+        weights = found["weights"]
+        forms = found["forms"] / weights.where(weights > 0, 1.0)[:, None]
+        share = float(weights.sum())
+        return Product(tree.scale(1 / share, found["image"]), forms, weights / share)
+
+    @property
+    def mode(self) -> str:
+        """How products are made, in words."""
+        if not self._is_traceable or not self._made:
+            return "each computed from the loss"
+        kept, num_parts = len(self._made), self._num_parts
+        return "linearized and kept" if kept >= num_parts else f"linearized and kept for {kept} of {num_parts} parts"
+
+    def _of_part(self, args: tuple[Any, ...], part: Any, weight: float | Tensor) -> Tree:
+        v, chosen = args
+        index, self._num_parts = self._num_parts, self._num_parts + 1
+        group = (index * self._size + self._rank) % self._parts.num_groups
+        weights = torch.zeros_like(chosen)
+        weights[group] = chosen[group]
+        forms = chosen.new_zeros(self._parts.num_groups, len(tree.leaves(v)))
+        if not chosen[group]:
+            return {"image": tree.map(torch.zeros_like, v), "forms": forms, "weights": weights}
+        image = tree.require_finite(self._matvec_of(index, part)(v), "the product")
+        forms[group] = torch.stack([x.to(forms) for x in map(tree.dot, tree.leaves(v), tree.leaves(image))])
+        return {"image": image, "forms": forms, "weights": weights}
+
+    def _matvec_of(self, index: int, part: Any) -> MatVec:
+        if index in self._made:
+            return self._made[index]
+        if self._is_traceable and self._left > 0:
+            try:
+                matvec = linearized_hvp(self._loss, self._params, part)
+            except Untraceable:
+                self._is_traceable = False
+            else:
+                self._made[index] = matvec
+                self._left -= bytes_kept(matvec, beside=(self._loss, self._params))
+                return matvec
+        return hvp(self._loss, self._params, part, trace_after=self._trace_after)
+
+
+class Measured:
+    """The products of one report: kept in its journal, counted, and of some of the data where these are chosen."""
+
+    def __init__(self, problem: Prepared, sizes: list[int], keep: Keep) -> None:
+        self.parts, self.params = cut(problem, sizes), problem.params
+        self.bar: Any = None  # on which products are counted, one bar a stage
+        self.num_products = 0
+        self._problem, self._keep = problem, keep
+        home = tree.leaves(self.params)[0].device
+        self._of_loss = OfLoss(problem, problem.loss, self.params, self.parts, _SHARE * free_bytes(home))
+        self._product = self._kept(self._of_loss, "products")
+        self._precisions: tuple[MatVec, MatVec] | None = None
+
+    def __call__(self, v: Tree) -> Product:
+        """With all of the data."""
+        return self._product(v, self.parts.only(0, 1))
+
+    def matvec(self, v: Tree) -> Tree:
+        return self(v).image
+
+    def half(self, which: int) -> MatVec:
+        """Of every other group of the data."""
+        return lambda v: self._product(v, self.parts.only(which, 2)).image
+
+    def forms_of_half(self, which: int) -> Callable[[Tree], Forms]:
+        chosen = self.parts.only(which, 2)
+
+        def forms(v: Tree) -> Forms:
+            found = self._product(v, chosen)
+            there = found.weights > 0
+            return Forms(found.forms[there].sum(1), found.weights[there])
+
+        return forms
+
+    @property
+    def mode(self) -> str:
+        return self._of_loss.mode
+
+    def precisions(self) -> tuple[MatVec, MatVec] | None:
+        """The matvec of one group of the data, and the same in float64; None where nothing finer can be had."""
+        if self._precisions is None and self._problem.finer is not None:
+            loss, params = self._problem.finer()
+            few = OfLoss(self._problem, loss, params, self.parts, 0.0, trace_after=_FEW)
+            exact = self._kept(few, "exact")
+            one = self.parts.only(0, self.parts.num_groups)
+            self._precisions = (
+                lambda v: self._product(v, one).image,
+                lambda v: exact(tree.map(Tensor.double, v), one).image,
+            )
+        return self._precisions
+
+    def update(self) -> None:
+        """One more product is done."""
+        self.num_products += 1
+        self.bar.update()
+
+    @property
+    def initial(self) -> int:
+        """How many were done before: read from the journal."""
+        return self.bar.initial
+
+    @initial.setter
+    def initial(self, number: int) -> None:
+        self.bar.initial = number
+
+    def _kept(self, products: OfLoss, name: str) -> Any:
+        """Products put through a journal, which takes a function from a tree to one of the same names."""
+
+        def function(given: Tree) -> Tree:
+            found = products(given["vector"], given["groups"])
+            return {"vector": found.image, "groups": found.weights, "forms": found.forms}
+
+        through = kept_and_counted(function, self._keep, name, self)
+
+        def product(v: Tree, chosen: Tensor) -> Product:
+            blank = chosen.new_zeros(self.parts.num_groups, len(tree.leaves(v)))
+            found = through({"vector": v, "groups": chosen, "forms": blank})
+            return Product(found["vector"], found["forms"], found["groups"])
+
+        return product

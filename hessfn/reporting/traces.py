@@ -1,0 +1,131 @@
+"""The traces of a report: of the whole and of every layer, from the same probes, with the errors by probes and by data.
+
+The eigenpairs are a control variate (``z'Az - sum_i theta_i ((q_i'z)^2 - 1)``), leaf by leaf and group by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.free_memory import free_bytes
+from hessfn.core.probes import rademacher
+from hessfn.core.results import Estimate, ProductRounding
+from hessfn.core.tree import Tree
+from hessfn.estimators.data_error import trace_data_stderr
+from hessfn.estimators.rounding import rounding_of_products
+from hessfn.estimators.running_mean import estimate
+from hessfn.reporting.analysis import Samples
+from hessfn.reporting.clock import Clock
+from hessfn.reporting.options import Options
+from hessfn.reporting.products import Measured
+from hessfn.reporting.progress import progress_bar
+from hessfn.reporting.spectrum import Spectrum
+
+_MOST_PROBES = 10_000  # where a tolerance or the time decides
+_MOST_IMAGES = 40  # for the stable ranks of layers
+_SHARE = 0.1  # of the memory that is free, for these
+_LEAST_PROBES = 10  # a standard error from fewer is too uncertain to stop on
+
+
+class Traces(NamedTuple):
+    total: Estimate
+    layers: Estimate[dict[str, Tensor]]
+    samples: Samples
+    images: list[Tree]  # products with the first probes, as far as memory allows
+
+
+class _Sample(NamedTuple):
+    leaves: Tensor  # (l,)
+    groups: Tensor  # (g, l)
+    weights: Tensor  # (g,)
+    image: Tree  # None where it is not kept
+
+
+def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock: Clock) -> Traces:
+    """Both traces, from as many probes as are asked for, as the tolerance takes, or as there is time for."""
+    names = tree.names(measured.params)
+    with progress_bar(options, options.num_probes, "product", "trace") as bar:
+        measured.bar = bar
+        samples = list(_sampled(measured, found, options, clock))
+        rounding = _rounding(measured, options)
+    whole = torch.stack([x.leaves for x in samples])  # (p, l)
+    means: Estimate[Any] = estimate({"layers": row, "total": row.sum()} for row in whole)
+    weights = samples[0].weights
+    by_probe = torch.stack([x.groups for x in samples], dim=1)  # (g, p, l)
+    groups = by_probe.mean(1)
+    spread = trace_data_stderr(by_probe, weights)
+
+    def of(part: str, **errors: Any) -> Estimate[Any]:
+        return Estimate(means.mean[part], means.stderr[part], means.num_matvecs, means.df, **errors)
+
+    def named(values: Tensor) -> dict[str, Tensor]:
+        return dict(zip(names, values.unbind(-1), strict=True))
+
+    total = of("total", rounding=rounding.total, data_stderr=trace_data_stderr(by_probe.sum(2), weights))
+    layers = of("layers", rounding=named(torch.stack(tree.leaves(rounding.leaves))), data_stderr=named(spread))
+    layers = layers._replace(mean=named(means.mean["layers"]), stderr=named(means.stderr["layers"]))
+    kept = Samples(
+        trace=whole.sum(1),
+        layers=named(whole),
+        weights=weights,
+        group_trace=groups.sum(1),
+        group_layers=named(groups),
+        group_eigenvalues=found.group_eigenvalues,
+    )
+    return Traces(total, layers, kept, [x.image for x in samples if x.image is not None])
+
+
+def _sampled(measured: Measured, found: Spectrum, options: Options, clock: Clock) -> Iterator[_Sample]:
+    """Each probe's traces, with the whole Krylov space as control variate.
+
+    Of the pairs that are shown the groups' own quadratic forms are known, which take the same part out of the traces of
+    the groups.
+    """
+    open_ended = options.rtol_trace is not None or options.minutes is not None
+    probes = rademacher(measured.params, _MOST_PROBES if open_ended else options.num_probes, seed=options.seed)
+    theta, terms = found.space.values, _terms(found.space.vectors)
+    rows = torch.cat([(theta == value).nonzero()[0] for value in found.eigen.values])
+    of_groups = theta[None].repeat(found.group_eigenvalues.shape[1], 1)  # (g, j)
+    of_groups[:, rows] = found.group_eigenvalues.T
+    totals: list[Tensor] = []
+    home = tree.leaves(measured.params)[0].device
+    size = sum(x.nbytes for x in tree.leaves(measured.params))
+    num_kept = min(_MOST_IMAGES, int(_SHARE * free_bytes(home) / size)) if options.num_layers else 0
+    for z in clock.while_time(probes, reserve=0.0, least=_LEAST_PROBES):
+        product, change = measured(z), terms(z)
+        leaves = product.weights @ product.forms
+        image = product.image if len(totals) < num_kept else None
+        sample = _Sample(leaves - theta @ change, product.forms - of_groups @ change, product.weights, image)
+        yield sample
+        totals.append(sample.leaves.sum())
+        if options.rtol_trace is not None and len(totals) >= _LEAST_PROBES:
+            so_far = estimate(totals)
+            lower, upper = so_far.interval()
+            if float(upper - lower) <= 2 * options.rtol_trace * abs(float(so_far.mean)):
+                return
+
+
+def _terms(vectors: Tree) -> Any:
+    """``z -> (j, l)``: ``(q_il'z_l)(q_i'z) - ||q_il||^2`` of every pair i and leaf l, whose mean is 0."""
+    rows = [leaf.flatten(1) for leaf in tree.leaves(vectors)]
+    squares = torch.stack([tree.wide(x).square().sum(1) for x in rows], dim=1).double().cpu()
+
+    def terms(z: Tree) -> Tensor:
+        parts = [x @ leaf.flatten().to(x.dtype) for x, leaf in zip(rows, tree.leaves(z), strict=True)]
+        components = torch.stack([x.double().cpu() for x in parts], dim=1)
+        return components * components.sum(1, keepdim=True) - squares
+
+    return terms
+
+
+def _rounding(measured: Measured, options: Options) -> ProductRounding[Tree]:
+    matvecs = measured.precisions()
+    if matvecs is None:  # these are the finest
+        zero = torch.zeros((), dtype=torch.float64)
+        return ProductRounding(zero, zero, tree.map(lambda _: zero, measured.params))
+    return rounding_of_products(*matvecs, rademacher(measured.params, 1, seed=options.seed)[0])
