@@ -123,7 +123,7 @@ def test_an_error_of_the_data_can_take_a_difference_back() -> None:
     a, b = Measured(9.0, 0.1, 0.0, 0.3), Measured(10.0, 0.1, 0.0, 0.4)
     here = difference(a, b, Shared(), num_probes=100, num_batches=20)
     assert (here.differs, here.generalizes, here.data_stderr) == (True, False, pytest.approx(0.5))
-    close = Shared(None, ([8.0, 9.0, 10.0, 9.0], [9.0, 10.1, 10.9, 10.0]), [1.0] * 4)
+    close = Shared(None, ([8.0, 9.0, 10.0, 9.0] * 3, [9.0, 10.1, 10.9, 10.0] * 3), [1.0] * 12)
     paired = difference(a, b, close, num_probes=100, num_batches=20)
     assert paired.data_stderr < 0.1 and paired.generalizes
 

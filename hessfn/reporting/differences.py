@@ -11,8 +11,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 from scipy import stats
+from torch import Tensor
+
+from hessfn.estimators.data_error import data_interval
+from hessfn.estimators.data_error import data_stderr as data_stderr_of
 
 _SURE = 0.05  # the chance that a comparison, or a table of layers as a whole, marks what is equal
 
@@ -57,25 +61,23 @@ def difference(
     mean, stderr, df = b.mean - a.mean, math.hypot(a.stderr, b.stderr), num_probes - 1.0
     if shared.samples is not None:
         d = _differences(shared.samples)
-        df, stderr = len(d) - 1.0, _stderr(d, np.ones_like(d))
+        df, stderr = len(d) - 1.0, float(d.std() / len(d) ** 0.5) if len(d) > 1 else math.inf
         if len({*map(len, shared.samples)}) > 1:  # of one more probes were asked than of the other
             mean = float(d.mean())
-    data_stderr, data_df = math.hypot(a.data_stderr, b.data_stderr), num_batches - 1.0
+    data_stderr = math.hypot(a.data_stderr, b.data_stderr)
+    data_reach = critical(num_batches - 1.0, comparisons) * data_stderr
     if shared.batches is not None:
-        d = _differences(shared.batches)
-        data_df, data_stderr = len(d) - 1.0, _stderr(d, np.array(shared.weights))
+        data_stderr, data_reach = _by_batches(_differences(shared.batches), shared.weights, mean, comparisons)
     bound = sum(x for x in (a.bound, b.bound) if math.isfinite(x))
-    beyond = abs(mean) - bound
-    both = math.hypot(stderr, data_stderr)
-    general = beyond > critical(_welch((stderr, df), (data_stderr, data_df)), comparisons) * both
+    beyond, reach = abs(mean) - bound, critical(df, comparisons) * stderr if stderr else 0.0
     return Difference(
         mean=mean,
         stderr=stderr,
         bound=bound,
         units=mean / stderr if stderr > 0 else math.nan,
-        differs=beyond > (critical(df, comparisons) * stderr if stderr else 0.0),
+        differs=beyond > reach,
         data_stderr=data_stderr,
-        generalizes=general if math.isfinite(both) else None,
+        generalizes=beyond > math.hypot(reach, data_reach) if math.isfinite(data_stderr) else None,
         paired=shared.samples is not None,
     )
 
@@ -109,27 +111,20 @@ def _known(x: float) -> float:
     return 0.0 if math.isnan(x) else x
 
 
-def _differences(pair: tuple[list[float], list[float]]) -> np.ndarray:
+def _differences(pair: tuple[list[float], list[float]]) -> Tensor:
     common = min(map(len, pair))
-    a, b = (np.array(x[:common], dtype=np.float64) for x in pair)
+    a, b = (torch.tensor(x[:common], dtype=torch.float64) for x in pair)
     return b - a
 
 
-def _stderr(x: np.ndarray, weights: np.ndarray) -> float:
-    """Of a weighted mean, to first order in the weights (the error of a ratio estimate)."""
-    num = len(x)
-    if num < 2 or not weights.sum():
-        return math.inf
-    parts = weights / weights.sum() * (x - np.average(x, weights=weights))
-    return float(np.sqrt(num / (num - 1) * (parts**2).sum()))
+def _by_batches(d: Tensor, weights: list[float] | None, mean: float, comparisons: int) -> tuple[float, float]:
+    """The standard error by the data, and how far its interval reaches from its middle towards 0.
 
-
-def _welch(*errors: tuple[float, float]) -> float:
-    """The degrees of freedom of a sum (Welch and Satterthwaite), from standard errors and their own."""
-    known = [(stderr, df) for stderr, df in errors if stderr > 0]
-    if not known or any(df <= 0 for _, df in known):
-        return 0.0
-    # In units of the largest, so that no fourth power is too small for a float.
-    largest = max(stderr for stderr, _ in known)
-    parts = [((stderr / largest) ** 2, df) for stderr, df in known]
-    return sum(x for x, _ in parts) ** 2 / sum(x**2 / df for x, df in parts)
+    The interval is skew, as the data are; where the mean is that of the probes, its reach is taken along.
+    """
+    if len(d) < 2 or (weights is not None and not sum(weights) > 0):
+        return math.inf, math.inf
+    counted = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    lower, upper = data_interval(d, counted, level=1 - _SURE / max(comparisons, 1))
+    middle = (d if counted is None else d * counted / counted.mean()).mean()
+    return float(data_stderr_of(d, counted)), float(middle - lower if mean > 0 else upper - middle)

@@ -159,7 +159,7 @@ def printable(name: str) -> str:
 
 
 def setting(value: Any) -> str:
-    """The value of a setting; None stands for all there are."""
+    """The value of a setting; None stands for what follows from the others."""
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return "all" if value is None else number(value) if isinstance(value, float) else str(value)
+    return "default" if value is None else number(value) if isinstance(value, float) else str(value)
