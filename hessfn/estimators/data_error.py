@@ -134,7 +134,7 @@ def trace_data_stderr(forms: Tensor, weights: Tensor | None = None) -> Tensor:
 
     The probes' own noise is in the spread over batches too: each batch has another matrix, of which a probe sees
     another part. It is known from the spread over probes of what batch and probe have together (an analysis of variance
-    in two ways), and taken off, by three quarters of the whole at most.
+    in two ways), and taken off, by fifteen sixteenths of the variance at most.
 
     Args:
         forms: ``(b, p)``, or ``(b, p, ...)``: ``z'A_b z`` of b batches and p probes.
@@ -162,7 +162,7 @@ def trace_data_stderr(forms: Tensor, weights: Tensor | None = None) -> Tensor:
     mixed = values - values.mean(1, keepdim=True)  # what a probe has beyond the batch's mean
     noise = _spread(mixed.flatten(1), shares.reshape(-1, 1))[1].reshape(mixed.shape[1:]).square().sum(0)
     noise = noise / (num_probes * (num_probes - 1))
-    return (whole - noise).maximum(whole / 4).sqrt()
+    return (whole - noise).maximum(whole / 16).sqrt()
 
 
 def cross_fitted(

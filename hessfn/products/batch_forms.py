@@ -123,9 +123,8 @@ def _forms(
 
     def of_batch(_: tuple[Any, ...], part: Any, weight: float | Tensor) -> Tensor:
         matvec = made(part)
-        with torch.no_grad():
-            rows = [form(v, product_of_batch(matvec, v)) for v in vectors]
-        found.append((tree.map(lambda *row: torch.stack(row).cpu(), *rows), float(weight)))
+        rows = [form(v, product_of_batch(matvec, v)) for v in vectors]
+        found.append((tree.map(lambda *row: torch.stack(row).detach().cpu(), *rows), float(weight)))
         return torch.zeros(())  # the mean itself is not asked for
 
     averaged = weighted_mean(of_batch, batches, weights=weights, microbatch=microbatch, device=home_of, passes=1)
