@@ -10,6 +10,7 @@ import pytest
 
 from hessfn.reporting.cli import main
 from hessfn.reporting.loading import load_problem
+from hessfn.reporting.options import Options
 
 PROBLEM = """
 import torch
@@ -174,7 +175,13 @@ def test_help_fits_a_terminal_and_shows_examples_and_defaults(capsys: Any, monke
         main(["report", "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for part in ("examples:", "how much to compute", "(default: 100)", "cifar10_resnet20", "PROBLEM is code"):
+    for part in (
+        "examples:",
+        "how much to compute",
+        f"(default: {Options.num_probes})",
+        "cifar10_resnet20",
+        "PROBLEM is code",
+    ):
         assert part in text
     assert max(map(len, text.splitlines())) <= 100
 

@@ -66,4 +66,28 @@ def gpt(batch: int = 8) -> Problem:
     return GPT().eval(), nn.CrossEntropyLoss(), (ids[:, :-1], ids[:, 1:].flatten())
 
 
+def trained_gpt(batches: int = 20, batch: int = 4) -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A small GPT that has learned part of a Markov chain, and a data set of so many batches of it.
+
+    Data and training are in float64 from seeds, so that the net is the same everywhere but for rounding.
+    """
+    length, tokens, draw = 64, 64, torch.Generator().manual_seed(0)
+    chances = torch.softmax(3 * torch.randn(tokens, tokens, generator=draw, dtype=torch.float64), 1)
+    ids = [torch.randint(tokens, (batches * batch,), generator=draw)]
+    for _ in range(length):
+        ids.append(torch.multinomial(chances[ids[-1]], 1, generator=draw).squeeze(1))
+    text, criterion = torch.stack(ids, 1), nn.CrossEntropyLoss()
+    data = [(part[:, :-1].contiguous(), part[:, 1:].flatten()) for part in text.split(batch)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT(tokens, width=64, layers=2, length=length).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for inputs, targets in 10 * data:
+        optimizer.zero_grad()
+        criterion(model(inputs), targets).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.float().eval(), criterion, data
+
+
 MODELS = {"resnet20": resnet20, "gpt": gpt, "mlp": mlp}
