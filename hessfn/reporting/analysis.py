@@ -45,6 +45,8 @@ class Samples(NamedTuple):
 
     trace: Tensor  #: (p,)
     layers: dict[str, Tensor]  #: (p,) each
+    plain_trace: Tensor  #: (p,), ``z'Az``: the same without the control variate, which is another one in each report
+    plain_layers: dict[str, Tensor]  #: (p,) each
     weights: Tensor  #: (g,), what each group of the data counts; they sum to 1
     group_trace: Tensor  #: (g,), the trace of each group
     group_layers: dict[str, Tensor]  #: (g,) each

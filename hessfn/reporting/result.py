@@ -172,6 +172,7 @@ def _samples(samples: Samples) -> dict[str, Any]:
     return {
         "trace": samples.trace,
         "layers": samples.layers,
+        "plain": {"trace": samples.plain_trace, "layers": samples.plain_layers},
         "batch_weights": samples.weights,
         "batches": {
             "trace": samples.group_trace,

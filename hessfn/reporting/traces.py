@@ -41,6 +41,7 @@ class Traces(NamedTuple):
 
 class _Sample(NamedTuple):
     leaves: Tensor  # (l,)
+    plain: Tensor  # (l,), without the control variate
     groups: Tensor  # (g, l)
     weights: Tensor  # (g,)
     image: Tree  # None where it is not kept
@@ -53,7 +54,7 @@ def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock:
         measured.bar = bar
         samples = list(_sampled(measured, found, options, clock))
         rounding = _rounding(measured, options)
-    whole = torch.stack([x.leaves for x in samples])  # (p, l)
+    whole, plain = (torch.stack([getattr(x, part) for x in samples]) for part in ("leaves", "plain"))  # (p, l)
     means: Estimate[Any] = estimate({"layers": row, "total": row.sum()} for row in whole)
     weights = samples[0].weights
     by_probe = torch.stack([x.groups for x in samples], dim=1)  # (g, p, l)
@@ -72,6 +73,8 @@ def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock:
     kept = Samples(
         trace=whole.sum(1),
         layers=named(whole),
+        plain_trace=plain.sum(1),
+        plain_layers=named(plain),
         weights=weights,
         group_trace=groups.sum(1),
         group_layers=named(groups),
@@ -100,7 +103,7 @@ def _sampled(measured: Measured, found: Spectrum, options: Options, clock: Clock
         product, change = measured(z), terms(z)
         leaves = product.weights @ product.forms
         image = product.image if len(totals) < num_kept else None
-        sample = _Sample(leaves - theta @ change, product.forms - of_groups @ change, product.weights, image)
+        sample = _Sample(leaves - theta @ change, leaves, product.forms - of_groups @ change, product.weights, image)
         yield sample
         totals.append(sample.leaves.sum())
         if options.rtol_trace is not None and len(totals) >= _LEAST_PROBES:
