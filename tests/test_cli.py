@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hessfn.reporting.cli import main
+from hessfn.reporting import run
+from hessfn.reporting.cli import command_parser, main
 from hessfn.reporting.loading import load_problem
 from hessfn.reporting.options import Options
 
@@ -200,3 +201,41 @@ def test_the_default_problem_end_to_end(tmp_path: Path, capsys: Any) -> None:
     assert all(result["converged"])
     assert result["settings"]["num_samples"] == 60
     assert sum(layer["numel"] for layer in result["layers"].values()) == result["settings"]["num_parameters"]
+
+
+HOSTILE = [
+    "", " ", "-1", "-1e-3", "0", "1.5", "nan", "-inf", "1e999", "9" * 5000, str(10**30), "a" * 300, "a/" * 3000, "None",
+    "[" * 9999, "*", "\x1b[2J\r\n", "\u202e", "\udcff", "a\0b", "x=", "x=\udcff", "name='\x1b'", "float8_e4m3fn",
+    "meta", "cuda:99", "/dev/null", "/proc/self/mem", ".", "..", "%s", "{}", "--", "-", "LM",
+]  # fmt: skip
+
+
+def flags() -> list[str]:
+    """Every option of ``hessfn report`` that takes a value, and its two places."""
+    (commands,) = [action for action in command_parser()._actions if isinstance(action.choices, dict)]
+    assert isinstance(commands.choices, dict)
+    return [action.option_strings[-1] for action in commands.choices["report"]._actions if action.option_strings]
+
+
+@pytest.mark.parametrize("flag", [*flags(), "PROBLEM", "FUNCTION"])
+def test_no_argument_leads_to_a_traceback(flag: str, file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    def stop(*_: Any) -> None:
+        raise RuntimeError("all arguments are good")
+
+    monkeypatch.setattr(run, "analyse", stop)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    for value in HOSTILE:
+        problem = {"PROBLEM": value, "FUNCTION": f"{file}:{value}"}.get(flag, f"{file}:small")
+        given = [] if flag in ("PROBLEM", "FUNCTION") else [flag, value]
+        try:
+            code = main(["report", problem, *given])
+        except SystemExit as exit_:  # from argparse; 0 is of --help
+            code = exit_.code
+        printed = capsys.readouterr()
+        assert code == 2 or flag == "--help", value
+        lines = [line for line in printed.err.splitlines() if line.startswith("hessfn: error: ")]
+        assert len(lines) == (code == 2), value
+        assert all(line.isprintable() for line in lines), value
+        assert "Traceback" not in printed.err or flag == "--traceback", value
+    assert [path.name for path in tmp_path.rglob(".*")] == []
