@@ -124,8 +124,9 @@ def squared_frobenius_per_leaf(
             that of ``A - B`` is estimated. Unbiased for pairs that do not depend on the probes, converged or not.
 
     Returns:
-        ``mean`` and ``stderr`` (the jackknife's, over the probes), trees of float64 scalars, and ``num_matvecs``. Where
-        the error is large a mean may be negative.
+        ``mean`` and ``stderr``, trees of float64 scalars, and ``num_matvecs``. The error is the jackknife's over the
+        probes, wider where it is large, as where one eigenvalue dominates that no pair is given of. A mean may then be
+        negative.
 
     Cost: one product a probe; p probes and p products kept.
 
@@ -166,7 +167,7 @@ def squared_frobenius_per_leaf(
             found.append(_with_pairs(z, y - (inner * theta.to(inner)) @ q, q, theta.to(inner)))
     result = Estimate(
         tree.unflatten([mean for mean, _ in found], first),
-        tree.unflatten([stderr for _, stderr in found], first),
+        tree.unflatten([_widened(mean, stderr) for mean, stderr in found], first),
         torch.tensor(len(pairs)),
         torch.tensor(float(len(pairs) - 1), dtype=found[0][0].dtype),
     )
@@ -200,6 +201,15 @@ def _paired(forms: Tensor, single: Tensor | None = None) -> tuple[Tensor, Tensor
         return mean, torch.full_like(mean, torch.inf)
     without = (sums.sum() - 2 * sums) / ((p - 1) * (p - 2))
     return mean, ((without - without.mean()).square().sum() * (p - 1) / p).sqrt()
+
+
+def _widened(mean: Tensor, stderr: Tensor) -> Tensor:
+    """Wide enough for ``mean +- 2 stderr`` to hold the interval of the logarithm, by which these squares are symmetric.
+
+    Where one eigenvalue dominates, squares of few probes are mostly too small, and so is their spread.
+    """
+    relative = (stderr / mean.abs()).clamp(max=1.0)
+    return torch.where(mean == 0, stderr, stderr * (torch.expm1(2 * relative) / (2 * relative)).nan_to_num(1.0))
 
 
 def stable_ranks(squares: Estimate[S], tops: BlockTops) -> Estimate[dict[str, Tensor]]:

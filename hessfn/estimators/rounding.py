@@ -22,8 +22,8 @@ def rounding_of_pairs(matvec: MatVec[T], exact: MatVec[T], eigenpairs: EigenPair
     A residual is measured with the products that the pair was computed with, and does not know of their rounding. With
     ``E`` the difference of the exact matrix and of the one that computes, ``||A q - theta q|| <= residual + ||E q||``.
     ``||E v||`` of one vector, ``v = sum_i s_i q_i / sqrt(k)`` with random signs, has all pairs in it:
-    ``k ||E v||^2`` is ``sum_i ||E q_i||^2`` on average over the signs. The pairs' shares of it are taken to be three
-    quarters in proportion to ``|theta_i|``, as rounding of the factors of ``A = J'HJ`` has it, and one quarter the same
+    ``k ||E v||^2`` is ``sum_i ||E q_i||^2`` on average over the signs. The pairs' shares of it are taken to be six
+    tenths in proportion to ``|theta_i|``, as rounding of the factors of ``A = J'HJ`` has it, and four tenths the same
     for all, as rounding of a plain matrix has it; the factor 2 on top of their roots is for what one vector can tell.
 
     Args:
@@ -66,7 +66,7 @@ def rounding_of_pairs(matvec: MatVec[T], exact: MatVec[T], eigenpairs: EigenPair
     return _SAFETY * error * (k * shares).sqrt() + own
 
 
-_EVEN = 0.25  # the part of the error that all pairs share alike
+_EVEN = 0.4  # the part of the error that all pairs share alike
 _SAFETY = 2.0
 _SIGNS = 0xE44  # a stream of its own
 
