@@ -80,7 +80,9 @@ def truth(theta: Tensor, batches: list[tuple[Tensor, Tensor]] | None = None) -> 
     return Truth(parts.numpy(), np.array([float(loss(theta, batch)) for batch in batches]))
 
 
-def report_of(net: Truth, *, num_probes: int = 24, probe_seed: int = 0, fingerprint: str = "digits") -> dict[str, Any]:
+def report_of(
+    net: Truth, *, num_probes: int = 24, num_pairs: int = K, probe_seed: int = 0, fingerprint: str = "digits"
+) -> dict[str, Any]:
     """A ``report.json`` of schema 2, as a dict: what an analysis with these probes finds."""
     parts, whole, b = net.parts, net.whole, len(net.parts)
     values, vectors = np.linalg.eigh(whole)
@@ -89,12 +91,13 @@ def report_of(net: Truth, *, num_probes: int = 24, probe_seed: int = 0, fingerpr
     z = np.random.default_rng(probe_seed).choice([-1.0, 1.0], (num_probes, N))
     # With the pairs as a control variate, as facts of the report have it.
     part_samples = {name: z[:, at] * (z @ whole)[:, at] for name, at in blocks().items()}
-    overlaps = z @ vectors[:, top]
-    layers = {}
+    plain = {name: x.sum(1) for name, x in part_samples.items()}
+    pairs, layers = np.argsort(-np.abs(values))[:num_pairs], {}
+    overlaps = z @ vectors[:, pairs]
     for name, at in blocks().items():
-        q = vectors[at, :][:, top]
+        q = vectors[at, :][:, pairs]
         expected = (z[:, at] @ q) * overlaps - (q**2).sum(0)
-        layers[name] = part_samples[name].sum(1) - expected @ values[top]
+        layers[name] = plain[name] - expected @ values[pairs]
     total = sum(layers.values())
     by_entry = (z * (z @ parts)).mean(1)  # (b, n)
     by_batch = by_entry.sum(1)
@@ -165,6 +168,10 @@ def report_of(net: Truth, *, num_probes: int = 24, probe_seed: int = 0, fingerpr
             "probe_seed": probe_seed,
             "trace": total.tolist(),
             "layers": {name: x.tolist() for name, x in layers.items()},
+            "plain": {
+                "trace": sum(plain.values()).tolist(),
+                "layers": {name: x.tolist() for name, x in plain.items()},
+            },
             "batch_weights": [15.0] * b,
             "batches": {
                 "trace": by_batch.tolist(),

@@ -100,10 +100,25 @@ def test_samples_are_paired_only_where_they_are_the_same() -> None:
 def test_the_probes_that_both_have_are_compared_where_one_has_more() -> None:
     few, many = report_of(BEFORE, num_probes=12), report_of(AFTER, num_probes=40)
     by, exact = of(few, many)["trace"], AFTER.trace - BEFORE.trace
-    d = np.array(many["samples"]["trace"][:12]) - few["samples"]["trace"]
     # The two draw probe i from one stream, as hessfn does from (seed, i).
-    assert (by.mean, by.stderr) == pytest.approx((d.mean(), d.std(ddof=1) / 12**0.5))
+    assert by[:2] == pytest.approx(of(few, report_of(AFTER, num_probes=12))["trace"][:2])
     assert abs(by.mean - exact) <= 4 * by.stderr
+    for report in (few, many):
+        del report["samples"]["plain"]
+    d = np.array(many["samples"]["trace"][:12]) - few["samples"]["trace"]
+    by = of(few, many)["trace"]
+    assert (by.mean, by.stderr) == pytest.approx((d.mean(), d.std(ddof=1) / 12**0.5))
+
+
+def test_control_variates_that_are_other_ones_do_not_hide_a_difference() -> None:
+    """Two reports whose pairs are not the same: their samples, paired as they are, err by what the two leave over."""
+    a, b = (report_of(BEFORE, num_probes=40, num_pairs=num) for num in (2, 6))
+    b_later = report_of(truth(THETA + 0.001 * THETA.new_tensor(STEP)), num_probes=40, num_pairs=6)
+    d = np.array(b_later["samples"]["trace"]) - a["samples"]["trace"]
+    by = of(a, b_later)["trace"]
+    assert by.stderr < d.std(ddof=1) / 40**0.5 / 5
+    assert of(a, b)["trace"].stderr < 1e-9
+    assert not of(a, b)["trace"].differs
 
 
 def test_a_difference_counts_in_units_of_the_combined_error() -> None:
@@ -123,7 +138,8 @@ def test_an_error_of_the_data_can_take_a_difference_back() -> None:
     a, b = Measured(9.0, 0.1, 0.0, 0.3), Measured(10.0, 0.1, 0.0, 0.4)
     here = difference(a, b, Shared(), num_probes=100, num_batches=20)
     assert (here.differs, here.generalizes, here.data_stderr) == (True, False, pytest.approx(0.5))
-    close = Shared(None, ([8.0, 9.0, 10.0, 9.0] * 3, [9.0, 10.1, 10.9, 10.0] * 3), [1.0] * 12)
+    batches = [8.0, 9.0, 10.0, 9.0] * 3, [9.0, 10.1, 10.9, 10.0] * 3
+    close = Shared(batches=batches, weights=[1.0] * 12)
     paired = difference(a, b, close, num_probes=100, num_batches=20)
     assert paired.data_stderr < 0.1 and paired.generalizes
 

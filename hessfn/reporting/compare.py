@@ -19,8 +19,8 @@ def compare(*folders: str | Path, out: str | Path = "compare.html") -> dict[str,
     """Sets the reports of folders side by side on one page, such as those of checkpoints in the order of a training.
 
     The first and the last one are compared in detail. Nets with the same parameters and reports of the same seed share
-    their probes: then the samples are compared probe by probe, ``mean(d) +- sd(d) / sqrt(p)`` with ``d_i = b_i - a_i``
-    over the p probes, which sees changes far below the errors of the two. Other estimates have the combined error
+    their probes: then the samples ``z_i'(B - A)z_i`` are taken, with the control variates of both as regressors, which
+    sees changes far below the errors of the two. Other estimates have the combined error
     ``sqrt(stderr_A^2 + stderr_B^2)``. Both are held against Student's t at 95 %; for the layers, at 95 % for all of
     them together (Bonferroni). Eigenvalues differ where they are further apart than their residuals and their rounding.
     All that is about the data that were looked at; ``generalizes`` says whether a difference is also beyond what other
@@ -46,7 +46,8 @@ def compare(*folders: str | Path, out: str | Path = "compare.html") -> dict[str,
         ValueError: a folder holds no ``report.json``, or another kind of one, there is only one, or ``out`` cannot be
             written.
 
-    Source: paired differences with common random numbers, Glasserman and Yao (1992).
+    Source: Glasserman and Yao (1992) for common random numbers, Lavenberg and Welch (1981) for the regression on control
+    variates.
     """
     if len(folders) > 2 and str(folders[-1]).endswith(".html") and not Path(folders[-1]).is_dir():
         *folders, out = folders  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -149,9 +150,16 @@ def _shared(a: dict[str, Any], b: dict[str, Any], *path: str) -> Shared:
             found = found.get(name)
         return found
 
-    samples = tuple(at(x["samples"]) for x in (a, b)) if _same_probes(a, b) else (None,)
-    batches = tuple(at(x["samples"]["batches"]) for x in (a, b)) if _same_data(a, b) else (None,)
-    return Shared(_pair(samples), _pair(batches), a["samples"] and a["samples"]["batch_weights"])
+    def pair(of: Callable[[dict[str, Any]], Any], *, shared: bool) -> Any:
+        return _pair(tuple(at(of(x["samples"])) for x in (a, b))) if shared else None
+
+    probes, data = _same_probes(a, b), _same_data(a, b)
+    return Shared(
+        samples=pair(lambda samples: samples, shared=probes),
+        plain=pair(lambda samples: samples["plain"], shared=probes and all(x["samples"]["plain"] for x in (a, b))),
+        batches=pair(lambda samples: samples["batches"], shared=data),
+        weights=a["samples"] and a["samples"]["batch_weights"],
+    )
 
 
 def _shared_forms(a: dict[str, Any], b: dict[str, Any], i: int | None, j: int | None) -> Shared:
@@ -161,7 +169,7 @@ def _shared_forms(a: dict[str, Any], b: dict[str, Any], i: int | None, j: int | 
     forms = [x["samples"]["batches"]["eigenvalues"] for x in (a, b)]
     if i >= len(forms[0]) or j >= len(forms[1]):
         return Shared()
-    return Shared(None, (forms[0][i], forms[1][j]), a["samples"]["batch_weights"])
+    return Shared(batches=(forms[0][i], forms[1][j]), weights=a["samples"]["batch_weights"])
 
 
 def _pair(found: tuple[Any, ...]) -> Any:

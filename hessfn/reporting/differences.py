@@ -1,9 +1,12 @@
 """How far two numbers of two reports are apart, against what the errors of both allow.
 
 Reports of nets with the same parameters and the same seed have the same probes. Sample for sample, what a probe says of
-both nets differs by far less than the two estimates err, so the error of the difference is that of paired samples: the
-mean of ``d_i = b_i - a_i`` with ``sd(d) / sqrt(p)``. Reports of the same data are paired by batch in the same way,
-for what other data would say.
+both nets differs by far less than the two estimates err, so the error of the difference is that of paired samples,
+``d_i = b_i - a_i``. Each report has taken out of its samples a control variate of its own, made of its own eigenpairs,
+which pairs do not cancel: so the plain samples are paired, and both control variates, whose means are 0, are
+regressors. The intercept is the difference, and its error that of least squares.
+
+Reports of the same data are paired by batch, for what other data would say.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from hessfn.estimators.data_error import data_interval
 from hessfn.estimators.data_error import data_stderr as data_stderr_of
 
+_LEAST_FREEDOM = 5  # of a regression; fewer probes are compared as they are
 _SURE = 0.05  # the chance that a comparison, or a table of layers as a whole, marks what is equal
 
 
@@ -47,6 +51,7 @@ class Shared(NamedTuple):
     """What the estimates of a number have in common."""
 
     samples: tuple[list[float], list[float]] | None = None  #: of A and B, by the same probes
+    plain: tuple[list[float], list[float]] | None = None  #: the same without the control variate of either
     batches: tuple[list[float], list[float]] | None = None  #: of A and B, by the same batches
     weights: list[float] | None = None  #: of the batches
 
@@ -60,10 +65,8 @@ def difference(
     """
     mean, stderr, df = b.mean - a.mean, math.hypot(a.stderr, b.stderr), num_probes - 1.0
     if shared.samples is not None:
-        d = _differences(shared.samples)
-        df, stderr = len(d) - 1.0, float(d.std() / len(d) ** 0.5) if len(d) > 1 else math.inf
-        if len({*map(len, shared.samples)}) > 1:  # of one more probes were asked than of the other
-            mean = float(d.mean())
+        found = _by_probes(shared.samples, shared.plain)
+        mean, stderr, df = (found[0] if math.isfinite(found[1]) else mean), found[1], found[2]
     data_stderr = math.hypot(a.data_stderr, b.data_stderr)
     data_reach = critical(num_batches - 1.0, comparisons) * data_stderr
     if shared.batches is not None:
@@ -115,6 +118,29 @@ def _differences(pair: tuple[list[float], list[float]]) -> Tensor:
     common = min(map(len, pair))
     a, b = (torch.tensor(x[:common], dtype=torch.float64) for x in pair)
     return b - a
+
+
+def _by_probes(
+    samples: tuple[list[float], list[float]], plain: tuple[list[float], list[float]] | None
+) -> tuple[float, float, float]:
+    """The mean difference over the probes that both have, its standard error, and the degrees of freedom of that."""
+    d = _differences(samples)
+    if len(d) < 2:
+        return math.nan, math.inf, 0.0
+    simple = float(d.mean()), float(d.std() / len(d) ** 0.5), len(d) - 1.0
+    if plain is None:
+        return simple
+    e = _differences(plain)
+    controls = [torch.tensor(x[: len(d)]) - torch.tensor(y[: len(d)]) for x, y in zip(plain, samples, strict=True)]
+    X = torch.stack([torch.ones_like(d), *(x / (x.abs().max() or 1.0) for x in controls)], dim=1)
+    U, sizes, V = torch.linalg.svd(X, full_matrices=False)
+    kept = sizes > 1e-8 * sizes[0]  # of two nets that hardly differ the control variates are the same
+    if (df := len(d) - int(kept.sum())) < _LEAST_FREEDOM:
+        return simple
+    inverse = V[kept].T / sizes[kept] @ U[:, kept].T
+    coefficients = inverse @ e
+    variance = (e - X @ coefficients).square().sum() / df
+    return float(coefficients[0]), float(variance.sqrt() * inverse[0].norm()), float(df)
 
 
 def _by_batches(d: Tensor, weights: list[float] | None, mean: float, comparisons: int) -> tuple[float, float]:

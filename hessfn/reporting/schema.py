@@ -39,6 +39,8 @@ def parsed(found: Any) -> dict[str, Any]:
     if samples is not None and layers is not None:
         num_probes, num_batches = len(samples["trace"]), len(samples["batch_weights"])
         _lengths(samples["layers"], num_probes, "samples.layers")
+        if (plain := samples["plain"]) is not None:
+            _lengths({**plain["layers"], "trace": plain["trace"]}, num_probes, "samples.plain")
         if (batches := samples["batches"]) is not None:
             _lengths(batches["layers"], num_batches, "samples.batches.layers")
             _lengths(dict(enumerate(batches["eigenvalues"])), num_batches, "samples.batches.eigenvalues")
@@ -192,9 +194,10 @@ _LAYER = record(
 _ACTIVATION = record(
     numel=count, trace=number, stderr=size, weight_numel=count, weight_trace=number, weight_stderr=size
 )
-_BATCHES = record(trace=_NUMBERS, eigenvalues=listed(_NUMBERS), layers=mapped(_NUMBERS))
+_TRACES = {"trace": _NUMBERS, "layers": mapped(_NUMBERS)}
+_BATCHES = record(**_TRACES, eigenvalues=listed(_NUMBERS))
 _SAMPLES = record(
-    probe_seed=optional(count), trace=_NUMBERS, layers=mapped(_NUMBERS), batch_weights=_SIZES,
+    probe_seed=optional(count), **_TRACES, plain=optional(record(**_TRACES)), batch_weights=_SIZES,
     batches=optional(_BATCHES), data=optional(text),
 )  # fmt: skip
 _CURVES = {"grid": listed(real, 2), "values": listed(number, 2)}
