@@ -46,8 +46,8 @@ def compare(*folders: str | Path, out: str | Path = "compare.html") -> dict[str,
         ValueError: a folder holds no ``report.json``, or another kind of one, there is only one, or ``out`` cannot be
             written.
 
-    Source: Glasserman and Yao (1992) for common random numbers, Lavenberg and Welch (1981) for the regression on control
-    variates.
+    Source: Glasserman and Yao (1992) for common random numbers; Lavenberg and Welch (1981) for the regression on
+    control variates.
     """
     if len(folders) > 2 and str(folders[-1]).endswith(".html") and not Path(folders[-1]).is_dir():
         *folders, out = folders  # type: ignore[assignment]
