@@ -16,7 +16,7 @@ from hessfn.reporting.analysis import Negative, Sharpness
 from hessfn.reporting.options import Options, Which
 from hessfn.reporting.products import Measured
 
-_MOST = 40  # products for an end that the space has not found
+_MOST = 16  # products for an end that the space has not found
 
 
 def with_errors(pairs: EigenPairs, measured: Measured) -> tuple[EigenPairs, Tensor]:

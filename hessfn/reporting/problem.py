@@ -78,6 +78,15 @@ def prepare(problem: Any, options: Options) -> Prepared:
     return Prepared(model, criterion, loss, finer, theta, weights, batches)
 
 
+def first_batches(problem: Prepared, num: int | None) -> Prepared:
+    """The problem of so many of its batches. Those of several processes are dealt out after that."""
+    batches = problem.batches
+    if isinstance(batches, ShardedBatches):
+        some = list(itertools.islice(batches.batches, num))
+        return problem._replace(batches=ShardedBatches(some, batches.group, check=False))
+    return problem._replace(batches=list(itertools.islice(batches, num)))
+
+
 def _loss(model: nn.Module, criterion: Any, options: Options) -> tuple[Loss, Tree]:
     """The loss of parameters and a batch, in the dtype of the options, and the parameters."""
     of_batch, theta = functionalize(*converted(model, criterion, options), params=options.params)

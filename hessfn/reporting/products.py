@@ -7,6 +7,7 @@ product from the first pass on.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from hessfn.reporting.workspace import Keep
 _LEAST_PARTS = 8  # of which a spread can be told
 _MOST_GROUPS = 64  # parts beyond are taken together: no more numbers are kept for a product
 _FEW = 100  # products in float64, which are not worth a trace
+_SLOW_FIRST = 3  # products, which are made linear at the first
 _SHARE = 0.5  # of the memory that is free, for linearized products; the rest is for vectors and for others
 
 
@@ -81,8 +83,8 @@ class OfLoss:
 
         By default that is traced at once: a report that is resumed has the products of one that is not, to the bit.
         """
-        self._loss, self._params, self._parts, self._left = loss, params, parts, bytes_free
-        self._trace_after = trace_after
+        self._loss, self._params, self._parts, self._most = loss, params, parts, bytes_free
+        self._trace_after, self.bytes_kept = trace_after, 0
         self._made: dict[int, MatVec] = {}
         self._num_parts, self._is_traceable = 0, True
         self._rank, self._size = share_of(problem.batches)
@@ -126,14 +128,14 @@ class OfLoss:
     def _matvec_of(self, index: int, part: Any) -> MatVec:
         if index in self._made:
             return self._made[index]
-        if self._is_traceable and self._left > 0:
+        if self._is_traceable and self.bytes_kept < self._most:
             try:
                 matvec = linearized_hvp(self._loss, self._params, part)
             except Untraceable:
                 self._is_traceable = False
             else:
                 self._made[index] = matvec
-                self._left -= bytes_kept(matvec, beside=(self._loss, self._params))
+                self.bytes_kept += bytes_kept(matvec, beside=(self._loss, self._params))
                 return matvec
         return hvp(self._loss, self._params, part, trace_after=self._trace_after)
 
@@ -142,9 +144,10 @@ class Measured:
     """The products of one report: kept in its journal, counted, and of some of the data where these are chosen."""
 
     def __init__(self, problem: Prepared, sizes: list[int], keep: Keep) -> None:
-        self.parts, self.params = cut(problem, sizes), problem.params
+        self.parts, self.params, self.sizes = cut(problem, sizes), problem.params, sizes
         self.bar: Any = None  # on which products are counted, one bar a stage
         self.num_products = 0
+        self.pace = 0.0  # seconds of a product with all data, lately
         self._problem, self._keep = problem, keep
         home = tree.leaves(self.params)[0].device
         self._of_loss = OfLoss(problem, problem.loss, self.params, self.parts, _SHARE * free_bytes(home))
@@ -175,6 +178,10 @@ class Measured:
     @property
     def mode(self) -> str:
         return self._of_loss.mode
+
+    @property
+    def bytes_kept(self) -> int:
+        return self._of_loss.bytes_kept
 
     def precisions(self) -> tuple[MatVec, MatVec] | None:
         """The matvec of one group of the data, and the same in float64; None where nothing finer can be had."""
@@ -213,8 +220,11 @@ class Measured:
         through = kept_and_counted(function, self._keep, name, self)
 
         def product(v: Tree, chosen: Tensor) -> Product:
-            blank = chosen.new_zeros(self.parts.num_groups, len(tree.leaves(v)))
+            blank, begun = chosen.new_zeros(self.parts.num_groups, len(tree.leaves(v))), time.monotonic()
             found = through({"vector": v, "groups": chosen, "forms": blank})
+            if chosen.all():
+                seconds = time.monotonic() - begun
+                self.pace = seconds if self.num_products < _SLOW_FIRST else 0.8 * self.pace + 0.2 * seconds
             return Product(found["vector"], found["forms"], found["groups"])
 
         return product

@@ -31,6 +31,12 @@ def progress_bar(options: Options, total: int | None, unit: str, desc: str = "")
     return Lines(total or None, unit, desc, disable=quiet)
 
 
+def say(options: Options, line: str) -> None:
+    """Prints a line beside the progress, on the first process."""
+    if options.is_first_process:
+        tqdm.write(line, file=sys.stderr)
+
+
 class Lines:
     """What of a bar of tqdm is used here, in lines."""
 

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from hessfn.core import tree
 from hessfn.losses.batches import Weights
 from hessfn.losses.functional import Choice
-from hessfn.parallel.all_reduce import Group
+from hessfn.parallel.all_reduce import Group, gather
 from hessfn.reporting import html
 from hessfn.reporting.activations import analyse_activations
 from hessfn.reporting.analysis import Analysis
 from hessfn.reporting.clock import Clock
 from hessfn.reporting.landscape import analyse_landscape
-from hessfn.reporting.layers import analyse_layers
+from hessfn.reporting.layers import MOST_STEPS, analyse_layers
 from hessfn.reporting.options import Options, Which
-from hessfn.reporting.problem import FirstPass, Prepared, first_pass, prepare, state_of
+from hessfn.reporting.planning import PAGE_SECONDS, divided
+from hessfn.reporting.problem import FirstPass, Prepared, first_batches, first_pass, prepare, state_of
 from hessfn.reporting.products import Measured
 from hessfn.reporting.result import result_of, versions
 from hessfn.reporting.spectrum import analyse_spectrum
@@ -150,11 +151,15 @@ def report(
 def run(problem: Problem, out: Path, options: Options) -> dict[str, Any]:
     """As :func:`report`, with its options in one object."""
     template = html.template()  # asked for now, since what makes the page may be missing
-    clock = Clock(None if options.minutes is None else 60 * options.minutes)
+    seconds, group = None if options.minutes is None else 60 * options.minutes, options.group
+    clock = Clock(seconds) if group is None else Clock(seconds, agree=lambda x: all(gather(x, group)))
     # Batches may draw from the global generator, as a DataLoader does: its state is restored.
     with open_workspace(out, options) as workspace, torch.random.fork_rng(devices=[]):
         prepared = prepare(problem, options)
         options = options.fitted(tree.numel(prepared.params))
+        if options.minutes is not None:
+            options = divided(prepared, options, workspace.journals)
+            prepared = first_batches(prepared, options.num_batches)
         first = first_pass(prepared)
         key = {**state_of(prepared), **first.fingerprints, **versions("hessfn", "torch")}
         keep = keep_in(workspace.journals, key, resume=options.resume)
@@ -169,13 +174,15 @@ def analyse(problem: Prepared, first: FirstPass, options: Options, keep: Keep, c
     """All numbers of a report. The trace comes late: its probes take the time that is left."""
     measured, stages = Measured(problem, first.sizes, keep), Stages()
     stages.begin("spectrum")
-    found = analyse_spectrum(measured, options)
+    found = analyse_spectrum(measured, options, clock)
     stages.begin("landscape")
     landscape = analyse_landscape(problem, first.loss, found.eigen, options)
     stages.begin("activations")
     activations = analyse_activations(problem, options, keep)
     stages.begin("trace")
-    traces = analyse_traces(measured, found, options, clock)
+    traces = analyse_traces(
+        measured, found, options, clock, reserve=PAGE_SECONDS + MOST_STEPS * options.num_layers * measured.pace
+    )
     stages.begin("layers")
     layers = analyse_layers(measured, found, traces, options)
     return Analysis(

@@ -12,8 +12,10 @@ from hessfn.estimators.eigen import eigsh
 from hessfn.estimators.krylov import select
 from hessfn.estimators.spectrum import density, density_band, slq
 from hessfn.reporting.analysis import Negative, Sharpness
+from hessfn.reporting.clock import Clock
 from hessfn.reporting.ends import negative, pairs_at, sharpness, with_errors
 from hessfn.reporting.options import Options
+from hessfn.reporting.planning import announce, steps_in_time
 from hessfn.reporting.products import Measured
 from hessfn.reporting.progress import progress_bar
 from hessfn.transforms.matvec_check import check_matvec
@@ -33,8 +35,8 @@ class Spectrum(NamedTuple):
     band: Band | None
 
 
-def analyse_spectrum(measured: Measured, options: Options) -> Spectrum:
-    """Eigenvalues, both ends and the density."""
+def analyse_spectrum(measured: Measured, options: Options, clock: Clock) -> Spectrum:
+    """Eigenvalues, both ends and the density, in fewer steps where the time is short."""
     theta, seed = measured.params, options.seed
     # How many products the eigenvalues take turns out on the way: 2 num_pairs is a guess.
     later = options.k + options.num_runs * options.num_steps
@@ -42,6 +44,8 @@ def analyse_spectrum(measured: Measured, options: Options) -> Spectrum:
         measured.bar = bar
         bar.set_description("check")
         check_matvec(measured.matvec, theta, seed=seed)
+        if options.minutes is None:
+            announce(measured, options)
         bar.set_description("eigenvalues")
         start, second, *runs = gaussian(theta, 2 + options.num_runs, seed=seed)
         space = eigsh(
@@ -60,7 +64,8 @@ def analyse_spectrum(measured: Measured, options: Options) -> Spectrum:
         top = sharpness(space, shown, measured, start, options)
         bar.total = bar.n + later - options.k
         bar.set_description("density")
-        quadrature = slq(measured.matvec, runs, options.num_steps, eigenpairs=space)
+        num_steps = steps_in_time(options, clock, measured.pace)
+        quadrature = slq(measured.matvec, runs, num_steps, eigenpairs=space)
         bar.set_description("negative curvature")
         below = negative(space, quadrature, measured, options)
     band = density_band(quadrature) if options.num_runs > 1 else None

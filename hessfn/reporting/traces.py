@@ -22,6 +22,7 @@ from hessfn.estimators.running_mean import estimate
 from hessfn.reporting.analysis import Samples
 from hessfn.reporting.clock import Clock
 from hessfn.reporting.options import Options
+from hessfn.reporting.planning import LEAST_PROBES
 from hessfn.reporting.products import Measured
 from hessfn.reporting.progress import progress_bar
 from hessfn.reporting.spectrum import Spectrum
@@ -29,7 +30,6 @@ from hessfn.reporting.spectrum import Spectrum
 _MOST_PROBES = 10_000  # where a tolerance or the time decides
 _MOST_IMAGES = 40  # for the stable ranks of layers
 _SHARE = 0.1  # of the memory that is free, for these
-_LEAST_PROBES = 10  # a standard error from fewer is too uncertain to stop on
 
 
 class Traces(NamedTuple):
@@ -47,12 +47,12 @@ class _Sample(NamedTuple):
     image: Tree  # None where it is not kept
 
 
-def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock: Clock) -> Traces:
+def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock: Clock, *, reserve: float) -> Traces:
     """Both traces, from as many probes as are asked for, as the tolerance takes, or as there is time for."""
     names = tree.names(measured.params)
     with progress_bar(options, options.num_probes, "product", "trace") as bar:
         measured.bar = bar
-        samples = list(_sampled(measured, found, options, clock))
+        samples = list(_sampled(measured, found, options, clock, reserve))
         rounding = _rounding(measured, options)
     whole, plain = (torch.stack([getattr(x, part) for x in samples]) for part in ("leaves", "plain"))  # (p, l)
     means: Estimate[Any] = estimate({"layers": row, "total": row.sum()} for row in whole)
@@ -83,7 +83,7 @@ def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock:
     return Traces(total, layers, kept, [x.image for x in samples if x.image is not None])
 
 
-def _sampled(measured: Measured, found: Spectrum, options: Options, clock: Clock) -> Iterator[_Sample]:
+def _sampled(measured: Measured, found: Spectrum, options: Options, clock: Clock, reserve: float) -> Iterator[_Sample]:
     """Each probe's traces, with the whole Krylov space as control variate.
 
     Of the pairs that are shown the groups' own quadratic forms are known, which take the same part out of the traces of
@@ -99,14 +99,14 @@ def _sampled(measured: Measured, found: Spectrum, options: Options, clock: Clock
     home = tree.leaves(measured.params)[0].device
     size = sum(x.nbytes for x in tree.leaves(measured.params))
     num_kept = min(_MOST_IMAGES, int(_SHARE * free_bytes(home) / size)) if options.num_layers else 0
-    for z in clock.while_time(probes, reserve=0.0, least=_LEAST_PROBES):
+    for z in clock.while_time(probes, reserve=reserve, least=LEAST_PROBES):
         product, change = measured(z), terms(z)
         leaves = product.weights @ product.forms
         image = product.image if len(totals) < num_kept else None
         sample = _Sample(leaves - theta @ change, leaves, product.forms - of_groups @ change, product.weights, image)
         yield sample
         totals.append(sample.leaves.sum())
-        if options.rtol_trace is not None and len(totals) >= _LEAST_PROBES:
+        if options.rtol_trace is not None and len(totals) >= LEAST_PROBES:
             so_far = estimate(totals)
             lower, upper = so_far.interval()
             if float(upper - lower) <= 2 * options.rtol_trace * abs(float(so_far.mean)):
