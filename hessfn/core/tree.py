@@ -103,17 +103,19 @@ def dot(x: T, y: T) -> Tensor:
 
 
 def _blocks(leaf: Tensor) -> Sequence[Tensor]:
-    return (leaf,) if leaf.numel() <= _BLOCK else leaf.reshape(-1).split(_BLOCK)
+    size = max(_BLOCK, -(-leaf.numel() // 64))
+    return (leaf,) if leaf.numel() <= size else leaf.reshape(-1).split(size)
 
 
-_BLOCK = 1 << 20  # so much is widened at a time
+_BLOCK = 1 << 18  # so much is widened at a time, or a 64th
 
 
 def norm(x: Tree) -> Tensor:
     """Euclidean norm of a tree: a float64 scalar, which no float32 can make overflow or underflow."""
     if any(layout(leaf) for leaf in leaves(x)):
         return over_ranks(norm, torch.linalg.vector_norm, leaves(x))
-    parts = [torch.linalg.vector_norm(leaf, dtype=_wide_dtype(leaf)) for leaf in leaves(x)]
+    blocks = (block for leaf in leaves(x) for block in _blocks(leaf))  # of the whole, torch makes a wide copy
+    parts = [torch.linalg.vector_norm(block, dtype=_wide_dtype(block)) for block in blocks]
     return torch.linalg.vector_norm(torch.stack(parts))
 
 

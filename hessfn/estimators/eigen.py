@@ -6,6 +6,7 @@ sparse matrix or a SciPy operator S ``lambda v: torch.from_numpy(S @ v.numpy())`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import get_args
 
@@ -16,7 +17,6 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_matvec, require_vector, require_vectors
 from hessfn.core.dtensor import whole
 from hessfn.core.errors import InvalidInput
-from hessfn.core.func import vmap
 from hessfn.core.memory import own
 from hessfn.core.results import EigenPair, EigenPairs, Tridiagonal
 from hessfn.core.tree import MatVec, T
@@ -68,16 +68,18 @@ def power_iter(
         v = following
         product = space.matvec(v)
         value = tree.dot(v, product)
-        residual = tree.norm(product - value.to(v.dtype) * v)
+        residual = tree.norm(torch.addcmul(product, v, value.to(v.dtype), value=-1))
         converged = residual <= (_RTOL if rtol is None else rtol) * value.abs()
         if rtol is not None:
-            krylov.number(residual, space.unravel(product), count)
+            krylov.decided(residual, partial(space.unravel, product), count)
             if converged:
                 break
-        image = product + shift * v
+        image = torch.add(product, v, alpha=shift)
+        del product
         # A vector that A takes to zero is an eigenvector; there is no way on from it.
         image = torch.where(tree.norm(image.detach()) == 0, v, image)
         following = image / tree.norm(image).to(v.dtype)
+        del image  # before the next product
     space.finished(value)
     return EigenPair(value, space.unravel(v), residual, torch.tensor(count), converged)
 
@@ -193,24 +195,25 @@ def eigsh(
         if max_matvecs is None:
             raise InvalidInput("rtol=None asks for a fixed number of products: give it as max_matvecs")
         return _unrestarted(space, v0, k, which, min(max_matvecs, n), keep_all)
-    starts = space.ravel(v0)[None] if warm_start is None else _starts(space, v0, warm_start)
-    least = max(k, len(starts)) + 2
+    num_starts = 1 if warm_start is None else len(tree.leaves(warm_start)[0])
+    least = max(k, num_starts) + 2
     size = min(n, max(2 * k + 20, least) if basis_size is None else basis_size)
     if size < min(n, least):
         raise InvalidInput(f"basis_size={basis_size} must be at least {least}, 2 more than k and the starting vectors")
     budget = 10 * size if max_matvecs is None else max_matvecs
-    if budget <= max(k, len(starts)):
+    if budget <= max(k, num_starts):
         raise InvalidInput(
-            f"max_matvecs={budget} must be at least {max(k, len(starts)) + 1}, one more than k and the starting vectors"
+            f"max_matvecs={budget} must be at least {max(k, num_starts) + 1}, one more than k and the starting vectors"
         )
     second = None
     if second_start is not None:
         second = partial(space.ravel, tree.matched(second_start, v0, "second_start", "v0"))
-    found = thick_restart(space, starts, k, which, rtol, budget, size, basis_device, second, keep_all)
+    starts = _starts(space, v0, warm_start)
+    found = thick_restart(space, starts, num_starts, k, which, rtol, budget, size, basis_device, second, keep_all)
     allowed = (rtol * found.values.abs()).clamp(min=found.floor)
     return EigenPairs(
         found.values,
-        space.unravel(found.vectors.to(starts.device)),
+        space.unravel(found.vectors.to(found.device)),
         found.residuals,
         torch.tensor(found.num_matvecs),
         found.residuals <= allowed,
@@ -218,9 +221,14 @@ def eigsh(
     )
 
 
-def _starts(space: Space[T], v0: T, vectors: T) -> Tensor:
-    """Several vectors as rows, their leaves in the order of those of ``v0``."""
-    return vmap(lambda v: space.ravel(tree.matched(v, v0, "warm_start", "v0")), tree.map(whole, vectors))
+def _starts(space: Space[T], v0: T, vectors: T | None) -> Iterator[Tensor]:
+    """The starting vectors, one at a time; of several, the leaves are in the order of those of ``v0``."""
+    if vectors is None:
+        yield space.ravel(v0)
+        return
+    stack = tree.map(whole, vectors)
+    for i in range(len(tree.leaves(stack)[0])):
+        yield space.ravel(tree.matched(tree.map(lambda x: x[i], stack), v0, "warm_start", "v0"))  # noqa: B023
 
 
 def _unrestarted(space: Space[T], v0: T, k: int, which: Which, num_matvecs: int, keep_all: bool) -> EigenPairs[T]:
@@ -236,7 +244,7 @@ def _unrestarted(space: Space[T], v0: T, k: int, which: Which, num_matvecs: int,
     residuals = (beta[-1] * vectors[-1]).abs().clamp(min=floor)
     return EigenPairs(
         values,
-        space.unravel(vectors.T.to(basis.dtype) @ basis),
+        space.unravel(krylov.rotated(basis, vectors)),
         residuals,
         torch.tensor(num_matvecs),
         residuals <= (_RTOL * values.abs()).clamp(min=floor),

@@ -13,6 +13,7 @@ from typing_extensions import NamedTuple  # typing's own cannot be generic befor
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import gaussian
+from hessfn.core.torch_private import under_dual_level, under_functorch
 from hessfn.core.torch_state import known
 from hessfn.core.tree import MatVec, T, Tree
 from hessfn.core.watched import Watched
@@ -25,6 +26,7 @@ class Space(NamedTuple, Generic[T]):
     """A matvec on flat vectors ``(n,)``, and the ways there and back."""
 
     matvec: FlatMatVec
+    product: Callable[[T], Tensor]  # of a tree, which is let go of before the product is copied
     ravel: Callable[[T], Tensor]
     unravel: Callable[[Tensor], T]
     eps: float
@@ -42,10 +44,12 @@ def flatten(matvec: MatVec[T], like: T, *, tolerance: bool = False) -> Space[T]:
         flat, _ = tree.ravel(v)
         return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
-    def product(flat: Tensor) -> Tensor:
-        return ravel(tree.aligned(watched(unravel(flat)), like, "the product"))
+    def product(v: T) -> Tensor:
+        image = watched(v)
+        del v
+        return ravel(tree.aligned(image, like, "the product"))
 
-    return Space(product, ravel, unravel, tree.eps(like), watched.finished)
+    return Space(lambda flat: product(unravel(flat)), product, ravel, unravel, tree.eps(like), watched.finished)
 
 
 def unit(v: Tensor, name: str = "v0") -> Tensor:
@@ -57,23 +61,45 @@ def unit(v: Tensor, name: str = "v0") -> Tensor:
 
 def number(x: Tensor, product: Tree, count: int) -> float:
     """A scalar that depends on the latest product, to decide on."""
+    return decided(x, lambda: product, count)
+
+
+def decided(x: Tensor, product: Callable[[], Tree], count: int) -> float:
+    """:func:`number`, of a product that is only made again for an error."""
     if known(x == x) is None:
         raise InvalidInput(
             "a tolerance stops on numbers that vmap hides: pass rtol=None for a fixed number of products"
         )
     if not math.isfinite(x):
         what = f"product {count} of the matvec"
-        tree.require_finite(product, what)
+        tree.require_finite(product(), what)
         raise InvalidInput(f"{what} is too large: a norm that depends on it is {float(x)}")
     return float(x)
 
 
+def is_private(*tensors: Tensor) -> bool:
+    """Whether nothing looks at these tensors but who made them, no transform and no derivative: then a result may take
+    their memory."""
+    if torch.compiler.is_compiling() or under_functorch() or under_dual_level():
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+
+
+def less(v: Tensor, c: Tensor, x: Tensor) -> Tensor:
+    """``v - c x``, c a scalar; in the memory of v where that is private."""
+    c = c.to(v.dtype)
+    return v.addcmul_(x, c, value=-1) if is_private(v, c, x) else v - c * x
+
+
 def orthogonalize(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """``v`` without its components along orthonormal rows, and those components: twice is enough (Parlett 1980)."""
+    """``v`` without its components along orthonormal rows, and those components: twice is enough (Parlett 1980).
+
+    It takes the memory of ``v`` where that is private.
+    """
     components = torch.zeros_like(basis[:, 0])
     for _ in range(2):
         c = basis @ v
-        v = v - c @ basis
+        v = v.addmv_(basis.mT, c, alpha=-1) if is_private(v, basis) else v - c @ basis
         components = components + c
     return v, components
 
@@ -101,47 +127,70 @@ class Krylov(NamedTuple):
 def expand(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> Krylov:
     """Lanczos with full two-pass orthogonalisation, functional throughout: for ``vmap`` and autograd."""
     basis = unit(start)[None]
+    rows = None  # the places of all vectors, where nothing looks on
+    if is_private(start):
+        rows = start.new_empty(num_matvecs, len(start))
+        rows[0] = basis[0]
+        basis = rows[:1]
+    del start
     alpha: list[Tensor] = []
     beta: list[Tensor] = []
-    scale = torch.zeros_like(tree.wide(start[0]))
+    scale = torch.zeros_like(tree.wide(basis[0, 0]))
     for step in range(num_matvecs):
         product = matvec(basis[-1])
         scale = torch.maximum(scale, tree.norm(product).detach())
         residual, components = orthogonalize(product, basis)
         alpha.append(tree.wide(components[-1]))
-        size, following, broken = _next(residual, 10 * eps * scale)
+        last = step + 1 == num_matvecs
+        size, following, broken = _next(residual, 10 * eps * scale, keep=last)
         beta.append(size)
-        if step + 1 < num_matvecs:
+        if not last:
             if known(broken) is not False:
-                following = torch.where(broken, fresh(start, basis, step), following)
-            basis = torch.cat([basis, following[None]])
+                following = torch.where(broken, fresh(basis[0], basis, step), following)
+            if rows is None or not is_private(following):
+                basis, rows = torch.cat([basis, following[None]]), None
+            else:
+                rows[step + 1] = following
+                basis = rows[: step + 2]
+            del product, residual, following  # before the next product
     return Krylov(torch.stack(alpha), torch.stack(beta), basis, residual)
 
 
 def recur(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Lanczos by the three-term recurrence alone, two vectors kept; ``alpha, beta`` as of :func:`expand`.
+    """Lanczos by the three-term recurrence alone, two vectors kept and one product; ``alpha, beta`` as of
+    :func:`expand`.
 
     Once the space is exhausted, the rest is decoupled: beta 0 and alpha repeated.
     """
-    previous, current = torch.zeros_like(start), unit(start)
+    current = unit(start)
+    del start
+    previous = current
     alpha: list[Tensor] = []
-    beta = [torch.zeros_like(tree.wide(start[0]))]
+    beta = [torch.zeros_like(tree.wide(current[0]))]
     scale, ended = beta[0], beta[0] > 0
     for _ in range(num_matvecs):
         product = matvec(current)
         scale = torch.maximum(scale, tree.norm(product).detach())
-        product = product - beta[-1].to(product.dtype) * previous
+        product = less(product, beta[-1], previous)
         diagonal = tree.dot(current, product)
         alpha.append(torch.where(ended, alpha[0], diagonal) if alpha else diagonal)
-        size, following, broken = _next(product - diagonal.to(product.dtype) * current, eps * scale)
+        previous = current
+        size, current, broken = _next(less(product, diagonal, current), eps * scale)
         ended = ended | broken
         beta.append(size)
-        previous, current = current, following
     return torch.stack(alpha), torch.stack(beta[1:])
 
 
-def _next(residual: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm, direction and whether the space ends here: then the first two are 0, and so are their gradients."""
+def _next(residual: Tensor, threshold: Tensor, *, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, direction and whether the space ends here: then the first two are 0, and so are their gradients.
+
+    The direction takes the memory of the residual where that is private and need not be kept.
+    """
+    if is_private(residual):
+        size = tree.norm(residual)
+        broken = size <= threshold
+        by = torch.where(broken, torch.inf, size).to(residual.dtype)
+        return torch.where(broken, 0.0, size), residual if keep else residual.div_(by), broken
     broken = tree.norm(residual.detach()) <= threshold
     safe = torch.where(broken, torch.ones_like(residual), residual)
     size = tree.norm(safe)
@@ -177,6 +226,18 @@ def tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:
     """The symmetric matrix ``(m, m)`` with diagonal ``alpha (m,)`` and off-diagonal ``beta (m - 1,)``."""
     off = torch.diag_embed(beta, 1)
     return torch.diag_embed(alpha) + off + off.mT
+
+
+def rotated(basis: Tensor, turn: Tensor) -> Tensor:
+    """``turn' basis``, for ``turn (m, k)`` and ``basis (m, n)``; where that is private, in its first rows by blocks."""
+    if not is_private(basis, turn):
+        return turn.mT.to(basis.dtype) @ basis
+    for columns in basis.split(_COLUMNS, dim=1):
+        columns[: turn.shape[1]] = turn.mT.to(columns) @ columns
+    return basis[: turn.shape[1]]
+
+
+_COLUMNS = 1 << 16
 
 
 def select(values: Tensor, k: int, which: Which) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.estimators import krylov
-from hessfn.estimators.krylov import FlatMatVec, Space, Which, select
+from hessfn.estimators.krylov import Space, Which, select
 from hessfn.estimators.second_start import Chain
 
 
@@ -22,6 +24,7 @@ class Found(NamedTuple):
     num_matvecs: int
     floor: float  # what rounding leaves of a residual
     outside: Tensor | None  # (2,), where the eigenvalues lie that have not been found
+    device: torch.device  # of the starts
 
 
 class Ritz(NamedTuple):
@@ -33,7 +36,8 @@ class Ritz(NamedTuple):
 
 def thick_restart(
     space: Space,
-    starts: Tensor,
+    starts: Iterator[Tensor],
+    num_starts: int,
     k: int,
     which: Which,
     rtol: float,
@@ -51,11 +55,13 @@ def thick_restart(
     Once the wanted have settled, ``second`` is asked for a direction, whose chain looks for what they have missed;
     where it has found something, so does another one.
     """
-    n, starts = starts.shape[1], starts.detach()
-    rows = min(basis_size + len(starts) + (second is not None), n)
-    basis = torch.empty(rows, n, dtype=starts.dtype, device=basis_device or starts.device)
+    head = next(starts)
+    n, device = len(head), head.device
+    rows = min(basis_size + num_starts + (second is not None), n)
+    basis = torch.empty(rows, n, dtype=head.dtype, device=basis_device or device)
     H = torch.zeros(rows, rows, dtype=torch.float64)
-    first = pending = _begin(basis, starts)
+    first = pending = _begin(basis, itertools.chain(iter([head]), starts))
+    del head
     if second and first < n and tree.norm(krylov.orthogonalize(_second(second, basis), basis[:first])[0]) < _NEW:
         raise InvalidInput("second_start lies within the first: give another random one, as gaussian(params, 2)[1]")
     keep = k + (basis_size - k) // 2  # Ritz vectors that a restart keeps
@@ -65,21 +71,22 @@ def thick_restart(
     before: Tensor | None = None  # the wanted values when it began
     outside: Tensor | None = None
 
-    def multiply(v: Tensor) -> Tensor:
-        return space.matvec(v.to(starts.device)).detach().to(basis.device)
+    def multiply(v: Callable[[], Tensor]) -> Tensor:
+        return space.product(space.unravel(v().to(device))).detach().to(basis.device)
 
     while True:
-        product = multiply(basis[done])
+        product = multiply(partial(basis.select, 0, done))
         count += 1
-        scale = max(scale, krylov.number(tree.norm(product), space.unravel(product), count))
+        scale = max(scale, krylov.decided(tree.norm(product), partial(space.unravel, product), count))
         rest, components = krylov.orthogonalize(product, basis[: done + pending])
         H[: done + pending, done] = components.cpu().double()
         beta = float(tree.norm(rest))
         if beta > 10 * space.eps * scale and done + pending < n:
-            basis[done + pending] = rest / beta
+            basis[done + pending] = rest.div_(beta)
             H[done + pending, done] = beta
             pending += 1
         done, pending = done + 1, pending - 1
+        del product, rest  # before the next product
 
         exhausted, full = count >= max_matvecs - 1, done >= basis_size or done + pending == rows < n
         if done < max(k, first) and pending:
@@ -117,14 +124,14 @@ def thick_restart(
                 _compress(basis, H, done, pending, ritz, select(ritz.values, keep, which))
                 ritz, done = _ritz(H, keep, pending, space.eps), keep
                 wanted = select(ritz.values, k, which)
-            w = _second(second, basis) if before is None else krylov.random(starts[0], count).to(basis.device)
+            w = _second(second, basis) if before is None else krylov.random(basis[0], count)
             w = _put(basis, H, done, pending, w)
             before, pending, segment = ritz.values[wanted], pending + 1, done
             chain = Chain(ritz.vectors[:, wanted], before, ritz.residuals[wanted], w, n, space.eps * scale)
             continue
         if finished or exhausted:
             kept = krylov.select_all(ritz.values, k, which) if keep_all else wanted
-            return _checked(multiply, basis, H, done, pending, ritz, kept, count, outside)
+            return _checked(multiply, basis, H, done, pending, ritz, kept, count, outside, device)
         if pending > 1 and not closed:
             _turn(basis, H, done, pending, H[done : done + pending, :done] @ ritz.vectors[:, unsettled[0]])
         if full:
@@ -133,7 +140,7 @@ def thick_restart(
         if closed:
             doubtful, segment = True, done
         if not pending:
-            basis[done] = krylov.fresh(starts[0], basis[:done], count)
+            basis[done] = krylov.fresh(basis[0], basis[:done], count)
             pending = 1
 
 
@@ -154,17 +161,18 @@ def _put(basis: Tensor, H: Tensor, done: int, pending: int, w: Tensor) -> Tensor
     basis[last] = krylov.unit(rest)
     H[last, :done] = 0.0
     outside = torch.cat([components[done:], tree.norm(rest)[None]]).cpu().double()
+    size = torch.linalg.vector_norm(outside)
     if pending:
         _turn(basis, H, done, pending + 1, outside)
-    return torch.cat([components[:done], (basis[done] @ w)[None]]).cpu().double()
+        size = -torch.copysign(size, outside[0])  # as a reflection leaves it
+    return torch.cat([components[:done].cpu().double(), size[None]])
 
 
-def _begin(basis: Tensor, starts: Tensor) -> int:
+def _begin(basis: Tensor, starts: Iterable[Tensor]) -> int:
     """Writes orthonormal rows that span the starts; says how many there are."""
     count = 0
     for start in starts:
-        start = krylov.unit(start, "the starting vector").to(basis.device)
-        rest, _ = krylov.orthogonalize(start, basis[:count])
+        rest, _ = krylov.orthogonalize(krylov.unit(start.detach(), "the starting vector").to(basis), basis[:count])
         size = float(tree.norm(rest))
         if size > 10 * torch.finfo(rest.dtype).eps and count < len(basis):
             basis[count] = rest / size
@@ -193,16 +201,15 @@ def _turn(basis: Tensor, H: Tensor, done: int, pending: int, towards: Tensor) ->
     mirror = towards / torch.linalg.vector_norm(towards)
     mirror[0] += torch.copysign(torch.ones(()), mirror[0])
     mirror = mirror / torch.linalg.vector_norm(mirror)
-    rows = basis[done : done + pending]
-    rows -= torch.outer(2 * mirror.to(rows), mirror.to(rows) @ rows)
-    entries = H[done : done + pending, :done]
-    entries -= torch.outer(2 * mirror, mirror @ entries)
+    for rows in (basis[done : done + pending], H[done : done + pending, :done]):
+        along = mirror.to(rows)
+        rows.addr_(along, along @ rows, alpha=-2)
 
 
 def _compress(basis: Tensor, H: Tensor, done: int, pending: int, ritz: Ritz, kept: Tensor) -> None:
     """The kept Ritz vectors and the pending rows become the whole basis."""
     turn, keep = ritz.vectors[:, kept], len(kept)
-    _rotate(basis, done, turn)
+    krylov.rotated(basis[:done], turn)
     basis[keep : keep + pending] = basis[done : done + pending].clone()
     coupling = H[done : done + pending, :done] @ turn
     H.zero_()
@@ -210,17 +217,8 @@ def _compress(basis: Tensor, H: Tensor, done: int, pending: int, ritz: Ritz, kep
     H[keep : keep + pending, :keep] = coupling
 
 
-def _rotate(basis: Tensor, done: int, turn: Tensor) -> None:
-    """The first rows become combinations of the first ``done``: in place, block by block, with no second basis."""
-    for columns in basis.split(_COLUMNS, dim=1):
-        columns[: turn.shape[1]] = turn.T.to(columns) @ columns[:done]
-
-
-_COLUMNS = 1 << 16
-
-
 def _checked(
-    multiply: FlatMatVec,
+    multiply: Callable[[Callable[[], Tensor]], Tensor],
     basis: Tensor,
     H: Tensor,
     done: int,
@@ -229,12 +227,13 @@ def _checked(
     wanted: Tensor,
     count: int,
     outside: Tensor | None,
+    device: torch.device,
 ) -> Found:
     """The wanted pairs. One more product, of their mean, compares A with what H says of it."""
     turn = ritz.vectors[:, wanted]
     mean = turn.sum(1) / len(wanted) ** 0.5
-    error = multiply(mean.to(basis) @ basis[:done])
-    error = error - (H[: done + pending, :done] @ mean).to(basis) @ basis[: done + pending]
+    error = multiply(lambda: mean.to(basis) @ basis[:done])
+    error.addmv_(basis[: done + pending].mT, (H[: done + pending, :done] @ mean).to(basis), alpha=-1)
     residuals = torch.hypot(ritz.residuals[wanted], tree.norm(error).cpu())
-    _rotate(basis, done, turn)
-    return Found(ritz.values[wanted], basis[: len(wanted)], residuals, count + 1, 3 * ritz.floor, outside)
+    krylov.rotated(basis[:done], turn)
+    return Found(ritz.values[wanted], basis[: len(wanted)], residuals, count + 1, 3 * ritz.floor, outside, device)
