@@ -59,6 +59,7 @@ RESULTS: dict[str, Any] = {
     "density_band": lambda: hf.density_band(RULE, GRID),
     "cumulative": lambda: hf.cumulative(RULE),
     "cumulative, grid": lambda: hf.cumulative(RULE, GRID),
+    "negative_share_of_squares": lambda: hf.negative_share_of_squares(RULE),
     "trace_of": lambda: hf.trace_of(RULE, torch.abs, 12),
     "wasserstein": lambda: hf.wasserstein(RULE, RULE),
     "rademacher": lambda: SIGNS[1],

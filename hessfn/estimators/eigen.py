@@ -68,7 +68,9 @@ def power_iter(
         v = following
         product = space.matvec(v)
         value = tree.dot(v, product)
-        residual = tree.norm(torch.addcmul(product, v, value.to(v.dtype), value=-1))
+        scaled = value.to(v.dtype) * v
+        residual = tree.norm(scaled.sub_(product) if krylov.is_private(scaled, product) else scaled - product)
+        del scaled
         converged = residual <= (_RTOL if rtol is None else rtol) * value.abs()
         if rtol is not None:
             krylov.decided(residual, partial(space.unravel, product), count)
