@@ -1,5 +1,7 @@
 """Traces by layer over whole data sets, against dense Hessians of all the data at once."""
 
+from typing import Any
+
 import pytest
 import torch
 from nets import classes, normal, seeded
@@ -8,6 +10,7 @@ from torch import nn
 
 import hessfn as hf
 from hessfn.core import tree
+from hessfn.quantization import forms
 
 SIZES = 3, 1, 4
 
@@ -132,3 +135,43 @@ def test_a_product_that_is_not_finite_is_an_error() -> None:
     batch = (torch.ones(3, 2), torch.ones(3, 2))
     with pytest.raises(ValueError, match="finite"):
         hf.sensitivities(Net(), nn.MSELoss(), [batch], num_probes=2)
+
+
+def test_rules_of_derivatives_are_checked_once_and_on_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)))
+    batches = [(normal(size, 4, seed=size), classes(size, 2)) for size in (40, 40, 24)]
+    made: list[tuple[int, bool]] = []
+
+    def linearized(loss: Any, point: Any, batch: Any, *, check: bool = True, factor: float = 1.0) -> Any:
+        made.append((len(batch[0]), check))
+        matvec = hf.linearized_hvp(loss, point, batch, check=check)
+        return lambda v: tree.scale(factor, matvec(v))
+
+    monkeypatch.setattr(forms, "linearized_hvp", linearized)
+    found = hf.sensitivities(model, CE, batches, num_probes=2)
+    assert made == [(5, False), (40, False), (40, False), (24, False)]
+    made.clear()
+    monkeypatch.setattr(forms, "linearized_hvp", lambda *args, **options: linearized(*args, **options, factor=1.5))
+    hf.sensitivities(model, CE, batches, num_probes=2)
+    assert made == [(5, False), (40, True), (40, True), (24, True)]  # what is wrong on few is asked of all
+    assert float(found.weights.df) == 1
+
+
+def test_what_takes_no_few_samples_is_checked_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x.reshape(8, 4)).tanh()
+
+    checks: list[bool] = []
+
+    def linearized(*args: Any, check: bool = True) -> Any:
+        checks.append(check)
+        return hf.linearized_hvp(*args, check=check)
+
+    monkeypatch.setattr(forms, "linearized_hvp", linearized)
+    hf.sensitivities(seeded(Fixed), nn.MSELoss(), [(normal(8, 4), normal(8, 2))], num_probes=2)
+    assert checks == [True]

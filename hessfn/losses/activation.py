@@ -66,8 +66,8 @@ def activation_loss(
     if reduction not in ("mean", "sum"):
         raise InvalidInput(f"reduction={reduction!r} must be 'mean' or 'sum'")
     factor = length(batch) if reduction == "sum" else 1
-    of_both, shifts = joint_loss(model, criterion, layers, at)(batch)
-    return lambda shifts: factor * of_both({}, shifts), shifts
+    of_both, shifts_of = joint_loss(model, criterion, layers, at)
+    return lambda shifts: factor * of_both({}, shifts, batch), shifts_of(batch)
 
 
 def activation_shapes(
@@ -88,28 +88,28 @@ def activation_shapes(
 
 def joint_loss(
     model: nn.Module, criterion: Callable[[Any, Any], Tensor], layers: Layers, at: Edge, strict: bool = True
-) -> Callable[[Any], tuple[Callable[[Params, Shifts], Tensor], Shifts]]:
-    """From a batch to its ``loss(params, shifts)`` and the shifts; parameters that are not given are constants."""
+) -> tuple[Callable[[Params, Shifts, Any], Tensor], Callable[[Any], Shifts]]:
+    """``loss(params, shifts, batch)``, and from a batch its shifts of zero; what is not given is as it is."""
     forward, zeros = _shifted(model, layers, at, strict)
 
+    def loss(params: Params, shifts: Shifts, batch: Any) -> Tensor:
+        inputs, targets = pair(batch)
+        return criterion(forward(params, shifts, inputs), targets)
+
     @recorded
-    def of_batch(batch: Any) -> tuple[Callable[[Params, Shifts], Tensor], Shifts]:
+    def shifts_of(batch: Any) -> Shifts:
         inputs, targets = pair(batch)
         shifts, outputs = zeros(inputs)
-
-        def loss(params: Params, shifts: Shifts) -> Tensor:
-            return criterion(forward(params, shifts, inputs), targets)
-
         with torch.no_grad():
-            plain, value = criterion(outputs, targets), loss({}, shifts)
+            plain, value = criterion(outputs, targets), loss({}, shifts, batch)
         if (value - plain).abs().max() > torch.finfo(value.dtype).eps ** 0.5 * plain.abs().max():
             raise InvalidInput(
                 f"shifts of 0 change the loss from {float(plain):.6g} to {float(value):.6g}: one of {list(shifts)[:5]} "
                 "changes its input in place, and others look at it later. Make it work out of place, or leave it out"
             )
-        return loss, shifts
+        return shifts
 
-    return of_batch
+    return loss, shifts_of
 
 
 def _shifted(

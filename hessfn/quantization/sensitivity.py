@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from hessfn.core import tree
 from hessfn.core.arguments import require_batches, require_model
-from hessfn.core.errors import InvalidInput, Untraceable
+from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import rademacher
 from hessfn.core.results import Estimate, S, Sensitivities
 from hessfn.core.tree import MatVec
-from hessfn.core.watched import Watched
-from hessfn.losses.activation import Edge, activation_loss, joint_loss
+from hessfn.losses.activation import Edge, joint_loss
 from hessfn.losses.batches import Weights, mean, share_of
 from hessfn.losses.functional import about, as_real, private
 from hessfn.losses.layer_selection import Layers
@@ -24,12 +23,13 @@ from hessfn.losses.model_inputs import pair
 from hessfn.losses.samples import length
 from hessfn.losses.skeleton import bare
 from hessfn.losses.weights import Weigher, refuse_parts
-from hessfn.products.hessian import hvp, linearized_hvp
+from hessfn.quantization.forms import Forms
 
 Criterion = Callable[[Any, Any], Tensor]
 ByName = dict[str, Tensor]
-Probes = Callable[[ByName], Sequence[ByName]]
-Transform = Callable[[MatVec[ByName]], MatVec[ByName]]
+Point = dict[str, ByName]
+Probes = Callable[[Any], Sequence[Any]]
+Transform = Callable[[MatVec[Any]], MatVec[Any]]
 
 
 def activation_traces(
@@ -78,10 +78,13 @@ def activation_traces(
     """
     _require_kinds(model, batches, "activation_traces(model, criterion, batches, layers, num_probes)")
 
+    loss, shifts_of = joint_loss(model, criterion, layers, at, strict=True)
+    forms = Forms(lambda shifts, batch: loss({}, shifts, batch), shifts_of)
+
     def samples(batch: Any, probes: Probes) -> ByName:
-        loss, shifts = activation_loss(model, criterion, batch, layers, at=at)
+        shifts = shifts_of(batch)
         parts = [{name: shift} for name, shift in shifts.items()] if blockwise else [shifts]
-        return {name: x for part in parts for name, x in _dots(loss, part, probes, transform).items()}
+        return {name: x for part in parts for name, x in forms(part, batch, probes, transform).items()}
 
     result = _over(batches, samples, num_probes, seed, weights, microbatch, model, criterion)
     return result._replace(num_matvecs=result.num_matvecs * (len(result.mean) if blockwise else 1))
@@ -132,33 +135,36 @@ def sensitivities(
     model = bare(model)
     modules, params = dict(model.named_modules()), dict(model.named_parameters())
     names = {id(p): name for name, p in params.items()}
-    joint = joint_loss(model, criterion, has_matrix if layers is None else layers, at, strict=layers is not None)
+    chosen = has_matrix if layers is None else layers
+    loss, shifts_of = joint_loss(model, criterion, chosen, at, strict=layers is not None)
+
+    def point_of(batch: Any) -> Point:
+        shifts = shifts_of(batch)
+        used = {names[id(_weight(_layer_of(flow, modules), modules))] for flow in shifts}
+        return {"weights": {w: as_real(params[w].detach()) for w in params if w in used}, "activations": shifts}
+
+    forms = Forms(lambda point, batch: loss(point["weights"], point["activations"], batch), point_of)
 
     def samples(batch: Any, probes: Probes) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        loss, shifts = joint(batch)
-        layer_of = {flow: _layer_of(flow, modules) for flow in shifts}
-        weight_of = {layer: names[id(_weight(layer, modules))] for layer in layer_of.values()}
-        point = {**{f"weight {w}": as_real(params[w].detach()) for w in weight_of.values()}, **shifts}
-
-        def both(point: ByName) -> Tensor:
-            return loss({w: point[f"weight {w}"] for w in weight_of.values()}, {flow: point[flow] for flow in shifts})
-
-        dots = _dots(both, point, probes, transform)
-        flows = {layer: [flow for flow in shifts if layer_of[flow] == layer] for layer in weight_of}
+        point = point_of(batch)
+        shifts, found = point["activations"], forms(point, batch, probes, transform)
+        flows: dict[str, list[str]] = {}
+        for flow in shifts:
+            flows.setdefault(_layer_of(flow, modules), []).append(flow)
         return {
             layer: (
-                dots[f"weight {weight_of[layer]}"],
-                torch.stack([dots[flow] for flow in flows[layer]]).sum(0),
-                torch.full((num_probes,), sum(shifts[f].numel() for f in flows[layer]) / length(batch)).double(),
+                found["weights"][names[id(_weight(layer, modules))]],
+                torch.stack([found["activations"][flow] for flow in own]).sum(0),
+                torch.full((num_probes,), sum(shifts[flow].numel() for flow in own) / length(batch)).double(),
             )
-            for layer in weight_of
+            for layer, own in flows.items()
         }
 
     result = _over(batches, samples, num_probes, seed, weights, microbatch, model, criterion)
 
     def part(i: int) -> Estimate[ByName]:
         mean, stderr = ({layer: x[i] for layer, x in found.items()} for found in (result.mean, result.stderr))
-        return Estimate(mean, stderr, result.num_matvecs.clone())
+        return Estimate(mean, stderr, result.num_matvecs.clone(), torch.as_tensor(result.df).clone())
 
     activation_numel = {layer: round(float(entries)) for layer, (_, _, entries) in result.mean.items()}
     weight_numel = {layer: as_real(_weight(layer, modules).detach()).numel() for layer in activation_numel}
@@ -196,10 +202,12 @@ def _over(
 
     device = next((p.device for p in model.parameters()), None)
     found = mean(of_batch, batches, weights=weights, microbatch=microbatch, device=device, state=(known.state,))()
+    df = torch.tensor(max(1.0, num_probes - 1.0), dtype=torch.float64)
     return Estimate(
         tree.map(torch.mean, found),
         tree.map(lambda x: x.std() / num_probes**0.5 if num_probes > 1 else torch.full_like(x[0], torch.inf), found),
         torch.tensor(num_probes),
+        df,
     )
 
 
@@ -211,17 +219,6 @@ def _values(model: nn.Module, criterion: Criterion) -> Callable[[Any], Tensor]:
         return criterion(run({}, inputs), targets)
 
     return value_of
-
-
-def _dots(loss: Callable[[ByName], Tensor], point: ByName, probes: Probes, transform: Transform) -> ByName:
-    """``z * Hz`` summed over each leaf, for every probe."""
-    try:
-        matvec = Watched(linearized_hvp(loss, point))
-    except Untraceable:
-        matvec = Watched(hvp(loss, point))
-    dots_of = transform(lambda z: tree.map(tree.dot, z, matvec(z)))
-    each = [dots_of(z) for z in probes(point)]
-    return matvec.finished({name: torch.stack([dots[name] for dots in each]) for name in point})
 
 
 def has_matrix(name: str, module: nn.Module) -> bool:
