@@ -112,8 +112,12 @@ class Options:
         ),
     )
     num_plane_points: int = field(
-        default=15,
-        metadata=_count("points each way of the plane over the top two eigenvectors; 0 for no plane", 3, or_zero=True),
+        default=31,
+        metadata=_count(
+            "points each way of the plane over the top two eigenvectors, most of them interpolated; 0 for no plane",
+            3,
+            or_zero=True,
+        ),
     )
     seed: int = field(default=0, metadata=_count("of all random vectors", 0))
 

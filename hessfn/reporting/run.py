@@ -89,8 +89,8 @@ def report(
             batch; 0 for none of it. A model that allows none is a warning.
         radius: how far the landscape goes each way; by default as far as the quadratic model along the top eigenvector
             rises by ten times the loss, but at most a tenth of the norm of the parameters.
-        num_plane_points: points each way of the plane over the top two eigenvectors, one pass over the data each; 0, or
-            k = 1, for none.
+        num_plane_points: points each way of the plane over the top two eigenvectors; 0, or k = 1, for none. Where the
+            loss bends they are measured, some fifty of them; the others are interpolated.
         seed: of all random vectors.
         resume: take over what a report that was killed has left there, to the same numbers to the last bit. Products
             of other parameters, other data, another dtype or another number of threads are refused; any other option
