@@ -46,7 +46,7 @@ def power_iter(
         ``value``, ``vector`` of unit norm, ``residual = ||A vector - value vector||``, ``num_matvecs``, ``converged``.
         The residual is of the vector returned, and bounds the distance from ``value`` to an eigenvalue of A.
 
-    Cost: ``num_matvecs`` products, three vectors.
+    Cost: ``num_matvecs`` products; three vectors at its peak, the product among them.
 
     Raises:
         ValueError: ``v0`` is zero, a product is not finite, ``max_matvecs`` < 1, or (with ``rtol``) a product has a
@@ -100,7 +100,7 @@ def lanczos(matvec: MatVec[T], v0: T, num_matvecs: int) -> Tridiagonal[T]:
         ``alpha (m,)`` and ``beta (m - 1,)`` in float64, ``basis``, a tree whose leaves carry a leading axis of m, and
         ``residual``, a tree like ``v0``. All runs under ``vmap`` and autograd.
 
-    Cost: m products, m vectors kept (twice that while they grow).
+    Cost: m products; at its peak 2m + 2 vectors, since the basis becomes a tree; m + 2 of a tree of one tensor.
 
     Raises:
         ValueError: ``v0`` is zero, m is not between 1 and n, or a product is not finite.
@@ -166,7 +166,9 @@ def eigsh(
         products are: in float32 those of a deep net are off by some 1e-5 of its Hessian's norm, of which residuals know
         nothing.
 
-    Cost: ``num_matvecs`` products, one of which checks the residuals; ``basis_size`` vectors and two more.
+    Cost: ``num_matvecs`` products, one of which checks the residuals. At its peak, the product among them, 1 + k vectors
+        beside the ``basis_size``, or three; all rows once more with ``keep_all``; one more with a ``second_start`` and
+        with every further start.
 
     Raises:
         ValueError: k, ``which``, ``basis_size`` or ``max_matvecs`` is out of range, ``v0`` is zero, ``warm_start`` or

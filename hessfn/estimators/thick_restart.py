@@ -175,7 +175,7 @@ def _begin(basis: Tensor, starts: Iterable[Tensor]) -> int:
         rest, _ = krylov.orthogonalize(krylov.unit(start.detach(), "the starting vector").to(basis), basis[:count])
         size = float(tree.norm(rest))
         if size > 10 * torch.finfo(rest.dtype).eps and count < len(basis):
-            basis[count] = rest / size
+            basis[count] = rest.div_(size)
             count += 1
     return count
 
