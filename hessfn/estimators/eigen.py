@@ -166,9 +166,9 @@ def eigsh(
         products are: in float32 those of a deep net are off by some 1e-5 of its Hessian's norm, of which residuals know
         nothing.
 
-    Cost: ``num_matvecs`` products, one of which checks the residuals. At its peak, the product among them, 1 + k vectors
-        beside the ``basis_size``, or three; all rows once more with ``keep_all``; one more with a ``second_start`` and
-        with every further start.
+    Cost: ``num_matvecs`` products, one of which checks the residuals. At its peak it holds ``basis_size`` + 1 + k
+    vectors, the product among them, with k at least 2; ``keep_all`` counts for k what it returns, and a ``second_start``
+    and every further start take one more.
 
     Raises:
         ValueError: k, ``which``, ``basis_size`` or ``max_matvecs`` is out of range, ``v0`` is zero, ``warm_start`` or
