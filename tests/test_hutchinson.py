@@ -3,7 +3,6 @@ import weakref
 
 import pytest
 import torch
-from scipy.special import stdtrit
 from spectra import LIKES, SPECTRA, N, on, symmetric
 from torch.func import grad, vmap
 
@@ -12,100 +11,39 @@ from hessfn.core.probes import gaussian, rademacher
 from hessfn.estimators.eigen import eigsh
 from hessfn.estimators.hutchinson import (
     deflated_trace,
-    estimate,
     hutchinson,
     hutchinson_diag,
     hutchinson_per_leaf,
     mean_traces,
 )
 from hessfn.estimators.leave_one_out import hutchpp, xdiag, xtrace
+from hessfn.estimators.running_mean import estimate
 from hessfn.estimators.squared_norms import squared_frobenius, squared_row_norms
 
 FLAT = LIKES["tensor"]
 spectra = pytest.mark.parametrize("spectrum", SPECTRA)
 trees = pytest.mark.parametrize("form", LIKES)
-TRIALS, PROBES = 500, 30
 
 
 def pairs_of(A, k=5):
     return eigsh(lambda v: A @ v, gaussian(A[0], 1, seed=9)[0], k)
 
 
-def deflated(matvec, probes):
-    dense = torch.stack([matvec(e) for e in torch.eye(N).double()])
-    return deflated_trace(matvec, probes, pairs_of(dense))
-
-
-# The errors themselves: of 500 seeded intervals of 95 %, 90 to 98 % hold the truth. An estimate that is exact to
-# rounding has no interval to speak of.
-
-SCALARS = {
-    "hutchinson": (hutchinson, lambda A: A.trace(), 1),
-    "hutchpp": (hutchpp, lambda A: A.trace(), 2),
-    "xtrace": (xtrace, lambda A: A.trace(), 1),
-    "squared_frobenius": (squared_frobenius, lambda A: A.square().sum(), 1),
-    "hutchinson_diag": (hutchinson_diag, lambda A: A.diagonal(), 1),
-    "xdiag": (xdiag, lambda A: A.diagonal(), 1),
-}
-
-
-def coverage(run, truth, degrees_of_freedom, trials):
-    result = vmap(lambda z: run(list(z.unbind())))(trials)
-    inside = (result.mean - truth).abs() <= float(stdtrit(degrees_of_freedom, 0.975)) * result.stderr
-    return float(inside.double().mean())
-
-
-@pytest.mark.parametrize("name", SCALARS)
-@pytest.mark.parametrize("spectrum", ["indefinite", "decaying", "flat", "negative"])
-def test_95_percent_intervals_hold_the_truth_95_percent_of_the_time(name, spectrum):
-    A = symmetric(SPECTRA[spectrum])
-    estimator, truth, share = SCALARS[name]
-    trials = torch.stack(list(rademacher(torch.zeros(PROBES, N).double(), TRIALS, seed=3)))
-    covered = coverage(lambda z: estimator(lambda v: A @ v, z), truth(A), PROBES // share - 1, trials)
-    assert 0.90 <= covered <= 0.98
-
-
-@pytest.mark.parametrize("spectrum", ["indefinite", "decaying", "flat", "negative"])
-def test_95_percent_intervals_hold_behind_deflation(spectrum):
-    A = symmetric(SPECTRA[spectrum])
-    pairs = pairs_of(A)
-    trials = torch.stack(list(rademacher(torch.zeros(PROBES, N).double(), TRIALS, seed=3)))
-    covered = coverage(lambda z: deflated_trace(lambda v: A @ v, z, pairs), A.trace(), PROBES - 1, trials)
-    assert 0.90 <= covered <= 0.98
-
-
-@pytest.mark.parametrize("probes", [rademacher, gaussian])
-@pytest.mark.parametrize("spectrum", ["indefinite", "decaying", "flat", "negative"])
-def test_xtrace_intervals_hold_for_few_probes_of_either_kind(probes, spectrum):
-    A = symmetric(SPECTRA[spectrum])
-    trials = torch.stack(list(probes(torch.zeros(8, N).double(), TRIALS, seed=3)))
-    assert 0.90 <= coverage(lambda z: xtrace(lambda v: A @ v, z), A.trace(), 7, trials) <= 0.98
-
-
-@pytest.mark.parametrize("spectrum", ["indefinite", "decaying", "flat"])
-def test_row_norm_intervals_hold_once_there_are_enough_probes(spectrum):
-    A = symmetric(SPECTRA[spectrum])
-    trials = torch.stack(list(rademacher(torch.zeros(100, N).double(), 200, seed=3)))
-    covered = coverage(lambda z: squared_row_norms(lambda v: A @ v, z), A.square().sum(1), 99, trials)
-    assert 0.90 <= covered <= 0.98
-
-
-@pytest.mark.parametrize("spectrum", ["indefinite", "decaying", "flat", "negative"])
+@pytest.mark.parametrize("spectrum", ["indefinite", "flat"])
 def test_intervals_hold_where_the_tolerance_stopped(spectrum):
-    """Stopping on a standard error from few probes favours those that came out too small."""
-    A = symmetric(SPECTRA[spectrum])
+    """Stopping on an error from few probes favours those that came out too small."""
+    A, trials = symmetric(SPECTRA[spectrum]), 150
     # Shifted so that a trace is as certain to a tenth of its size after some 20 probes.
     variance = 2 * (A.square().sum() - A.diagonal().square().sum())
     A = A + (20 * (variance / 20).sqrt() - A.trace()) / N * torch.eye(N).double()
-    forms = iter(vmap(vmap(lambda z: z @ A @ z))(torch.stack(list(rademacher(torch.zeros(100, N).double(), TRIALS)))))
     inside = 0
-    for samples in forms:
-        replay = iter(samples)
-        result = hutchinson(lambda v, replay=replay: next(replay), [torch.ones(()).double()] * 100, rtol=0.1)
-        half = float(stdtrit(int(result.num_matvecs) - 1, 0.975)) * result.stderr
-        assert 10 <= result.num_matvecs < 100
-        inside += bool((result.mean - A.trace()).abs() <= half)
-    assert 0.90 <= inside / TRIALS <= 0.98
+    for z in torch.stack(list(rademacher(torch.zeros(60, N).double(), trials))):
+        result = hutchinson(lambda v: A @ v, z, rtol=0.1)
+        assert 10 <= result.num_matvecs < 60
+        lower, upper = result.interval()
+        assert upper - lower <= 0.2 * result.mean
+        inside += bool(lower <= A.trace() <= upper)
+    assert inside / trials >= 0.91
 
 
 # hutchinson
@@ -114,10 +52,12 @@ def test_intervals_hold_where_the_tolerance_stopped(spectrum):
 @trees
 def test_hutchinson_is_exact_on_a_diagonal_matrix(form):
     like, d = LIKES[form], torch.linspace(-1, 2, N).double()
-    result = hutchinson(on(torch.diag(d), like), rademacher(like, 3))
+    result = hutchinson(on(torch.diag(d), like), rademacher(like, 6))
     torch.testing.assert_close(result.mean, d.sum(), rtol=1e-12, atol=0)
     assert result.stderr <= 1e-12
-    assert result.num_matvecs == 3
+    assert result.num_matvecs == 6
+    few = hutchinson(on(torch.diag(d), like), rademacher(like, 5))
+    assert few.stderr > 0.1, "five probes cannot tell a diagonal matrix from one whose signs agree by chance"
 
 
 def test_hutchinson_error_is_that_of_its_formula():
@@ -221,13 +161,15 @@ def test_a_diagonal_from_a_sketch_of_the_rank_is_exact(form):
 
 
 def leave_one_out(A, probes, i, *also):
-    """Trace and diagonal with the i-th probe for a test, as they are defined, every step dense."""
+    """Trace with the i-th probe for a test, the variance its product tells, and diagonal: as defined, all dense."""
     n, rest = len(A), [z for j, z in enumerate(probes) if j not in (i, *also)]
     Q = torch.linalg.qr(A @ torch.stack(rest).T).Q
-    P = torch.eye(n).double() - Q @ Q.T
+    P, m = torch.eye(n).double() - Q @ Q.T, n - len(rest)
     z = probes[i]
-    outside = z @ P @ A @ P @ z * (n - len(rest)) / (P @ z).square().sum()
-    return torch.trace(Q.T @ A @ Q) + outside, (Q @ Q.T @ A).diagonal() + z * (P @ A @ z)
+    u = P @ z / (P @ z).norm()
+    image = P @ A @ u
+    variance = 2 * m * (image.square().sum() - (u @ image).square())
+    return torch.trace(Q.T @ A @ Q) + m * u @ image, (Q @ Q.T @ A).diagonal() + z * (P @ A @ z), variance
 
 
 @pytest.mark.parametrize("spectrum", ["indefinite", "decaying", "flat"])
@@ -243,7 +185,8 @@ def test_xtrace_and_xdiag_are_their_definitions(spectrum):
         shared = sum(change[i, j] * change[j, i] for i, j in change)
         result = run(lambda v: A @ v, probes)
         torch.testing.assert_close(result.mean, samples.mean(0), rtol=1e-9, atol=1e-10)
-        expected = (samples.var(0) / 6 + shared.clamp(min=0) / 30).sqrt()
+        variance = torch.stack([x[2] for x in alone]).mean() if run is xtrace else samples.var(0)
+        expected = (variance / 6 + shared.clamp(min=0) / 30).sqrt()
         torch.testing.assert_close(result.stderr, expected, rtol=1e-7, atol=1e-10)
         assert result.num_matvecs == 12
 

@@ -20,7 +20,7 @@ from torch.serialization import add_safe_globals
 from typing_extensions import NamedTuple, TypeVar  # typing's own cannot be generic before Python 3.11
 
 from hessfn.core import tree
-from hessfn.core.students_t import half_widths
+from hessfn.core.students_t import ends_of_squares, half_widths
 from hessfn.core.tree import T
 
 S = TypeVar("S", default=Tensor)
@@ -67,20 +67,28 @@ class Estimate(NamedTuple, Generic[S]):
     df: Tensor | S | None = None  #: (), or like ``mean``: degrees of freedom of ``stderr``; None: of a known error
     rounding: S | None = None  #: like ``mean``: how far the rounding of the products may move it; None: not measured
     data_stderr: S | None = None  #: like ``mean``: what other samples, as many, would move it by; None: not measured
+    least: S | None = None  #: like ``mean``: what a sum of squares is at least; None: of what is no sum of squares
 
     def interval(self, level: float = 0.95) -> tuple[S, S]:
         """Lower and upper end of the confidence interval by the probes: ``mean -+ t stderr``, Student's t of ``df``.
 
-        It holds the exact value with the probability ``level``, or a higher one. Errors of rounding and of the data
-        are not in it.
+        It holds the exact value with the probability ``level``, or a higher one. Where ``least`` is known, the interval
+        leans to the right, as sums of squares do, and stays above it. Errors of rounding and of the data are not in it.
+
+        Source: the degrees of freedom as of Satterthwaite (1946).
 
         >>> import torch
         >>> found = Estimate(torch.tensor(5.0), torch.tensor(1.0), torch.tensor(11), torch.tensor(10.0))
         >>> [round(float(end), 3) for end in found.interval()]
         [2.772, 7.228]
         """
-        half = half_widths(self.stderr, self.df, level)
-        return tree.map(torch.sub, self.mean, half), tree.map(torch.add, self.mean, half)
+        if self.least is None or not isinstance(self.df, Tensor):
+            half = half_widths(self.stderr, self.df, level)
+            return tree.map(torch.sub, self.mean, half), tree.map(torch.add, self.mean, half)
+        df, like = self.df, self.mean
+        leaves = zip(*(tree.leaves(x) for x in (self.mean, self.stderr, self.least)), strict=True)
+        ends = [ends_of_squares(mean, stderr, df, least, level) for mean, stderr, least in leaves]
+        return tree.unflatten([lower for lower, _ in ends], like), tree.unflatten([upper for _, upper in ends], like)
 
 
 class Quadrature(NamedTuple):
@@ -162,9 +170,7 @@ class ProductRounding(NamedTuple, Generic[T]):
 class Forms(NamedTuple, Generic[S]):
     """Quadratic forms of the matrix of every batch, from :func:`hessfn.batch_forms` and :func:`hessfn.batch_traces`."""
 
-    values: (
-        S  #: (b, k), in the unit of the eigenvalues: ``v'A_b v`` of each of k vectors; or trees
-    )
+    values: S  #: (b, k), in the unit of the eigenvalues: ``v'A_b v`` of each of k vectors; or trees
     weights: Tensor  #: (b,), what each batch counts in the mean
 
 
@@ -177,9 +183,7 @@ class CrossFitted(NamedTuple):
     crossed_stderr: Tensor  #: (), its standard error by the data
     in_sample: Tensor  #: (), the eigenvalue of all batches together: too large for a largest
     in_sample_stderr: Tensor  #: (), its standard error by the data
-    num_matvecs: (
-        Tensor  #: (), int64, products with the mean over all batches, to which those of parts add up
-    )
+    num_matvecs: Tensor  #: (), int64, products with the mean over all batches, to which those of parts add up
 
 
 class BlockTops(NamedTuple):

@@ -1,4 +1,4 @@
-"""Quantiles of Student's t as an operation on tensors, so that they are there under ``vmap`` and a compiler too."""
+"""Quantiles of Student's t and of chi-square as operations on tensors, under ``vmap`` and a compiler too."""
 
 from __future__ import annotations
 
@@ -28,6 +28,32 @@ def half_widths(stderr: Tree, df: Any, level: float) -> Any:
         factor = quantile(df, level)
         return tree.map(lambda e: e * _over(factor, e), stderr)
     return tree.map(lambda e, d: e * quantile(d, level).to(e), stderr, df)
+
+
+def ends_of_squares(mean: Tensor, stderr: Tensor, df: Tensor, least: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Ends of the interval for a mean of squares: ``least`` and a sum of chi-squares, which leans to the right.
+
+    What is above ``least`` is taken for ``x chi^2_nu / nu``, with nu from the standard error, but at least what a
+    single square has in so many samples. Where ``least`` is NaN, or not below the mean, the interval is that of t.
+    """
+    half = stderr * _over(quantile(df, level), stderr)
+    above, count = mean - least, _over(df, stderr)
+    usable = (above > 0) & stderr.isfinite() & (stderr > 0)
+    relative = torch.where(usable, stderr / torch.where(usable, above, 1.0), 1.0).square() * (1 + _SHORT / count)
+    nu = torch.maximum(2 / relative, 0.8 * (count + 1))
+    near = normal_quantile(level) * above * relative.sqrt()
+    ends = []
+    for sign, upper in ((-1, 0.5 - level / 2), (1, 0.5 + level / 2)):
+        far = least + above * torch.ops.hessfn.over_chi_square(nu.detach(), upper)
+        leaning = torch.where(nu < _NORMAL, far, mean + sign * near)
+        ends.append(torch.where(usable, leaning, mean + sign * half))
+    # Beside what is known there is a cross term too, which leans to no side: the interval has that of t in it.
+    lower = torch.where(least > 0, torch.minimum(ends[0], mean - half), ends[0])
+    return lower, torch.where(least > 0, torch.maximum(ends[1], mean + half), ends[1])
+
+
+_SHORT = 15.0  # how much the spread of few squares falls short of the true one: seen on many spectra
+_NORMAL = 1e6  # from so many degrees of freedom on a chi-square is a normal variable
 
 
 def _over(factor: Tensor, like: Tensor) -> Tensor:
@@ -60,3 +86,19 @@ _operation = torch.library.custom_op(
 )
 _operation.register_fake(lambda df, level: torch.empty_like(tree.wide(df)))
 _operation.register_vmap(lambda info, dims, df, level: (torch.ops.hessfn.students_t(df, level), dims[0]))
+
+
+def _over_chi_square(nu: Tensor, upper: float) -> Tensor:
+    """``nu / x``, where a chi-square of ``nu`` degrees of freedom is above x with the probability ``upper``."""
+    from scipy.special import chdtri
+
+    degrees = nu.double().clamp(max=_NORMAL).cpu().numpy()
+    values = torch.as_tensor(degrees / chdtri(degrees, upper), dtype=torch.float64)
+    return values.to(nu.device, tree.wide(nu).dtype).reshape(nu.shape).clone()
+
+
+_other = torch.library.custom_op(
+    "hessfn::over_chi_square", _over_chi_square, mutates_args=(), schema="(Tensor nu, float upper) -> Tensor"
+)
+_other.register_fake(lambda nu, upper: torch.empty_like(tree.wide(nu)))
+_other.register_vmap(lambda info, dims, nu, upper: (torch.ops.hessfn.over_chi_square(nu, upper), dims[0]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
 
 from hessfn.core import tree
@@ -17,7 +16,9 @@ from hessfn.core.torch_state import carries_derivative
 from hessfn.core.tree import MatVec, T, Tree
 from hessfn.core.watched import Watched
 from hessfn.estimators.control_variate import control_variate, plus, require_kinds, rest_of
-from hessfn.estimators.running_mean import estimate, estimate_until, finished
+from hessfn.estimators.quadratic_forms import Form, Parts, form, mean_form, mean_form_until, per_leaf, per_sample, whole
+from hessfn.estimators.running_mean import finished
+from hessfn.estimators.through_origin import slopes
 
 
 def hutchinson(
@@ -54,6 +55,7 @@ def hutchinson(
 
     Source: Hutchinson (1989).
 
+    >>> import torch
     >>> from hessfn import rademacher
     >>> hutchinson(lambda v: 3 * v, rademacher(torch.zeros(4), 10)).mean
     tensor(12., dtype=torch.float64)
@@ -61,9 +63,10 @@ def hutchinson(
     require_kinds(matvec, probes, "hutchinson(matvec, probes)")
     known = control_variate(eigenpairs, "hutchinson(matvec, probes, eigenpairs=...)")
     product = Watched(matvec, tolerance=rtol is not None)
-    inside = 0.0 if known is None else known.trace()
-    samples = each(lambda z: inside + tree.dot(z, rest_of(known, z, product(z))), probes, batch_size)
-    return finished(product, estimate(samples) if rtol is None else estimate_until(samples, rtol))
+    inside = None if known is None else known.trace()
+    parts: Parts[T, Tensor] = whole()
+    samples = each(lambda z: form(z, rest_of(known, z, product(z)), parts), probes, batch_size)
+    return finished(product, _mean(samples, parts, rtol, inside))
 
 
 def hutchinson_per_leaf(
@@ -83,6 +86,7 @@ def hutchinson_per_leaf(
     Raises:
         ValueError: there is no probe, or a product is not finite.
 
+    >>> import torch
     >>> from hessfn import rademacher
     >>> hutchinson_per_leaf(lambda v: {"a": 2 * v["a"]}, rademacher({"a": torch.zeros(3)}, 2)).mean
     {'a': tensor(6., dtype=torch.float64)}
@@ -92,10 +96,9 @@ def hutchinson_per_leaf(
     known = control_variate(eigenpairs, "hutchinson_per_leaf(matvec, probes, eigenpairs=...)")
     product = Watched(matvec)
 
-    def blocks(z: T) -> T:
-        return tree.map(tree.dot, z, rest_of(known, z, product(z)))
-
-    result = finished(product, estimate(each(blocks, probes, batch_size)))
+    parts: Parts[T, T] = per_leaf()
+    samples = each(lambda z: form(z, rest_of(known, z, product(z)), parts), probes, batch_size)
+    result = finished(product, mean_form(samples, parts))
     return result if known is None else plus(result, known.traces())
 
 
@@ -118,6 +121,7 @@ def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]
         ValueError: there is no probe, a product is not finite, or the leaves differ in the length of their first
             axis.
 
+    >>> import torch
     >>> from hessfn import rademacher
     >>> d = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     >>> hutchinson_per_sample(lambda v: d * v / 2, rademacher(torch.zeros(2, 2), 2)).mean
@@ -125,19 +129,16 @@ def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]
     """
     require_kinds(matvec, probes, "hutchinson_per_sample(matvec, probes)")
 
-    product = Watched(matvec)
+    product, parts = Watched(matvec), per_sample()
 
-    def sums(z: Tensor, image: Tensor) -> Tensor:
-        return len(z) * (tree.wide(z) * tree.wide(image))[:, None].flatten(1).sum(1)
-
-    def samples() -> Iterator[T]:
+    def samples() -> Iterator[Form[T, T]]:
         for z in probes:
             lengths = {name: tuple(x.shape[:1]) for name, x in zip(tree.names(z), tree.leaves(z), strict=True)}
             if len(set(lengths.values())) > 1 or () in lengths.values():
                 raise InvalidInput(f"samples must lie along the first axis of every leaf, but these have {lengths}")
-            yield tree.map(sums, z, product(z))
+            yield form(z, tree.map(lambda x: len(x) * x, product(z)), parts)
 
-    return finished(product, estimate(samples()))
+    return finished(product, mean_form(samples(), parts))
 
 
 def hutchinson_diag(
@@ -145,22 +146,24 @@ def hutchinson_diag(
 ) -> Estimate[T]:
     """The diagonal, as the mean of ``z * Az`` over Rademacher probes.
 
-    A probe has variance ``sum_{j != i} a_ij^2`` in entry i.
+    For any probes it is ``sum z * Az / sum z * z``, sums over the probes. One has the variance
+    ``sum_{j != i} a_ij^2`` in entry i.
 
     Args:
-        probes: ``rademacher(params, num)``. Gaussian probes are right too, with the variance ``2 a_ii^2`` on top.
+        probes: ``rademacher(params, num)``. Others are right too: p Gaussian ones have the variance of p - 2.
         batch_size, eigenpairs: as for :func:`hutchinson`.
 
     Returns:
         ``mean`` and ``stderr``, trees like the probes, and ``num_matvecs``.
 
-    Cost: one product a probe; two vectors kept.
+    Cost: one product a probe; three vectors kept.
 
     Raises:
         ValueError: there is no probe, or a product is not finite.
 
     Source: Bekas, Kokiopoulou and Saad (2007).
 
+    >>> import torch
     >>> from hessfn import rademacher
     >>> d = torch.tensor([3.0, 1.0])
     >>> hutchinson_diag(lambda v: d * v, rademacher(torch.zeros(2), 4)).mean
@@ -171,10 +174,8 @@ def hutchinson_diag(
     known = control_variate(eigenpairs, "hutchinson_diag(matvec, probes, eigenpairs=...)")
     product = Watched(matvec)
 
-    def diagonal(z: T) -> T:
-        return tree.map(torch.mul, z, rest_of(known, z, product(z)))
-
-    result = finished(product, estimate(each(diagonal, probes, batch_size)))
+    pairs = each(lambda z: (z, rest_of(known, z, product(z))), probes, batch_size)
+    result = finished(product, slopes(pairs))
     return result if known is None else plus(result, known.diagonal())
 
 
@@ -224,6 +225,7 @@ def deflated_trace(
 
     Source: deflation as in Hutch++ (Meyer, Musco, Musco and Woodruff, 2021), with Ritz vectors for the sketch.
 
+    >>> import torch
     >>> from hessfn import eigsh, rademacher
     >>> A = torch.diag(torch.tensor([9.0, 1.0, 1.0]))
     >>> pairs = eigsh(lambda v: A @ v, torch.ones(3))
@@ -234,17 +236,25 @@ def deflated_trace(
     require_kinds(matvec, probes, call)
     require_eigenpairs(eigenpairs, call)
     outside, inside = complement_of(eigenpairs.vectors), eigenpairs.values.sum()
-    product = Watched(matvec, tolerance=rtol is not None)
+    product, parts = Watched(matvec, tolerance=rtol is not None), whole()
 
-    def sample(z: T) -> Tensor:
-        rest = outside(z)
-        image = product(rest)
+    def sample(z: T) -> Form[T, Tensor]:
+        image = product(outside(z))
         if carries_derivative(image) and not carries_derivative(inside):
             raise InvalidInput(
                 "the products of deflated_trace have a derivative and its eigenpairs have none, so that their part of "
                 "it would be missing: take them inside, by eigsh(..., rtol=None, max_matvecs=m), or take hutchinson"
             )
-        return inside + tree.dot(rest, image)
+        return form(z, outside(image), parts)
 
-    samples = map(sample, probes)
-    return finished(product, estimate(samples) if rtol is None else estimate_until(samples, rtol))
+    return finished(product, _mean(map(sample, probes), parts, rtol, inside))
+
+
+def _mean(
+    samples: Iterable[Form[T, Tensor]], parts: Parts[T, Tensor], rtol: float | None, inside: Tensor | None
+) -> Estimate[Tensor]:
+    """The mean of forms, and what is known beside it."""
+    if rtol is not None:
+        return mean_form_until(samples, parts, rtol, 0.0 if inside is None else inside)
+    found = mean_form(samples, parts)
+    return found if inside is None else plus(found, inside)

@@ -18,6 +18,7 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Estimate
 from hessfn.core.tree import MatVec, T
 from hessfn.estimators import krylov
+from hessfn.estimators.quadratic_forms import Parts, degrees, form, mean_form, whole
 from hessfn.estimators.running_mean import estimate, measured
 
 
@@ -49,10 +50,15 @@ def hutchpp(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     half = len(probes) // 2
     q = _sketch(space, probes[:half]).q
     inside = torch.stack([tree.dot(row, space.matvec(row)) for row in q]).sum()
-    rest = (z - (q @ z) @ q for z in map(space.ravel, probes[half:]))
-    result = estimate(inside + tree.dot(z, space.matvec(z)) for z in rest)
-    space.finished(result.mean)
-    return result._replace(num_matvecs=torch.tensor(half + len(probes)))
+    tests = map(space.ravel, probes[half:])
+
+    def outside(v: Tensor) -> Tensor:
+        return v - (q @ v) @ q
+
+    parts: Parts[Tensor, Tensor] = whole()
+    found = mean_form((form(z, outside(space.matvec(outside(z))), parts) for z in tests), parts)
+    space.finished(found.mean)
+    return found._replace(mean=inside + found.mean, num_matvecs=torch.tensor(half + len(probes)))
 
 
 def xtrace(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
@@ -84,7 +90,7 @@ def xtrace(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     space, probes = _open(matvec, probes, "xtrace(matvec, probes)")
     p, n = len(probes), tree.numel(probes[0])
     q, r, s = _sketch(space, probes)
-    h = space.finished(tree.wide(torch.stack([q @ space.matvec(row) for row in q], dim=1)))
+    h, beyond = _products(space, q)
     w = tree.wide(torch.stack([q @ space.ravel(z) for z in probes], dim=1))
     # Column i belongs to probe i: w has Q'z_i, x has Q'Q_i Q_i'z_i, r has Q'A z_i.
     x = w - s * (s * w).sum(0)
@@ -105,9 +111,13 @@ def xtrace(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     outside_both = outside[:, None] + 2 * a * (along_u(s.mT @ r) - along_u(s.mT @ hx)) + a.square() * uhu
     both = (inside[:, None] - uhu) + outside_both * (n - p + 2) / (size[:, None] + a.square())
     change = samples[:, None] - both
-    alone = estimate(samples)
-    stderr = _with_covariance(alone.stderr, ((change * change.mT).sum() - change.diagonal().square().sum()), p)
-    return alone._replace(stderr=stderr, num_matvecs=torch.tensor(2 * p))
+    # With R = P_i A P_i, u the unit vector along P_i z_i and m = n - p + 1, 2 m (||Ru||^2 - (u'Ru)^2) has the variance
+    # of the sample as its mean. One part of R z_i is in the sketch, one beyond.
+    squares = (x * (beyond @ x)).sum(0) + (s * (r - hx)).sum(0).square()
+    variances = 2 * (n - p + 1) * (squares / size - (outside / size).square()).clamp(min=0)
+    alone = (variances.mean() / p).sqrt()
+    stderr = _with_covariance(alone, ((change * change.mT).sum() - change.diagonal().square().sum()), p)
+    return measured(samples.mean(), stderr, 2 * p, degrees(variances.detach()))
 
 
 def xdiag(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
@@ -152,7 +162,22 @@ def xdiag(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
     for i, j in itertools.combinations(range(p), 2):
         products = products + 2 * tree.wide(change(i, j)) * tree.wide(change(j, i))
     stderr = _with_covariance(tree.wide(alone.stderr), products, p)
-    return measured(space.unravel(alone.mean), space.unravel(stderr), 2 * p, alone.df)
+    # The sketches cost degrees of freedom: about a third, as seen.
+    return measured(space.unravel(alone.mean), space.unravel(stderr), 2 * p, torch.tensor(2 * (p - 1) / 3).double())
+
+
+def _products(space: krylov.Space[T], q: Tensor) -> tuple[Tensor, Tensor]:
+    """``Q'AQ`` and ``W'W`` of ``W = (I - QQ') AQ``, each (p, p)."""
+    h: list[Tensor] = []
+    rows: list[Tensor] = []
+    for row in q:
+        image = space.matvec(row)
+        h.append(q @ image)
+        rest = image - h[-1] @ q
+        rows.append(rest - (q @ rest) @ q)  # twice, so that what is left of an exact sketch is rounding
+    found = space.finished(torch.stack(h, dim=1))
+    w = torch.stack(rows)
+    return tree.wide(found), tree.wide(w @ w.mT)
 
 
 class _Sketch(NamedTuple):

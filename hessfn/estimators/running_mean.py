@@ -8,18 +8,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Estimate, S
-from hessfn.core.students_t import half_widths
 from hessfn.core.tree import Tree
 from hessfn.core.unknown import unknown
 from hessfn.core.watched import Watched
-from hessfn.estimators import krylov
-
-_MIN_PROBES = 10  # a standard error from fewer is too uncertain to stop on
 
 
 def estimate(samples: Iterable[S]) -> Estimate[S]:
@@ -28,17 +23,6 @@ def estimate(samples: Iterable[S]) -> Estimate[S]:
     if not last:
         raise InvalidInput("there is no probe: rademacher(params, num) needs num >= 1")
     return _of(*last[0])
-
-
-def estimate_until(samples: Iterable[Tensor], rtol: float) -> Estimate[Tensor]:
-    """As many samples as the tolerance takes, at least ten where there are ten."""
-    result = None
-    for count, mean, squares in _running(samples):
-        krylov.number(mean, mean, count)
-        result = _of(count, mean, squares)
-        if count >= _MIN_PROBES and half_widths(result.stderr, result.df, 0.95) <= rtol * mean.abs():
-            break
-    return estimate([]) if result is None else result
 
 
 def _running(samples: Iterable[S]) -> Iterator[tuple[int, S, S]]:
@@ -72,8 +56,8 @@ def finished(product: Watched[Any], result: Estimate[S]) -> Estimate[S]:
 
 def measured(mean: S, stderr: S, num_matvecs: int, df: Any) -> Estimate[S]:
     """An estimate whose error by rounding and by the data nobody has measured."""
-    rounding, data_stderr = (tree.map(unknown, stderr) if _nobody(stderr) else None for _ in range(2))
-    return Estimate(mean, stderr, torch.tensor(num_matvecs), df, rounding, data_stderr)
+    others = (tree.map(unknown, stderr) if _nobody(stderr) else None for _ in range(3))
+    return Estimate(mean, stderr, torch.tensor(num_matvecs), df, *others)
 
 
 def _nobody(stderr: Tree) -> bool:

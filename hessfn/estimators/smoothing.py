@@ -16,9 +16,15 @@ _MOST_WIDTHS = 1e7
 
 
 def smoothed(
-    quadrature: Quadrature, grid: Tensor | None, sigma: float | None, linthresh: float | None
+    quadrature: Quadrature,
+    grid: Tensor | None,
+    sigma: float | None,
+    linthresh: float | None,
+    *,
+    squared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Grid ``(g,)`` and the density of every probe ``(p, g)``."""
+    """Grid ``(g,)`` and the density of every probe ``(p, g)``; or the same sum with the squares of the kernel."""
+    power = 2 if squared else 1
     nodes, weights = quadrature
     for name, value in (("sigma", sigma), ("linthresh", linthresh)):
         if value is not None and value <= 0:
@@ -52,7 +58,7 @@ def smoothed(
 
     def row(theta: Tensor, weight: Tensor) -> Tensor:
         z = (at[:, None] - theta) / width
-        return (-0.5 * z.square()).exp() @ weight / (width * math.sqrt(2 * math.pi))
+        return (-0.5 * power * z.square()).exp() @ weight / (width * math.sqrt(2 * math.pi)) ** power
 
     rows = torch.stack([row(theta, weight) for theta, weight in zip(nodes, weights, strict=True)])
-    return own(grid), rows if linthresh is None else rows / (grid.square() + linthresh**2).sqrt()
+    return own(grid), rows if linthresh is None else rows / (grid.square() + linthresh**2).sqrt() ** power

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hessfn.core.arguments import require_function, require_quadrature
 from hessfn.core.results import Estimate, Quadrature
+from hessfn.estimators.quadratic_forms import degrees
 from hessfn.estimators.running_mean import estimate
 
 
@@ -24,7 +25,7 @@ def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> 
         n: the number of entries of a probe.
 
     Returns:
-        ``mean``; ``stderr``, the spread over the probes, which knows nothing of the error of the rule itself (take more
+        ``mean``; ``stderr``, the error by the probes, which knows nothing of the error of the rule itself (take more
         steps and compare); and ``num_matvecs``. Differentiable.
 
     Source: Ubaru, Chen and Saad (2017).
@@ -37,8 +38,32 @@ def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> 
     require_quadrature(quadrature, call)
     require_function(fn, "fn", call)
     nodes, weights = quadrature
-    result = estimate(n * (weights * fn(nodes)).sum(-1))
-    return result._replace(num_matvecs=torch.tensor(nodes.numel()))
+    found = estimate(n * (weights * fn(nodes)).sum(-1))._replace(num_matvecs=torch.tensor(nodes.numel()))
+    alone, values = own_part(quadrature, n).weights, fn(nodes)
+    return from_own(found, (alone * values).sum(-1), (alone * values.square()).sum(-1), n)
+
+
+def own_part(quadrature: Quadrature, n: int) -> Quadrature:
+    """The rules without what eigenpairs add to every row alike: of ``u'f(A)u - sum_i f(theta_i) (q_i'u)^2``.
+
+    The nodes of eigenpairs are the same in all rows, and only with them weights are negative.
+    """
+    nodes, weights = quadrature
+    known = (nodes == nodes[:1]).all(0) & (weights < 0).any()
+    last = torch.cat([torch.zeros_like(weights[0, :-1]), known.sum()[None].to(weights)])
+    return Quadrature(nodes, weights - (known.to(weights) - last) / n)
+
+
+def from_own(found: Estimate[Tensor], first: Tensor, second: Tensor, n: int) -> Estimate[Tensor]:
+    """The estimate with the error that the rules know.
+
+    With u a probe of unit norm, ``2 n (||Bu||^2 - (u'Bu)^2)`` has the variance of ``n u'Bu`` as its mean; ``first`` and
+    ``second (p, ...)`` are ``u'Bu`` and ``||Bu||^2``.
+    """
+    if len(first) == 1:
+        return found
+    variances = 2 * n * (second - first.square()).clamp(min=0)
+    return found._replace(stderr=(variances.mean(0) / len(first)).sqrt(), df=degrees(variances.detach()))
 
 
 def negative_share(quadrature: Quadrature) -> Estimate[Tensor]:

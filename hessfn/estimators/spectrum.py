@@ -23,6 +23,7 @@ from hessfn.estimators import krylov
 from hessfn.estimators.control_variate import ControlVariate
 from hessfn.estimators.running_mean import estimate
 from hessfn.estimators.smoothing import smoothed
+from hessfn.estimators.spectral_sums import from_own, own_part
 
 
 def slq(
@@ -47,9 +48,9 @@ def slq(
         batch_size: so many probes at a time, under ``vmap``: for GPUs that one product leaves idle.
         eigenpairs: k pairs that ``eigsh`` found, as a control variate. Each row has their values as further nodes, of
             weights ``1/n - (q_i'u)^2``, u the probe of unit norm: what it sees too much or too little of a known
-            eigenvalue is put right. A last node, at the mean eigenvalue that the other probes see, has the weight that
-            takes the sum to 1 again. All means over the probes stay unbiased, whatever values and vectors are, as long
-            as these do not depend on the probes.
+            eigenvalue is put right. A last node, at the mean of the other eigenvalues as the other probes see it, has
+            the weight that takes the sum to 1 again. All means over the probes stay unbiased, whatever values and
+            vectors are, as long as these do not depend on the probes.
 
     Returns:
         ``nodes (p, m)``, ascending, and ``weights (p, m)``, each row summing to 1, both float64. Where a Krylov space
@@ -57,7 +58,8 @@ def slq(
         ``(p, m + k + 1)``, the last ones those of the pairs, and their weights may be negative; of a single probe,
         which has no others to ask, the sum is 1 but for a random number of mean 0 and size ``sqrt(2k) / n``.
 
-    Cost: p m products; three vectors kept, or m with ``orthogonalize``. Eigenpairs cost no product.
+    Cost: p m products; four vectors at its peak, the product among them, or m + 2 with ``orthogonalize``. Eigenpairs
+    cost no product.
 
     Raises:
         ValueError: there is no probe, a product is not finite, or m is not between 1 and n.
@@ -75,8 +77,11 @@ def slq(
     require_probes(probes, call)
     known = None if eigenpairs is None else ControlVariate(eigenpairs, call)
 
+    sizes: list[int] = []
+
     def recurrence(probe: T) -> tuple[Tensor, Tensor, Tensor]:
         n = tree.numel(probe)
+        sizes.append(n)
         if not 1 <= num_matvecs <= n:
             raise InvalidInput(f"num_matvecs={num_matvecs} must be between 1 and {n}, the number of entries in a probe")
         space = krylov.flatten(matvec, probe)
@@ -85,7 +90,7 @@ def slq(
         space.finished(alpha)
         if known is None:
             return alpha, beta[:-1], alpha[:0]
-        return alpha, beta[:-1], known.squares() / n - (known.components(probe) / tree.norm(probe)).square()
+        return alpha, beta[:-1], (known.components(probe) / tree.norm(probe)).square()
 
     # Not under the vmap of a group, which hides what is not finite.
     found = list(each(recurrence, probes, batch_size))
@@ -95,19 +100,21 @@ def slq(
     nodes, weights = (torch.stack(rows) for rows in zip(*((x, v[0].square()) for x, v in rules), strict=True))
     if known is None:
         return Quadrature(nodes, weights)
-    return _corrected(nodes, weights, known.values.to(nodes), torch.stack([missing for *_, missing in found]))
+    seen = torch.stack([part for *_, part in found]).to(weights)
+    return _corrected(nodes, weights, known.values.to(nodes), seen, known.squares().to(weights) / sizes[0])
 
 
-def _corrected(nodes: Tensor, weights: Tensor, values: Tensor, missing: Tensor) -> Quadrature:
-    """Gauss rules ``(p, m)`` and what each has too little of known eigenvalues ``(p, k)``."""
+def _corrected(nodes: Tensor, weights: Tensor, values: Tensor, seen: Tensor, expected: Tensor) -> Quadrature:
+    """Gauss rules ``(p, m)``, of which each has ``seen (p, k)`` of known eigenvalues in place of ``expected (k,)``."""
     p = len(nodes)
-    means = (nodes * weights).sum(1, keepdim=True)
+    mass = 1 - seen.sum(1, keepdim=True)
+    moment = (nodes * weights).sum(1, keepdim=True) - (values * seen).sum(1, keepdim=True)
     # At a point that does not depend on the probe of the row, a weight of mean 0 leaves no bias.
-    others = (means.sum() - means) / max(p - 1, 1)
+    others = (moment.sum() - moment) / torch.where(mass.sum() - mass > 0, mass.sum() - mass, 1.0)
+    others = others.clamp(nodes.min(), nodes.max())  # within the spectrum, where every function of it is defined
+    missing = expected - seen
     rest = -missing.sum(1, keepdim=True) * min(p - 1, 1)
-    return Quadrature(
-        torch.cat([nodes, values.expand(p, -1), others], 1), torch.cat([weights, missing.to(weights), rest], 1)
-    )
+    return Quadrature(torch.cat([nodes, values.expand(p, -1), others], 1), torch.cat([weights, missing, rest], 1))
 
 
 def quadrature_of(eigenpairs: EigenPairs[T], v0: T) -> Quadrature:
@@ -179,11 +186,15 @@ def density_band(
     sigma: float | None = None,
     linthresh: float | None = None,
     level: float = 0.95,
+    n: int | None = None,
 ) -> Band:
     """Where the smoothed density lies, point by point, as the spread over the probes has it (Student's t).
 
     Args:
         level: of confidence; the others are those of :func:`density`.
+        n: the number of entries of a probe. With it the errors are those that the rules know, as in :func:`trace_of`,
+            and the band is right for few probes too; without, the spread is taken, which near a lone eigenvalue is too
+            small for fewer than some 30.
 
     Returns:
         ``grid``, ``lower`` and ``upper``, each ``(g,)``.
@@ -200,7 +211,12 @@ def density_band(
     if len(quadrature.nodes) < 2:
         raise InvalidInput("one probe has no spread: a band takes the quadrature of two or more")
     grid, rows = smoothed(quadrature, grid, sigma, linthresh)
-    lower, upper = estimate(rows).interval(level)
+    found = estimate(rows)
+    if n is not None:
+        alone = own_part(quadrature, n)
+        first, second = (smoothed(alone, grid, sigma, linthresh, squared=x)[1] for x in (False, True))
+        found = from_own(found, first / n, second / n**2, n)
+    lower, upper = found.interval(level)
     return Band(grid, lower.clamp(min=0), upper)
 
 

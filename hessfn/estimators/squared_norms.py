@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from hessfn.core import tree
-from hessfn.core.results import EigenPairs, Estimate
+from hessfn.core.dtensor import layout, place
+from hessfn.core.results import EigenPairs, Estimate, S
 from hessfn.core.tree import MatVec, T
 from hessfn.core.watched import Watched
 from hessfn.estimators.control_variate import control_variate, plus, require_kinds
+from hessfn.estimators.quadratic_forms import TELLING, kurtosis
 from hessfn.estimators.running_mean import estimate, finished
 
 
@@ -30,7 +33,6 @@ def squared_row_norms(
     Raises:
         ValueError: there is no probe, or a product is not finite.
 
-    >>> import torch
     >>> from hessfn import rademacher
     >>> d = torch.tensor([3.0, 1.0])
     >>> squared_row_norms(lambda v: d * v, rademacher(torch.zeros(2), 4)).mean
@@ -45,8 +47,10 @@ def squared_row_norms(
         image = tree.map(lambda x: tree.wide(x).square(), product(z))
         return image if known is None else tree.map(lambda x, b: x - tree.wide(b).square(), image, known.image(z))
 
-    result = finished(product, estimate(squares(z) for z in probes))
-    return result if known is None else plus(result, known.squared_row_norms())
+    kurtoses: list[Tensor] = []
+    result = finished(product, estimate(squares(z) for z in _watched(probes, kurtoses)))
+    result = _squares(result, kurtoses)
+    return result if known is None else _above(plus(result, known.squared_row_norms()), known.squared_row_norms())
 
 
 def squared_frobenius(
@@ -65,7 +69,6 @@ def squared_frobenius(
     Raises:
         ValueError: there is no probe, or a product is not finite.
 
-    >>> import torch
     >>> from hessfn import rademacher
     >>> squared_frobenius(lambda v: 3 * v, rademacher(torch.zeros(4), 2)).mean
     tensor(36., dtype=torch.float64)
@@ -76,6 +79,33 @@ def squared_frobenius(
 
     def sample(z: T) -> Tensor:
         square = tree.norm(product(z)).square()
-        return square if known is None else square - tree.norm(known.image(z)).square() + known.squared_frobenius()
+        return square if known is None else square - tree.norm(known.image(z)).square()
 
-    return finished(product, estimate(map(sample, probes)))
+    kurtoses: list[Tensor] = []
+    result = finished(product, estimate(map(sample, _watched(probes, kurtoses))))
+    result = _squares(result, kurtoses)
+    return result if known is None else _above(plus(result, known.squared_frobenius()), known.squared_frobenius())
+
+
+def _watched(probes: Iterable[T], kurtoses: list[Tensor]) -> Iterator[T]:
+    for z in probes:
+        kurtoses.append(kurtosis(z))
+        yield z
+
+
+def _squares(result: Estimate[S], kurtoses: list[Tensor]) -> Estimate[S]:
+    """A mean of squares, which knows that it is one: of few probes with signs for entries nothing more is known."""
+    p = len(kurtoses)
+    result = result._replace(least=tree.map(torch.zeros_like, result.mean))
+    if not 1 < p < TELLING:
+        return result
+    signs = ((3 - torch.stack(kurtoses).mean()) / 2).clamp(0, 1)
+
+    def wider(mean: Tensor, stderr: Tensor) -> Tensor:
+        return torch.maximum(stderr, (signs * 2 / p).sqrt() * mean.abs())
+
+    return result._replace(stderr=tree.map(wider, result.mean, result.stderr))
+
+
+def _above(result: Estimate[S], least: S) -> Estimate[S]:
+    return result._replace(least=tree.map(lambda m, x: place(x.to(m), layout(m)), result.mean, least))
