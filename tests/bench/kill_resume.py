@@ -25,29 +25,24 @@ from pathlib import Path
 import torch
 
 from hessfn.core.fingerprints import fingerprint
-from hessfn.quantization import sensitivity
-from hessfn.reporting import html, spectrum
+from hessfn.reporting import activations, html
+from hessfn.reporting import products as report_products
 from hessfn.reporting.cli import main
+from hessfn.reporting.progress import kept_and_counted
 from hessfn.reporting.workspace import num_products
 
 
 def live(log: str, arguments: list[str]) -> int:
     """One life of a report; every product it begins is noted."""
 
-    def noting(make):
-        def made(*args, **options):
-            matvec = make(*args, **options)
+    def noting(matvec, keep, name, bar):
+        def product(v):
+            note(log, fingerprint((name, v)))
+            return matvec(v)
 
-            def product(v):
-                note(log, fingerprint(v))
-                return matvec(v)
+        return kept_and_counted(product, keep, name, bar)
 
-            return product
-
-        return made
-
-    spectrum.mean_hvp = noting(spectrum.mean_hvp)
-    sensitivity.linearized_hvp = noting(sensitivity.linearized_hvp)
+    report_products.kept_and_counted = activations.kept_and_counted = noting
     note(log, "begun")
     return main(["report", *arguments])
 
@@ -67,7 +62,7 @@ def begin(log: Path, arguments: list[str], forked: bool) -> int:
     if not forked:
         os.dup2(quiet, 2)
         os.execv(sys.executable, [sys.executable, __file__, "--live", str(log), *arguments])
-    html.write = lambda folder, _, __, result: (folder / "report.json").write_text(json.dumps(result))
+    html.write = lambda folder, _, result: (folder / "report.json").write_text(json.dumps(result))
     os._exit(live(str(log), arguments))
 
 
@@ -89,7 +84,8 @@ def products(log: Path) -> list[str]:
 def numbers(out: Path) -> dict:
     result = json.loads((out / "report.json").read_text())
     del result["settings"]["command"]  # it names the folder
-    return result
+    cost = result.pop("cost")  # how long it took, and how those products were made that were not there yet
+    return {**result, "date": None, "num_products": cost["products"]}
 
 
 def soak(problem: str, kills: int, seed: int, forked: bool, options: list[str], folder: Path) -> None:
