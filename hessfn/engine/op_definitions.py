@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,25 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return loss(*args)
 
     return defined
+
+
+@contextmanager
+def noting_definitions() -> Iterator[list[Any]]:
+    """The operations that are called meanwhile and that :func:`by_definition` may replace."""
+    noting = _Noting()
+    with noting:
+        yield noting.called
+
+
+class _Noting(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DEFINITIONS:
+            self.called.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 class _Replacing(TorchFunctionMode):

@@ -65,22 +65,25 @@ def two_parts(batch: Any, most: int | None = None) -> tuple[Any, Any, Any] | Non
 
 
 def few(batch: Any) -> Any | None:
-    """About eight samples of a batch, evenly spaced, a quarter of it at most; None where it cannot be cut so.
+    """An eighth of the samples of a batch, at most eight and evenly spaced; None where it cannot be cut so.
 
     A tensor of a multiple of the batch's length has several rows a sample, as flattened targets have.
     """
     if not all(isinstance(as_tensor(x), (Tensor, *PLAIN)) for x in tree.leaves(batch)):
         return None
     size = next((len(x) for x in tensors(batch) if x.dim()), 0)
-    stride = max(4, size // 8)
-    if size < 8 or any(x.layout != torch.strided or (x.dim() and len(x) % size) for x in tensors(batch)):
+    if size < 4 or any(x.layout != torch.strided or (x.dim() and len(x) % size) for x in tensors(batch)):
         return None
+    number = min(max(size // 8, 1), 8)
+    stride = -(-size // number)
 
     def some(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.dim():
-            rows = x.detach().reshape(size, -1, *x.shape[1:])[::stride].flatten(0, 1)
-            return rows.clone().requires_grad_(x.requires_grad)
-        return x.reshape(size, -1, *x.shape[1:])[::stride].reshape(-1, *x.shape[1:]) if np.ndim(x) else x
+        if not np.ndim(x):
+            return x
+        by_sample = x.reshape(size, len(x) // size, *x.shape[1:])[::stride]
+        if not isinstance(x, Tensor):
+            return by_sample.reshape(-1, *x.shape[1:])
+        return by_sample.detach().flatten(0, 1).clone().requires_grad_(x.requires_grad)
 
     return tree.map(some, batch)
 

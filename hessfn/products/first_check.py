@@ -84,7 +84,8 @@ def are_close(product: Tree, other: Tree, params: Tree) -> bool:
 def _along(loss: Loss, tape: Tape, params: Tree, args: tuple[Any, ...], v: Tree) -> Gradient:
     def gradient(c: float) -> list[Tensor]:
         # Not plain_gradient: the tape would hold its detached leaves fast.
-        leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(tree.add(params, v, c))]
+        pairs = zip(tree.leaves(params), tree.leaves(v), strict=True)
+        leaves = [torch.add(x.detach(), d.detach(), alpha=c).requires_grad_() for x, d in pairs]
         with tape.playing(), torch.enable_grad():
             value = tape.loss = loss(tree.unflatten(leaves, params), *args)
             gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
@@ -101,7 +102,7 @@ def _evidence(gradient: Gradient, params: Tree, v: Tree, relative: float, value:
     def difference(smaller: float) -> list[Tensor]:
         h = step / smaller
         pairs = zip(plus, minus, strict=True) if smaller == 1 else zip(gradient(h), gradient(-h), strict=True)
-        return [(p - m) / (2 * h) for p, m in pairs]
+        return [torch.sub(p, m).div_(2 * h) for p, m in pairs]
 
     # A gradient is right to some tens of roundings, of itself or of what cancelled in it; the step is exact to one.
     error = 30 * tree.eps(params) * max(float(tree.norm(plus)), value / size) / step
@@ -137,9 +138,10 @@ def not_finite(product: Tree) -> InvalidInput:
 
 
 def _agrees(found: Tree, expected: list[Tensor], tolerance: float, error: float) -> bool:
-    leaves = [x.detach().to(e.dtype) for x, e in zip(tree.leaves(found), expected, strict=True)]
+    leaves = [x.detach() for x in tree.leaves(found)]
     size = max(float(tree.norm(leaves)), float(tree.norm(expected)))
-    return float(tree.norm(tree.add(leaves, expected, -1.0))) <= tolerance * size + error
+    apart = [e - x for x, e in zip(leaves, expected, strict=True)]  # in the wider of their dtypes
+    return float(tree.norm(apart)) <= tolerance * size + error
 
 
 def is_generic(v: Tree) -> bool:

@@ -130,7 +130,7 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
         lambda x: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, (params, args)
     )
     with differentiating():
-        inspected = inspect(loss, params, args)
+        inspected = inspect(loss, params, args)._replace(graph=None)
     product = MadeHere(_linear_product, loss, params, args, compile)
 
     def matvec(v: T) -> T:

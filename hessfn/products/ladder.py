@@ -14,12 +14,12 @@ from hessfn.core.results import Mode
 from hessfn.core.torch_state import is_differentiated, is_observed, recorded
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
-from hessfn.engine.op_definitions import by_definition
+from hessfn.engine.op_definitions import by_definition, noting_definitions
 from hessfn.losses.model_inputs import taken
 from hessfn.products.first_check import AT_A_KINK, Evidence, disagreement, evidence, is_generic, not_finite, verdict
 from hessfn.products.loss_checks import Inspected, Loss, inspect, refuse_once_differentiable, two_differences
 from hessfn.products.loss_memory import Memory, Trace, memory_of, shapes_of
-from hessfn.products.modes import MODES, Product, differentiating, of_loss, of_trace
+from hessfn.products.modes import MODES, Product, differentiating, double_backward_of, of_loss, of_trace
 from hessfn.products.part_check import PartCheck
 from hessfn.products.reasons import listed, reason
 from hessfn.products.wrong_operation import wrong_operation
@@ -97,15 +97,18 @@ def climb(
     Of one mode alone, which was asked for, it is said what is wrong with it. ``reasons`` are why modes that were tried
     before are not taken.
     """
-    with differentiating():
+    with differentiating(), noting_definitions() as defined:
         inspected = inspect(loss, params, args)
+    # Where no operation is replaced, the graph of this evaluation is that of the product, which can go on from there.
+    graphs = [inspected.graph] if order[0] == "double_backward" and inspected.graph and not defined else []
+    inspected = inspected._replace(graph=None)
     shapes = shapes_of((params, args))
     is_checked = check and not is_observed(*tree.leaves((params, args, v)))
     judge = Judge(loss, params, args, v, inspected)
-    if is_checked and (order[0], *shapes) not in memory.is_right:
-        judge.ask(order[0])  # before a trace, which would not hold for a loss that counts its calls
     finding, reasons = "", list(reasons)
     for name in order:
+        if name != "double_backward":
+            graphs.clear()
         key = (name, *shapes)
         is_right = memory.is_right.get(key) if is_checked else True
         if is_right is False and len(order) > 1:
@@ -115,11 +118,15 @@ def climb(
             if name == "double_backward" and inspected.has_custom_backward:
                 with differentiating():
                     refuse_once_differentiable(by_definition(loss), params, args)
+            if name == "traced" and is_right is None:
+                judge.ask(name)  # before the trace, which would not hold for a loss that counts its calls
             found = made(name, loss, params, args, memory)
             with differentiating():
                 apart: Any = 0.0
                 if name == "difference":
                     result, apart = two_differences(by_definition(loss), params, args, v)
+                elif name == "double_backward" and graphs:
+                    result = double_backward_of(graphs.pop(), params, v)
                 else:
                     result = found.product(loss)(params, args, v)
         except Exception as error:

@@ -25,11 +25,23 @@ def check_loss(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Tensor:
     return inspect(loss, params, args).value
 
 
+class Graph(NamedTuple):
+    """A loss with its autograd graph, and the leaves that it was computed from."""
+
+    value: Tensor
+    leaves: list[Tensor]
+
+    def gradient(self, create_graph: bool = False) -> list[Tensor]:
+        options: dict[str, Any] = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
+        return list(torch.autograd.grad(self.value, self.leaves, **options))
+
+
 class Inspected(NamedTuple):
     """What one evaluation of a loss has shown."""
 
     value: Tensor
     has_custom_backward: bool  # an autograd.Function, which means what its backward says, whatever its forward does
+    graph: Graph | None = None  # none where a transform of ``torch.func`` is under way
 
 
 def inspect(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Inspected:
@@ -60,7 +72,7 @@ def inspect(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Inspected:
             "the loss is checkpointed with use_reentrant=True, and torch.autograd.grad has no gradients of that, or "
             "zeros: call torch.utils.checkpoint.checkpoint with use_reentrant=False, which computes the same"
         )
-    return Inspected(value.detach(), bool(customs))
+    return Inspected(value.detach(), bool(customs), Graph(value, leaves) if leaves else None)
 
 
 def _with_graph(loss: Loss, params: Tree, args: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
@@ -68,9 +80,7 @@ def _with_graph(loss: Loss, params: Tree, args: tuple[Any, ...]) -> tuple[Any, l
     if under_functorch():
         with torch.no_grad():
             return loss(params, *args), []
-    leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
-    with torch.enable_grad():
-        return loss(tree.unflatten(leaves, params), *args), leaves
+    return plain_graph(loss, params, args)
 
 
 def _require_dependence(value: Tensor, leaves: list[Tensor], names: list[str]) -> None:
@@ -160,15 +170,16 @@ def _random_states(arguments: Any) -> dict[str, Tensor]:
     return states
 
 
-def plain_gradient(
-    loss: Loss, params: Tree, args: tuple[Any, ...], create_graph: bool = False
-) -> tuple[list[Tensor], list[Tensor]]:
+def plain_gradient(loss: Loss, params: Tree, args: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """The leaves and the gradient by them, by plain autograd, which also does what ``torch.func`` refuses."""
+    graph = plain_graph(loss, params, args)
+    return graph.leaves, graph.gradient()
+
+
+def plain_graph(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Graph:
     leaves = [leaf.detach().requires_grad_() for leaf in tree.leaves(params)]
     with torch.enable_grad():
-        value = loss(tree.unflatten(leaves, params), *args)
-        options: dict[str, Any] = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
-        return leaves, list(torch.autograd.grad(value, leaves, **options))
+        return Graph(loss(tree.unflatten(leaves, params), *args), leaves)
 
 
 def two_differences(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> tuple[Tree, Tensor]:

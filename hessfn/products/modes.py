@@ -18,7 +18,7 @@ from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.trace import tensors
-from hessfn.products.loss_checks import Loss, plain_gradient, two_differences
+from hessfn.products.loss_checks import Graph, Loss, plain_graph, two_differences
 from hessfn.products.loss_memory import Trace, copied
 
 Product = Callable[[Tree, tuple[Any, ...], Tree], Tree]
@@ -43,14 +43,18 @@ def reverse(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
 
 
 def double_backward(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
-    leaves, gradients = plain_gradient(loss, params, args, create_graph=True)
+    return double_backward_of(plain_graph(loss, params, args), params, v)
+
+
+def double_backward_of(graph: Graph, params: Tree, v: Tree) -> Tree:
+    gradients = graph.gradient(create_graph=True)
     pairs = [(g, d) for g, d in zip(gradients, tree.leaves(v), strict=True) if g.requires_grad]
     if not pairs:
         return tree.map(torch.zeros_like, params)
     outputs, directions = zip(*pairs, strict=True)
     by_vector = is_differentiated(directions)  # which the product is linear in
     options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "create_graph": by_vector}
-    return tree.unflatten(torch.autograd.grad(outputs, leaves, directions, **options), params)
+    return tree.unflatten(torch.autograd.grad(outputs, graph.leaves, directions, **options), params)
 
 
 def difference(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:

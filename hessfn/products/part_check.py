@@ -14,7 +14,7 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.dtensor import layout
 from hessfn.core.tree import Tree
-from hessfn.losses.samples import few
+from hessfn.losses.samples import few, tensors
 from hessfn.losses.weights import of_loss
 from hessfn.products.first_check import Evidence, are_close, evidence, verdict
 from hessfn.products.loss_checks import Loss
@@ -76,6 +76,9 @@ class PartCheck:
         return self.plain is not None and are_close(product, self.plain, self.params)
 
 
+SMALL = 10**8  # entries of the parameters by those of the data: all samples cost no more than some of them
+
+
 def _tells(seen: Evidence) -> bool:
     """Whether a wrong product would show: a loss that few samples hardly have has no digits, and no curvature."""
     size = float(tree.norm(seen.product))
@@ -85,6 +88,8 @@ def _tells(seen: Evidence) -> bool:
 def _some_samples(loss: Loss, params: Tree, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     given = [x for x in tree.leaves((params, args)) if isinstance(x, Tensor)]
     if any(layout(x) or x.is_meta for x in given):
+        return None
+    if tree.numel(params) * sum(x.numel() for x in tensors(args)) < SMALL:
         return None
     # Were these no samples, indices could lead out of what is left, which is the end of the process on an accelerator.
     is_of_model = of_loss(loss).state is not None

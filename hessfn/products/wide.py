@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hessfn.core import tree
+from hessfn.core.containers import PLAIN
 from hessfn.core.torch_private import uncompiled
 
 
@@ -20,6 +21,11 @@ def widened(x: Any) -> Any:
     if isinstance(x, Tensor) and x.dtype in _WIDE:
         return x.to(_WIDE[x.dtype])
     return _WIDE.get(x, x) if isinstance(x, torch.dtype) else x
+
+
+def _all_widened(x: Any) -> Any:
+    """A tree of such; most are leaves."""
+    return widened(x) if isinstance(x, (Tensor, *PLAIN)) else tree.map(widened, x)
 
 
 class Tape:
@@ -62,7 +68,7 @@ class _Mode(TorchFunctionMode):
                 return args[0]
             if func in _COMPLEX_CASTS or (func is Tensor.type and args[1:]):
                 return args[0].cdouble() if func in _COMPLEX_CASTS or args[0].is_complex() else self._type(*args)
-            args, kwargs = tree.map(widened, (args, kwargs))
+            args, kwargs = tuple(map(_all_widened, args)), {name: _all_widened(x) for name, x in kwargs.items()}
         if func is F.embedding and (args[2:3] or (kwargs.get("padding_idx"),))[0] is not None:
             args, kwargs = self._with_padding(*args, **kwargs)
         if func is torch.autograd.grad and not self._has_derivative(*args, **kwargs):
@@ -80,7 +86,7 @@ class _Mode(TorchFunctionMode):
         return x.double() if narrow else x.type(widened(kind))
 
     def _wide(self, out: Any) -> Any:
-        return tree.map(widened, out) if self.tape.wide else out
+        return _all_widened(out) if self.tape.wide else out
 
     def _constant(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = self._wide(func(*args, **kwargs))  # run in any case: what switches derivatives on again is a call too
