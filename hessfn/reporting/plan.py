@@ -144,11 +144,10 @@ def described(plan: Plan) -> str:
     >>> described(Plan(num_batches=2, num_probes=30, num_steps=20, num_kept=2, seconds=75.0, num_bytes=3 * 10**8))
     '50 products over 2 batches (all kept), about 1.2 minutes and 300 MB'
     """
-    all_kept = plan.num_kept == plan.num_batches
-    kept = "all kept" if all_kept else f"{plan.num_kept} kept" if plan.num_kept else "none kept"
-    batches = f"{plan.num_batches} batch{'es' if plan.num_batches != 1 else ''}"
+    kept = f" ({'all' if plan.num_kept == plan.num_batches else plan.num_kept} kept)" if plan.num_kept else ""
+    batches = f"{plan.num_batches} batch{'es' if plan.num_batches != 1 else ''}{kept}"
     costs = f"about {_duration(plan.seconds)} and {_size(plan.num_bytes)}"
-    line = f"{plan.num_products} products over {batches} ({kept}), {costs}"
+    line = f"{plan.num_products} products over {batches}, {costs}"
     if not math.isfinite(plan.error):
         return line
     return f"{line}; the trace to about {100 * plan.error:.2g} % (one standard error, by data and probes)"
