@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from nets import NETS, classes, dense_hessian, normal, seeded
 from spectra import on, symmetric
+from test_distributed import pytestmark as without_processes
+from test_distributed import run, same_bits
 from torch import Tensor, nn
 
 import hessfn as hf
@@ -281,6 +284,24 @@ def test_errors_by_the_data_hold_from_batches_to_intervals() -> None:
         by_data = hf.trace_data_stderr(total, forms.weights)
         hits += bool((total.mean() - exact).abs() <= 2.26 * torch.hypot(by_probes, by_data))
     assert hits >= 88
+
+
+def _forms_over_ranks(rank: int, size: int, folder: Path) -> None:
+    matrices = [symmetric(torch.linspace(0, 1, 10), seed) for seed in range(5)]
+    batches = [(A, torch.zeros(n)) for n, A in enumerate(matrices, 1)]
+    v = normal(2, 10)
+    sharded = hf.ShardedBatches(batches)
+    found = hf.batch_forms(lambda batch: on(batch[0], None), sharded, v, weights=[1, 2, 3, 4, 5])
+    order = [0, 2, 4, 1, 3]  # rank 0 has the even ones
+    exact = torch.stack([((v @ matrices[i]) * v).sum(1) for i in order])
+    assert torch.allclose(found.values, exact, rtol=1e-12)
+    assert found.weights.tolist() == [i + 1 for i in order]
+    assert same_bits(found)
+
+
+@without_processes
+def test_processes_have_the_forms_of_all_batches(tmp_path: Path) -> None:
+    run(_forms_over_ranks, 2, tmp_path)
 
 
 # What is refused.
