@@ -167,8 +167,8 @@ def eigsh(
         nothing.
 
     Cost: ``num_matvecs`` products, one of which checks the residuals. At its peak it holds ``basis_size`` + 1 + k
-    vectors, the product among them, with k at least 2; ``keep_all`` counts for k what it returns, and a ``second_start``
-    and every further start take one more.
+    vectors, the product among them, with k at least 2; ``keep_all`` counts for k what it returns, and a
+    ``second_start`` and every further start take one more.
 
     Raises:
         ValueError: k, ``which``, ``basis_size`` or ``max_matvecs`` is out of range, ``v0`` is zero, ``warm_start`` or
