@@ -169,9 +169,9 @@ def cross_fitted(
     matvec_a: MatVec[T],
     matvec_b: MatVec[T],
     v0: T,
-    *,
     forms_a: Callable[[T], Forms],
     forms_b: Callable[[T], Forms],
+    *,
     whole: EigenPairs[T] | None = None,
     which: Literal["LA", "SA"] = "LA",
     level: float = 0.95,
@@ -218,11 +218,11 @@ def cross_fitted(
     >>> found.lower < 1 < found.upper
     tensor(True)
     """
-    call = "cross_fitted(matvec_a, matvec_b, v0)"
-    for name, function in (("forms_a", forms_a), ("forms_b", forms_b)):
-        require_function(function, name, call)
+    call = "cross_fitted(matvec_a, matvec_b, v0, forms_a, forms_b)"
     require_matvec(matvec_a, call)
     require_matvec(matvec_b, call)
+    for name, function in (("forms_a", forms_a), ("forms_b", forms_b)):
+        require_function(function, name, call)
     require_vector(v0, "v0", call)
     if which not in get_args(Literal["LA", "SA"]):
         raise InvalidInput(f"{call}: which={which!r} must be 'LA' or 'SA'")
@@ -257,4 +257,4 @@ def _joined(a: Forms, b: Forms) -> Forms:
 
 
 def _of(forms: Forms) -> tuple[Tensor, Tensor, Tensor, float]:
-    return _spread(*_shares(forms.values, forms.weights, "cross_fitted(matvec_a, matvec_b, v0)"))
+    return _spread(*_shares(forms.values, forms.weights, "cross_fitted(matvec_a, matvec_b, v0, forms_a, forms_b)"))

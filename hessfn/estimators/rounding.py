@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
-from hessfn.core.arguments import require_eigenpairs, require_matvec, require_vector
+from hessfn.core.arguments import kind, require_eigenpairs, require_matvec, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import rademacher
 from hessfn.core.results import EigenPairs, ProductRounding
@@ -96,7 +96,10 @@ def rounding_of_products(matvec: MatVec[T], exact: MatVec[T], probe: T) -> Produ
     >>> found.relative, found.total
     (tensor(0., dtype=torch.float64), tensor(0., dtype=torch.float64))
     """
-    call = "rounding_of_products(matvec, exact, probe)"
+    return _rounding(matvec, exact, probe, "rounding_of_products(matvec, exact, probe)")
+
+
+def _rounding(matvec: MatVec[T], exact: MatVec[T], probe: T, call: str) -> ProductRounding[T]:
     _require_kinds(matvec, exact, call)
     require_vector(probe, "probe", call)
     error, image = _difference(matvec, exact, probe)
@@ -119,7 +122,7 @@ def rounding_of_trace(matvec: MatVec[T], exact: MatVec[T], probe: T) -> T:
     >>> rounding_of_trace(lambda v: d * v, lambda v: d * v, torch.ones(2, dtype=torch.float64))
     tensor(0., dtype=torch.float64)
     """
-    return rounding_of_products(matvec, exact, probe).leaves
+    return _rounding(matvec, exact, probe, "rounding_of_trace(matvec, exact, probe)").leaves
 
 
 _NOISES = 2 * math.sqrt(2)
@@ -141,6 +144,8 @@ def kind_of_rounding(relative: Tensor | float, dtype: torch.dtype) -> str:
     >>> kind_of_rounding(1.8e-2, torch.float32).partition(":")[0]
     'products in float32 are good to 2e-02, as with TF32'
     """
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidInput(f"kind_of_rounding(relative, dtype): dtype is {kind(dtype)}, not a dtype of torch's")
     error = float(relative)
     if dtype == torch.float32 and error > _TF32:
         return (

@@ -16,7 +16,7 @@ from hessfn.core.torch_state import known, torch_state_lock
 from hessfn.core.tree import Tree
 from hessfn.losses.samples import length, moved, refuse_uneven, rows, tensors
 from hessfn.losses.weights import Weigher
-from hessfn.parallel.all_reduce import Group, ShardedBatches, across, all_reduce, require_same
+from hessfn.parallel.all_reduce import Group, ShardedBatches, across, all_reduce, gather, require_same
 from hessfn.parallel.same_problem import require_same_problem
 
 Weights = Sequence[float] | Callable[[Any], float | Tensor] | None
@@ -162,6 +162,13 @@ def number_of(batches: Iterable[Any]) -> int | None:
 def share_of(batches: Iterable[Any]) -> tuple[int, int]:
     """Which process this is and of how many: of n processes the r-th one takes the batches r, r + n, ...."""
     return (batches.rank, batches.size) if isinstance(batches, ShardedBatches) else (0, 1)
+
+
+def of_all(mine: list[Any], batches: Iterable[Any]) -> list[Any]:
+    """What the processes that share batches have of them, one list on all: that of rank 0 first."""
+    if not isinstance(batches, ShardedBatches):
+        return mine
+    return [each for rank in gather(mine, batches.group) for each in rank]
 
 
 def deal(batches: Iterable[Any], state: Tree, group: Group) -> ShardedBatches:

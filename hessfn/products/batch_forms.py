@@ -14,8 +14,7 @@ from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import gaussian
 from hessfn.core.results import Forms
 from hessfn.core.tree import MatVec, T
-from hessfn.losses.batches import Weights, weighted_mean
-from hessfn.parallel.all_reduce import ShardedBatches, gather
+from hessfn.losses.batches import Weights, of_all, weighted_mean
 from hessfn.products.batch_mean import home_of, product_of_batch, weighed
 
 
@@ -129,7 +128,6 @@ def _forms(
 
     averaged = weighted_mean(of_batch, batches, weights=weights, microbatch=microbatch, device=home_of, passes=1)
     averaged(like)
-    if isinstance(batches, ShardedBatches):
-        found = [each for rank in gather(found, batches.group) for each in rank]
+    found = of_all(found, batches)
     values = tree.map(lambda *rows: torch.stack(rows), *[row for row, _ in found])
     return Forms(values, torch.tensor([weight for _, weight in found], dtype=torch.float64))
