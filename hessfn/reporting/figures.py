@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from hessfn.core.results import Band, Density, EigenPairs, Estimate
@@ -36,6 +35,7 @@ class Picture(NamedTuple):
 
 def picture(draw: Draw, height: float = 3.8, *, width: float = 6.4) -> Picture:
     """What ``draw(figure)`` draws, in inches."""
+    from PIL import Image  # Matplotlib needs it, and brings it
 
     def png(colors: dict[Any, Any]) -> str:
         with mpl.rc_context(colors):
