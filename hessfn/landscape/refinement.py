@@ -24,6 +24,7 @@ _MATES: dict[_Kind, _Kind] = {
 _PATIENCE = 2  # rounds in a row that were as predicted
 _WIDE = 50.0  # losses that span more than this factor are seen by their logarithm
 _DEGREES = {"quintic": 2, "cubic": 1}  # of the polynomial beside the radial functions
+_DIGITS = 7  # of doubts and distances; more are rounding
 _LARGEST = 700.0  # the exponential of more overflows
 _ROUNDING = 1e-6  # relative: losses in float32 are no better than that
 
@@ -100,7 +101,7 @@ def refinement(
         num_good = num_good + 1 if is_good else 0
         if num_good == _PATIENCE or measured.sum() >= most:
             return Refined(np.where(measured, losses, predicted), measured, error)
-        wanted = _apart(grid, points, np.where(is_open, doubt, -1.0), at_once)
+        wanted = _apart(grid, points, np.where(is_open, doubt / sight.span, -1.0), at_once)
 
 
 def side_by_side(
@@ -191,8 +192,12 @@ def _interpolated(grid: Array, points: Array, seen: Array, kernel: str) -> Array
 
 
 def _apart(grid: Array, points: Array, doubt: Array, most: int) -> list[int]:
-    """Some points of the largest doubts, none close to another, and the one that is farthest from all measured ones."""
-    far = np.where(doubt >= 0, cdist(grid, points).min(1), -1.0)
+    """Some points of the largest doubts, none close to another, and the one that is farthest from all measured ones.
+
+    Of what is the same but for rounding the first one is taken, so that rounding does not choose the points.
+    """
+    doubt = doubt.round(_DIGITS)
+    far = np.where(doubt >= 0, cdist(grid, points).min(1).round(_DIGITS), -1.0)
     chosen = [int(far.argmax())]
     room = 1 / len(points) ** (1 / grid.shape[1]) / 1.5
     left = doubt.copy()
