@@ -34,8 +34,15 @@ class Chain:
         self.beta: list[float] = []
 
     def advance(self, H: Tensor, done: int, pending: int) -> Tensor:
-        """One step further, once the row that the latest vector needs has been multiplied: its residual's coordinates
-        in the pending rows, along which the next product must be."""
+        """Further, once the row that the latest vector needs has been multiplied: the coordinates of its residual in
+        the pending rows, along which the next product must be. Steps within the rows that there are need none."""
+        outside = self._step(H, done, pending)
+        while not self.closed() and torch.linalg.vector_norm(outside) <= 10 * self._floor:
+            self.latest = self.latest / self.beta[-1]
+            outside = self._step(H, done, pending)
+        return outside
+
+    def _step(self, H: Tensor, done: int, pending: int) -> Tensor:
         X, Y, y = (_padded(z, done) for z in (self._X, self._Y, self.latest[:, None]))
         upper = H[:done, :done].triu()
         z = upper @ y + upper.triu(1).T @ y
@@ -83,7 +90,7 @@ class Chain:
         return found[0], found[1]
 
     def _ritz(self) -> Tensor:
-        alpha, beta = torch.tensor(self.alpha).double(), torch.tensor(self.beta[:-1]).double()
+        alpha, beta = (torch.tensor(x, dtype=torch.float64) for x in (self.alpha, self.beta[:-1]))
         return torch.linalg.eigvalsh(alpha.diag() + beta.diag(1) + beta.diag(-1))
 
     def _needed(self, chance: float) -> float:
