@@ -40,6 +40,7 @@ class Parts(NamedTuple):
 
     size: int | None  #: samples in a part at most; None where a batch is a part
     num_groups: int
+    first: int = 0  #: the number of this process's first part: those of lower ranks come before
 
     def only(self, start: int, step: int) -> Tensor:
         """A mask ``(g,)`` of every so-many-th group."""
@@ -54,10 +55,12 @@ def cut(problem: Prepared, batch_sizes: list[int]) -> Parts:
     share = -(-_LEAST_PARTS // num_batches)
     largest = max(batch_sizes, default=1)
     size = -(-largest // share)
+    rank, num_ranks = share_of(problem.batches)
+    before = sum(len(range(lower, num_batches, num_ranks)) for lower in range(rank))  # sizes are in the order of ranks
     if size == largest or of_loss(problem.loss).mixing or not _is_even(problem):
-        return Parts(None, min(_MOST_GROUPS, num_batches))
-    num_parts = sum(-(-length // size) for length in batch_sizes)
-    return Parts(size, min(_MOST_GROUPS, num_parts))
+        return Parts(None, min(_MOST_GROUPS, num_batches), before)
+    num_parts = [-(-length // size) for length in batch_sizes]
+    return Parts(size, min(_MOST_GROUPS, sum(num_parts)), sum(num_parts[:before]))
 
 
 def _is_even(problem: Prepared) -> bool:
@@ -87,7 +90,6 @@ class OfLoss:
         self._trace_after, self.bytes_kept = trace_after, 0
         self._made: dict[int, MatVec] = {}
         self._num_parts, self._is_traceable = 0, True
-        self._rank, self._size = share_of(problem.batches)
         self._averaged = weighted_mean(
             self._of_part,
             problem.batches,
@@ -115,7 +117,7 @@ class OfLoss:
     def _of_part(self, args: tuple[Any, ...], part: Any, weight: float | Tensor) -> Tree:
         v, chosen = args
         index, self._num_parts = self._num_parts, self._num_parts + 1
-        group = (index * self._size + self._rank) % self._parts.num_groups
+        group = (self._parts.first + index) % self._parts.num_groups
         weights = torch.zeros_like(chosen)
         weights[group] = chosen[group]
         forms = chosen.new_zeros(self._parts.num_groups, len(tree.leaves(v)))

@@ -26,7 +26,7 @@ import hessfn as hf
 from hessfn import problems
 from hessfn.core import tree
 
-STEPS = 200
+STEPS = {"resnet20": 70, "gpt": 200}  # products for the Krylov space
 Problem = tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "resnet20": lambda: problems.cifar10_resnet20(**FILES, num_images=200, batch_size=200),
@@ -38,15 +38,17 @@ def truth_of(name: str) -> Path:
     return Path(__file__).parent / f"truth_{name}.json"
 
 
-def lanczos(product: Callable[[Tensor], Tensor], state: dict[str, Any], n: int, deadline: float) -> bool:
+def lanczos(
+    product: Callable[[Tensor], Tensor], state: dict[str, Any], n: int, num_steps: int, deadline: float
+) -> bool:
     """Adds steps until there are enough, which it returns, or until the deadline."""
     if not state:
         start = torch.randn(n, generator=torch.Generator().manual_seed(1))
         state |= {"basis": [start / start.norm()], "alpha": [], "beta": []}
-    basis = torch.zeros(STEPS + 1, n)
+    basis = torch.zeros(num_steps + 1, n)
     for i, q in enumerate(state["basis"]):
         basis[i] = q
-    while (step := len(state["alpha"])) < STEPS and time.monotonic() < deadline:
+    while (step := len(state["alpha"])) < num_steps and time.monotonic() < deadline:
         w = product(basis[step])
         state["alpha"].append(float(w.double() @ basis[step].double()))
         for _ in range(2):
@@ -54,14 +56,15 @@ def lanczos(product: Callable[[Tensor], Tensor], state: dict[str, Any], n: int, 
         state["beta"].append(float(w.norm()))
         basis[step + 1] = w / w.norm()
         state["basis"].append(basis[step + 1].clone())
-    return len(state["alpha"]) == STEPS
+    return len(state["alpha"]) == num_steps
 
 
 def ritz(state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Values, vectors, and the weights of the starting vector: the quadrature of its density."""
-    off = torch.tensor(state["beta"][: STEPS - 1]).double()
+    num_steps = len(state["alpha"])
+    off = torch.tensor(state["beta"][: num_steps - 1]).double()
     values, s = torch.linalg.eigh(torch.diag(torch.tensor(state["alpha"]).double()) + off.diag(1) + off.diag(-1))
-    return values, s.T.float() @ torch.stack(state["basis"][:STEPS]), s[0].square()
+    return values, s.T.float() @ torch.stack(state["basis"][:num_steps]), s[0].square()
 
 
 def probed(
@@ -106,7 +109,7 @@ def main() -> None:
     file = folder / f"hessfn_truth_{options.problem}.pt"
     kept: dict[str, Any] = torch.load(file, weights_only=True) if file.is_file() else {"lanczos": {}, "rows": None}
 
-    problem = PROBLEMS[options.problem]()
+    num_steps, problem = STEPS[options.problem], PROBLEMS[options.problem]()
     model, criterion, batches = problem
     loss, params = hf.functionalize(model, criterion)
     whole = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))  # batches of equal size: one mean
@@ -117,8 +120,8 @@ def main() -> None:
 
     deadline = time.monotonic() + 60 * options.minutes
     try:
-        if not lanczos(product, kept["lanczos"], tree.numel(params), deadline):
-            print(f"{len(kept['lanczos']['alpha'])} of {STEPS} steps: run it again")
+        if not lanczos(product, kept["lanczos"], tree.numel(params), num_steps, deadline):
+            print(f"{len(kept['lanczos']['alpha'])} of {num_steps} steps: run it again")
             return
         values, q, weights = ritz(kept["lanczos"])
         if "top" not in kept:
@@ -134,7 +137,7 @@ def main() -> None:
     truth = {
         "problem": options.problem,
         "num_parameters": tree.numel(params),
-        "num_steps": STEPS,
+        "num_steps": num_steps,
         "num_probes": len(rows),
         "eigenvalues": [value for value, _ in kept["top"]],
         "residuals": [residual for _, residual in kept["top"]],
