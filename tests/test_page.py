@@ -197,7 +197,7 @@ def test_summary_has_every_error_in_eighty_columns() -> None:
     (trace,) = [line for line in lines if line.startswith("trace  ")]
     found = result["trace"]
     assert trace.split() == ["trace", number(found["mean"]), "-"] + [
-        f"{found[name]:.1e}" for name in ("stderr", "rounding", "data_stderr")
+        f"{found[name]:.2g}" for name in ("stderr", "rounding", "data_stderr")
     ]
     (marked,) = [line for line in lines if "eigenvalue 2" in line]
     assert marked.endswith(" *") and "  * not converged to the tolerance" in lines

@@ -81,7 +81,7 @@ def largest_errors(numbers: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _errors(one: dict[str, Any]) -> str:
-    cells = (f"{one[key]:.1e}" if finite(one.get(key)) else "-" if key not in one else "unknown" for key in ERRORS)
+    cells = (number(one[key], 2) if finite(one.get(key)) else "-" if key not in one else "unknown" for key in ERRORS)
     return "".join(f"{cell:>11}" for cell in cells)
 
 
