@@ -177,7 +177,9 @@ def _products(space: krylov.Space[T], q: Tensor) -> tuple[Tensor, Tensor]:
         rows.append(rest - (q @ rest) @ q)  # twice, so that what is left of an exact sketch is rounding
     found = space.finished(torch.stack(h, dim=1))
     w = torch.stack(rows)
-    return tree.wide(found), tree.wide(w @ w.mT)
+    size = w.detach().abs().max()  # squares of small numbers are zero, and those of large ones infinite, in float32
+    w = w / size.where(size > 0, torch.ones_like(size))
+    return tree.wide(found), tree.wide(w @ w.mT) * tree.wide(size).square()
 
 
 class _Sketch(NamedTuple):
