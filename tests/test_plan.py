@@ -114,6 +114,15 @@ def test_too_little_time_says_what_would_be_enough() -> None:
     assert make_plan(COSTS, SPREADS, enough, num_batches=60, least=LEAST).num_batches == 2
 
 
+def test_what_the_pilot_has_taken_is_not_there_any_more() -> None:
+    whole = make_plan(COSTS, SPREADS, 4.5, num_batches=60, least=LEAST)
+    assert make_plan(COSTS, SPREADS, 5, num_batches=60, least=LEAST, used=0.1) == whole
+    with pytest.raises(hf.HessfnError, match=r"minutes=0\.2 is too short") as caught:
+        make_plan(COSTS, SPREADS, 0.2, num_batches=60, least=LEAST, used=0.1)
+    enough = float(str(caught.value).split("give minutes=")[1].split(",")[0])
+    assert make_plan(COSTS, SPREADS, enough, num_batches=60, least=LEAST, used=0.1).num_batches == 2
+
+
 def test_a_plan_is_one_line() -> None:
     plan = make_plan(COSTS, SPREADS, 5, num_batches=60, least=LEAST, free_bytes=10**9)
     line = described(plan)

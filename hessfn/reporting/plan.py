@@ -98,6 +98,7 @@ def make_plan(
     *,
     num_batches: int,
     least: Plan,
+    used: float = 0.0,
     free_bytes: float = math.inf,
 ) -> Plan:
     """The plan of the smallest errors in the time given.
@@ -106,7 +107,8 @@ def make_plan(
     resolution of a rule of m steps is.
 
     Args:
-        minutes: for all of the report, from now on.
+        minutes: for all of the report.
+        used: the part of that, from 0 to 1, which the pilot has taken.
         num_batches: how many there are.
         least: the plan that is never gone below: its number of batches, probes and steps. Runs, points, activations
             and extra products are taken as they are.
@@ -121,10 +123,10 @@ def make_plan(
     >>> plan.num_batches, plan.num_probes, round(plan.seconds)
     (81, 11, 299)
     """
-    limit = 60 * minutes
+    limit = 60 * minutes * (1 - used)
     cheapest = estimated(least, costs, spreads, free_bytes=free_bytes)
     if cheapest.seconds > limit:
-        enough = math.ceil(cheapest.seconds / 6) / 10
+        enough = math.ceil(cheapest.seconds / (1 - used) / 6) / 10
         raise InvalidInput(
             f"minutes={minutes:g} is too short for the smallest report, {described(cheapest)}: give "
             f"minutes={enough:g}, or leave something out (num_plane_points=0, num_activation_probes=0)"

@@ -114,8 +114,9 @@ def _made(problem: Prepared, options: Options) -> Plan:
         num_runs=options.num_runs + 1,
         num_extra=asked.num_extra - _STEPS_A_PAIR * options.num_pairs,
     )
-    used = _PILOT * options.minutes
-    return make_plan(costs, spreads, options.minutes - used, num_batches=num_batches, least=least, free_bytes=free / 2)
+    return make_plan(
+        costs, spreads, options.minutes, num_batches=num_batches, least=least, used=_PILOT, free_bytes=free / 2
+    )
 
 
 def _number_of(problem: Prepared) -> int:
