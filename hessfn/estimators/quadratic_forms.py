@@ -119,10 +119,13 @@ def mean_form_until(
     """As many samples as the tolerance takes, at least ten where there are ten; ``inside`` is known beside them."""
     rows: list[_Row[Tensor]] = []
     found: Estimate[Tensor] | None = None
+    check = _MIN_PROBES
     for row, numel in _rows(samples, parts):
         rows.append(row)
         krylov.number(row.value, row.value, len(rows))
-        if len(rows) >= _MIN_PROBES:
+        found = None
+        if len(rows) >= check:
+            check = max(len(rows) + 1, int(1.02 * len(rows)))  # all are looked at: not again for every one of thousands
             found = _of(rows, numel, parts.coupled)
             lower, upper = found.interval()
             if upper - lower <= 2 * rtol * (found.mean + inside).abs():
