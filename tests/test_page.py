@@ -201,6 +201,9 @@ def test_summary_has_every_error_in_eighty_columns() -> None:
     ]
     (marked,) = [line for line in lines if "eigenvalue 2" in line]
     assert marked.endswith(" *") and "  * not converged to the tolerance" in lines
+    early = changed(report_of(NET), negative_curvature__smallest__converged=False)
+    (marked,) = [line for line in summary(early).splitlines() if line.endswith(" *")]
+    assert marked.startswith("smallest eigenvalue") and "  * not converged to the tolerance" in summary(early)
 
 
 def test_control_characters_are_shown_and_not_obeyed() -> None:

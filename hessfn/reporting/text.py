@@ -35,7 +35,9 @@ def summary(result: dict[str, Any]) -> str:
         f"{'':<20}{'value':>12}" + "".join(f"{title:>11}" for title in ERRORS.values()),
     ]
     for name, one in headline(result).items():
-        lines.append(f"{name:<20}{number(one['value']):>12}{_errors(one)}")
+        lines.append(
+            f"{name:<20}{number(one['value']):>12}{_errors(one)}{' *' if one.get('converged') is False else ''}"
+        )
     lines += _eigenvalues(result)
     lines += ["", *_words(result), "", *_layers(result["layers"])]
     return "\n".join(lines)
@@ -47,7 +49,9 @@ def _eigenvalues(result: dict[str, Any]) -> list[str]:
         names = {"residual": "residuals", "rounding": "rounding", "data_stderr": "data_stderr"}
         found = {name: None if result[key] is None else result[key][i] for name, key in names.items()}
         lines.append(f"{f'  eigenvalue {i + 1}':<20}{number(x):>12}{_errors(found)}{'' if converged else ' *'}")
-    return lines + ([] if all(result["converged"]) else ["  * not converged to the tolerance"])
+    smallest = result["negative_curvature"]["smallest"]
+    reached = all(result["converged"]) and (smallest is None or smallest["converged"] is not False)
+    return lines + ([] if reached else ["  * not converged to the tolerance"])
 
 
 def headline(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
