@@ -68,9 +68,9 @@ def values(consume, loss, params, batch):
 
 
 def measured(result):
-    """The result without what nobody has measured: None, or under a transform, which refuses None, NaN."""
+    """The result without what nobody has measured (None, or under a transform, which refuses None, NaN) and ``df``."""
     if hasattr(result, "_fields"):
-        unknown = ("rounding", "data_stderr", "least")
+        unknown = ("rounding", "data_stderr", "outside", "least", "df")
         fields = zip(result._fields, result, strict=True)
         return type(result)(*(None if name in unknown else measured(x) for name, x in fields))
     return tuple(map(measured, result)) if isinstance(result, tuple) else result

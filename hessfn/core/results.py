@@ -64,7 +64,7 @@ class Estimate(NamedTuple, Generic[S]):
     mean: S  #: the estimate, in the unit of the quantity: scalars, or, of diagonals and rows, tensors like the probes
     stderr: S  #: shaped like it: one standard error of the mean over the probes, inf where one probe says nothing of it
     num_matvecs: Tensor  #: (), int64, the products that were made
-    df: Tensor | S | None = None  #: (), or like ``mean``: degrees of freedom of ``stderr``; None: of a known error
+    df: Tensor | S | None = None  #: (), or like ``mean``: degrees of freedom of ``stderr``, no derivative; None: many
     rounding: S | None = None  #: like ``mean``: how far the rounding of the products may move it; None: not measured
     data_stderr: S | None = None  #: like ``mean``: what other samples, as many, would move it by; None: not measured
     least: S | None = None  #: like ``mean``: what a sum of squares is at least; None: of what is no sum of squares

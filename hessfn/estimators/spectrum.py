@@ -65,7 +65,7 @@ def slq(
         ValueError: there is no probe, a product is not finite, or m is not between 1 and n.
 
     Source: Lin, Saad and Yang (2016), Ubaru, Chen and Saad (2017); without orthogonalisation Chen, Trogdon and Ubaru
-    (2021); eigenpairs as in VR-SLQ (Bhattacharjee, Jahn, Musco and Musco, 2024).
+    (2021); eigenpairs as in VR-SLQ (arXiv 2410.21690, 2024).
 
     >>> from hessfn import gaussian
     >>> A = torch.diag(torch.tensor([3.0, 1.0]))

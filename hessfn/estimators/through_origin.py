@@ -49,8 +49,14 @@ def _next(z: T, y: T, slope: T, weight: T, root: T) -> tuple[T, T, T]:
     heavier = tree.map(lambda a, w: w + a.square(), z, weight)
     safe = tree.map(lambda w: torch.where(w > 0, w, 1.0), heavier)
     slope = tree.map(lambda s, a, e, w: s + a * e / w, slope, z, residual, safe)
-    root = tree.map(lambda r, e, w, v: torch.hypot(r, e * (w / v).sqrt()), root, residual, weight, safe)
+    root = tree.map(lambda r, e, w, v: _hypot(r, e * (w / v).sqrt()), root, residual, weight, safe)
     return slope, heavier, root
+
+
+def _hypot(a: Tensor, b: Tensor) -> Tensor:
+    """As torch's, but that its derivative is 0 where both are."""
+    none = (a == 0) & (b == 0)
+    return torch.where(none, 0.0, torch.hypot(torch.where(none, 1.0, a), b))
 
 
 def _float(x: Tensor) -> Tensor:
