@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,9 +32,10 @@ class GraphModule(fx.GraphModule):
     def compiled(self) -> Callable[..., Any]:
         """What the graph does, as a function of the module and the graph's inputs."""
         if self._run is None:
-            code = self.graph.python_code(root_module="self")
-            found = dict(code.globals)
-            exec(compile(code.src, "<graph of hessfn>", "exec"), found)
+            with without_collections():
+                code = self.graph.python_code(root_module="self")
+                found = dict(code.globals)
+                exec(compile(code.src, "<graph of hessfn>", "exec"), found)
             self._run = found["forward"]
         return self._run
 
@@ -52,3 +55,34 @@ def without_collections() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def interpreted(module: fx.GraphModule, *inputs: Tensor) -> list[Tensor]:
+    """The results of a graph, node by node: faster than its code, which has to be compiled, for what is run once."""
+    values: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(given)
+        elif node.op == "get_attr":
+            values[node] = functools.reduce(getattr, node.target.split("."), module)
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "output":
+                values[node] = list(args[0])
+            else:
+                values[node] = node.target(*args, **kwargs)
+    results: list[Tensor] = values[node]
+    return results
+
+
+def copied(module: fx.GraphModule) -> GraphModule:
+    """Another module of the same graph, to be changed: the constants are shared."""
+    graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    with without_collections():
+        for node in module.graph.nodes:
+            # Given its arguments, create_node would look into each of them first, which takes most of its time.
+            new = nodes[node] = graph.create_node(node.op, node.target, name=node.name)
+            new.args, new.kwargs = fx.map_arg((node.args, node.kwargs), nodes.__getitem__)
+            new.meta = copy.copy(node.meta)
+        return GraphModule(module, graph)

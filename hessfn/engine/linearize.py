@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from hessfn.core import tree
 from hessfn.core.errors import WrongProduct
-from hessfn.engine.graph_module import GraphModule
+from hessfn.engine.graph_module import GraphModule, interpreted
 from hessfn.engine.meta_shapes import looks
 from hessfn.engine.rewrites import drop_dead, fixed_nodes
 from hessfn.engine.trace import Record, graph_of
@@ -38,7 +38,7 @@ def differentiate(
         at, rest, v = inputs[: len(point)], inputs[len(point) : -len(point)], inputs[-len(point) :]
         with fwAD.dual_level(), torch.enable_grad():
             duals = [fwAD.make_dual(p.detach().requires_grad_(), t) for p, t in zip(at, v, strict=True)]
-            (value,) = loss(*duals, *rest)
+            (value,) = interpreted(loss, *duals, *rest)
             # With create_graph, derivatives are made of operations that have derivatives.
             options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
             tangents = [fwAD.unpack_dual(g).tangent for g in torch.autograd.grad(value, duals, **options)]

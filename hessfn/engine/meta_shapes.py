@@ -154,17 +154,34 @@ _NO_TENSORS = {int, float, bool, type(None), str, complex, torch.dtype, torch.de
 
 def tensors(x: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    with_tensors(x, found.append)
+    _collect((x,), found)
     return found
+
+
+def _collect(parts: Any, found: list[Tensor]) -> None:
+    for part in parts:
+        if type(part) in _NO_TENSORS:
+            continue
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (tuple, list)):
+            _collect(part, found)
+        elif type(part) is dict and part:
+            _collect(part.values(), found)
 
 
 def key_of(x: Any) -> Any:
     """Arguments by which a result looks the same: tensors by how they look, all else by type and value."""
     kind = type(x)
     if kind is tuple or kind is list:
-        return ("ints", *x) if x and all(type(i) is int for i in x) else tuple([key_of(part) for part in x])
+        if x and {*map(type, x)} == _INT:
+            return ("ints", *x)
+        return tuple([key_of(part) for part in x])
     if kind is dict:
         return tuple([(name, key_of(part)) for name, part in x.items()])
     if isinstance(x, Tensor):
         return looks(x)
     return tuple(map(key_of, x)) if isinstance(x, (tuple, list)) else (kind, x)
+
+
+_INT = {int}

@@ -144,7 +144,7 @@ class Recorder(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if self.lean and (other := zero_propagation.remaining_summand(func, args, kwargs, self.is_zero)) is not None:
             return self._same_as(other)
-        fake = any(map(self.is_fake, tensors((args, kwargs))))
+        fake = any(map(self.is_fake, tensors(args) + tensors(kwargs) if kwargs else tensors(args)))
         out = self._run(func, args, kwargs, kind, fake)
         if not isinstance(out, (Tensor, tuple, list)):
             return out

@@ -27,6 +27,8 @@ def remaining_summand(func: Any, args: Any, kwargs: Any, knows_zero: Callable[[T
     others = [first] if is_additive_identity(second, knows_zero) else []
     if func is aten.add.Tensor and is_additive_identity(first, knows_zero):
         others.append(second)
+    if not others:
+        return None
     shape = torch.broadcast_shapes(*(t.shape for t in args if isinstance(t, Tensor)))
     like = shape, torch.result_type(first, second)
     return next((t for t in others if isinstance(t, Tensor) and (t.shape, t.dtype) == like), None)

@@ -16,6 +16,7 @@ from hessfn.core.torch_state import carries_derivative, is_observed, recorded
 from hessfn.core.tree import MatVec, T, Tree
 from hessfn.core.warn import warn
 from hessfn.engine import pipeline
+from hessfn.engine.graph_module import copied
 from hessfn.losses.batches import Weights
 from hessfn.losses.model_inputs import taken
 from hessfn.losses.weights import Weigher, knowing, of_loss, refuse_parts
@@ -24,7 +25,7 @@ from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, not_f
 from hessfn.products.just_in_time import PATIENCE, product_of
 from hessfn.products.ladder import blame
 from hessfn.products.loss_checks import Inspected, Loss, inspect
-from hessfn.products.loss_memory import copied, memory_of, shapes_of
+from hessfn.products.loss_memory import memory_of, shapes_of
 from hessfn.products.modes import ModeName, differentiating
 from hessfn.products.part_check import PartCheck
 
@@ -54,9 +55,9 @@ def hvp(
             - ``"double_backward"``: ``torch.autograd.grad`` twice, for what ``torch.func`` refuses.
             - ``"difference"``: central differences of gradients, for what has no second derivative in torch.
         check: whether the first product of this loss, in these shapes, is held against differences of gradients of the
-            loss itself, in float64 where it runs in that; it costs two gradients, once. Where they disagree, the next
-            mode that agrees is taken and a warning says so, or that the loss has a kink right here. It is silent
-            under ``vmap``, autograd and ``torch.compile``.
+            loss itself, in float64 where it runs in that; it costs two gradients, once, of some samples of a large
+            batch where these settle it. Where they disagree, the next mode that agrees is taken and a warning says so, or
+            that the loss has a kink right here. It is silent under ``vmap``, autograd and ``torch.compile``.
         trace_after: so many products in mode ``"auto"`` are those of the loss as it is, where that has any, since a
             trace takes as long as a few of them. The products before and after differ by rounding: 0 makes the trace
             at once, and all products the same to the bit. At most 16 traces of a loss are kept.

@@ -6,7 +6,6 @@ loss, so that nothing is found out twice.
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from hessfn.core.errors import Untraceable
 from hessfn.core.remembered import Remembered
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
-from hessfn.engine.graph_module import GraphModule
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.trace import graph_of
 from hessfn.products.guards import PLAIN, Snapshot, snapshot
@@ -95,11 +93,6 @@ def make_trace(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Trace:
             return Trace(guard, graph, pipeline.run(pipeline.PRODUCT, graph, job))
         except Untraceable as error:
             return Trace(guard, graph, None, str(error))
-
-
-def copied(module: fx.GraphModule) -> fx.GraphModule:
-    """A graph to be lowered: the one that is kept stays what it is, and the constants are shared."""
-    return GraphModule(module, copy.deepcopy(module.graph))
 
 
 def memory_of(loss: Loss) -> Memory:

@@ -16,10 +16,11 @@ from hessfn.core.torch_private import uncompiled
 from hessfn.core.torch_state import is_differentiated, torch_state_lock
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
+from hessfn.engine.graph_module import copied
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.trace import tensors
 from hessfn.products.loss_checks import Graph, Loss, plain_graph, two_differences
-from hessfn.products.loss_memory import Trace, copied
+from hessfn.products.loss_memory import Trace
 
 Product = Callable[[Tree, tuple[Any, ...], Tree], Tree]
 ModeName = Literal["auto", "traced", "forward", "reverse", "double_backward", "difference"]
