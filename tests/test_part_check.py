@@ -1,0 +1,143 @@
+"""The first product is held against gradients on some of the samples first, and on all where these do not settle it."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import classes, normal, seeded
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hessfn as hf
+from hessfn.losses.samples import few
+from hessfn.products.part_check import SMALL
+
+sys.path.append(str(Path(__file__).parent / "bench"))
+from models import MODELS
+
+N, WIDTH = 96, 128  # so large that entries of the parameters by those of the data are more than SMALL
+
+
+def problem() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    model = seeded(lambda: nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, 3)))
+    assert sum(p.numel() for p in model.parameters()) * 2 * N * WIDTH >= SMALL
+    return model, (normal(2 * N, WIDTH), classes(2 * N, 3))
+
+
+def exact(loss: Any, params: Any, batch: Any, v: Any) -> list[Tensor]:
+    leaves = [p.detach().requires_grad_() for p in params.values()]
+    gradient = torch.autograd.grad(loss(dict(zip(params, leaves, strict=True)), batch), leaves, create_graph=True)
+    return list(torch.autograd.grad(gradient, leaves, list(v.values())))
+
+
+def is_right(found: Any, truth: list[Tensor]) -> bool:
+    apart = [f - t for f, t in zip(found.values(), truth, strict=True)]
+    return float(hf.tree.norm(apart)) < 1e-9 * float(hf.tree.norm(truth))
+
+
+@pytest.mark.parametrize("make", [hf.hvp, hf.linearized_hvp])
+def test_the_check_asks_few_samples_and_no_second_time(make: Any) -> None:
+    model, batch = problem()
+    rows: list[int] = []
+
+    def criterion(out: Tensor, y: Tensor) -> Tensor:
+        rows.append(len(out))
+        return F.cross_entropy(out, y)
+
+    loss, params = hf.functionalize(model, criterion)
+    v = hf.gaussian(params, 1)[0]
+    found = make(loss, params, batch)(v)
+    of_check = [n for n in rows if n < 2 * N]
+    assert of_check and max(of_check) <= 8
+    # The whole batch: looked at; and to be compared with, or traced, for a product that is linearized.
+    assert rows.count(2 * N) <= (1 if make is hf.hvp else 3)
+    assert is_right(found, exact(loss, params, batch, v))
+
+
+def wrong_rule(w: Tensor) -> Tensor:
+    return w.norm() ** 2  # torch's second derivative lacks a term where w is zero
+
+
+@pytest.mark.parametrize("make", [hf.hvp, hf.linearized_hvp])
+def test_a_wrong_rule_shows_on_few_samples_as_well(make: Any) -> None:
+    model, batch = problem()
+    loss, params = hf.functionalize(model, nn.CrossEntropyLoss())
+    with torch.no_grad():
+        params = {name: torch.zeros_like(p) if name == "2.bias" else p for name, p in params.items()}
+
+    def with_norm(params: Any, batch: Any) -> Tensor:
+        return loss(params, batch) + 50 * wrong_rule(params["2.bias"])
+
+    v = hf.gaussian(params, 1)[0]
+    if make is hf.linearized_hvp:
+        with pytest.raises(hf.Untraceable, match="not the curvature of the loss.*vector_norm"):
+            make(with_norm, params, batch)
+        return
+    with pytest.warns(UserWarning, match="is not the curvature of the loss"):
+        found = make(with_norm, params, batch)(v)
+    truth = exact(loss, params, batch, v)
+    truth[3] = truth[3] + 100 * v["2.bias"]
+    apart = [f - t for f, t in zip(found.values(), truth, strict=True)]
+    assert float(hf.tree.norm(apart)) < 1e-5 * float(hf.tree.norm(truth))
+
+
+def test_what_only_all_samples_have_is_not_finite_there() -> None:
+    """Of the samples that the check asks none is at the root's zero; the product of all is an error all the same."""
+    model, (x, _) = problem()
+    loss, params = hf.functionalize(
+        model, lambda out, y: torch.where(y > 0, y * out.sum(1), 0 * out.sum(1)).abs().sqrt().sum()
+    )
+    y = torch.ones(2 * N, dtype=torch.float64)
+    y[1] = 0.0  # it is not among the evenly spaced ones
+    assert all(few(y) == 1)
+    with pytest.raises(hf.HessfnError, match="curvature is not"):
+        hf.hvp(loss, params, (x, y))(hf.gaussian(params, 1)[0])
+
+
+@pytest.mark.parametrize("size", [4, 7, 8, 9, 16, 64, 100, 513])
+def test_few_samples_are_a_quarter_at_most_of_all_tensors_alike(size: int) -> None:
+    x = torch.arange(2 * size).reshape(size, 2)
+    batch = {"x": x, "rows": torch.arange(3 * size), "array": np.arange(size), "scale": 2.0, "one": torch.tensor(1)}
+    some = few(batch)
+    number = len(some["x"])
+    assert 1 <= number <= min(8, size / 4 + 1)
+    of = some["array"]
+    assert torch.equal(some["x"], x[torch.from_numpy(of)])
+    assert some["rows"].tolist() == [3 * i + j for i in of.tolist() for j in range(3)]
+    assert some["scale"] == 2.0 and some["one"] == 1
+    assert few({"x": x, "edges": torch.zeros(2 * size + 1)}) is None
+    assert few((x, object())) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_first_product_costs_little_more_than_a_plain_one(name: str) -> None:
+    """1.5 on a quiet machine (docs/benchmarks.md); processor time, of which others' jobs take some."""
+    model, criterion, batch = MODELS[name]()
+    seconds: dict[str, list[float]] = {"plain": [], "first": []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            loss, params = hf.functionalize(model, criterion)
+            v = hf.gaussian(params, 1)[0]
+
+            def plain(loss: Any = loss, params: Any = params, v: Any = v) -> None:
+                with sdpa_kernel(SDPBackend.MATH):
+                    torch.func.jvp(lambda p: torch.func.grad(loss)(p, batch), (params,), (v,))
+
+            for which, run in (("plain", plain), ("first", lambda: hf.hvp(loss, params, batch)(v))):  # noqa: B023
+                start = time.process_time()
+                run()
+                seconds[which].append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    assert statistics.median(seconds["first"][1:]) <= 2 * statistics.median(seconds["plain"][1:])
