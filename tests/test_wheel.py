@@ -27,12 +27,8 @@ matplotlib.use("agg")
 hf.plot.density_plot(esd)
 assert eig.converged.all() and abs(torch.trapezoid(esd.values, esd.grid) - 1) < 1e-2
 hf.show_config()
-try:
-    hf.report((model, torch.nn.CrossEntropyLoss(), [(inputs, targets)]), "out")
-except hf.HessfnError as error:
-    assert "hessfn[demo]" in str(error), error
-else:
-    raise AssertionError("there is no jinja2 here")
+hf.report((model, torch.nn.CrossEntropyLoss(), [(inputs, targets)]), "out")  # jinja2 comes with torch
+assert os.path.getsize("out/report.html") > 0
 """
 
 
