@@ -56,8 +56,8 @@ def hvp(
             - ``"difference"``: central differences of gradients, for what has no second derivative in torch.
         check: whether the first product of this loss, in these shapes, is held against differences of gradients of the
             loss itself, in float64 where it runs in that; it costs two gradients, once, of some samples of a large
-            batch where these settle it. Where they disagree, the next mode that agrees is taken and a warning says so, or
-            that the loss has a kink right here. It is silent under ``vmap``, autograd and ``torch.compile``.
+            batch where these settle it. Where they disagree, the next mode that agrees is taken and a warning says so,
+            or that the loss has a kink right here. It is silent under ``vmap``, autograd and ``torch.compile``.
         trace_after: so many products in mode ``"auto"`` are those of the loss as it is, where that has any, since a
             trace takes as long as a few of them. The products before and after differ by rounding: 0 makes the trace
             at once, and all products the same to the bit. At most 16 traces of a loss are kept.
