@@ -216,7 +216,7 @@ def test_on_a_real_net(arithmetic: str) -> None:
     test_real_net = pytest.importorskip("test_real_net")
     if not all(file.is_file() for file in test_real_net.FILES.values()):
         pytest.skip("no weights and images")
-    loss, params, batch, model = test_real_net.resnet20(64)
+    loss, params, batch, model = test_real_net.resnet20(32)
     fine = hf.functionalize(copy.deepcopy(model).double(), nn.CrossEntropyLoss())
     exact = hf.linearized_hvp(*fine, converted(batch, torch.float64), check=False)
     matvec = plain_product(loss, params, batch)
