@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 from operator import length_hint
 from pathlib import Path
@@ -23,7 +24,7 @@ LEAST_STEPS = 8
 PAGE_SECONDS = 6.0  # for pictures and page
 _PILOT = 0.1  # of the time
 _POINTS = 90  # of a landscape, about
-_FIXED_PRODUCTS = 4 + 2 + 12  # check, rounding, halves of the data
+_FIXED_PRODUCTS = 4 + 2 + 36  # check, rounding, both ends on halves of the data
 _STEPS_A_PAIR = 3  # Lanczos steps until one more pair has settled, and nothing further out is left
 
 
@@ -95,7 +96,9 @@ def divided(problem: Prepared, options: Options, folder: Path | None) -> Options
 def _made(problem: Prepared, options: Options) -> Plan:
     assert options.minutes is not None
     free = free_bytes(tree.leaves(problem.params)[0].device)
+    begun = time.monotonic()
     costs, spreads = measure(problem, _PILOT * 60 * options.minutes)
+    used = min(0.9, (time.monotonic() - begun) / (60 * options.minutes))
     costs = replace(
         costs,
         activation=2 * costs.product,
@@ -115,7 +118,7 @@ def _made(problem: Prepared, options: Options) -> Plan:
         num_extra=asked.num_extra - _STEPS_A_PAIR * options.num_pairs,
     )
     return make_plan(
-        costs, spreads, options.minutes, num_batches=num_batches, least=least, used=_PILOT, free_bytes=free / 2
+        costs, spreads, options.minutes, num_batches=num_batches, least=least, used=used, free_bytes=free / 2
     )
 
 
