@@ -16,7 +16,8 @@ from hessfn.reporting.analysis import Negative, Sharpness
 from hessfn.reporting.options import Options, Which
 from hessfn.reporting.products import Measured
 
-_MOST = 16  # products for an end that the space has not found
+_MOST = 24  # products for an end that the space has not found
+_NEAREST = 3  # Ritz vectors to start from
 
 
 def with_errors(pairs: EigenPairs, measured: Measured) -> tuple[EigenPairs, Tensor]:
@@ -39,9 +40,16 @@ def end_of(space: EigenPairs, sign: int, measured: Measured, options: Options) -
     found = pairs_at(space, [index])
     if float(found.residuals[0]) <= options.rtol * abs(float(found.values[0])):
         return found
-    start = row(space.vectors, index)
     which: Which = "LA" if sign > 0 else "SA"
-    return eigsh(measured.matvec, start, which=which, rtol=options.rtol, max_matvecs=_MOST)
+    nearest = (sign * space.values).argsort(descending=True)[:_NEAREST].tolist()
+    return eigsh(
+        measured.matvec,
+        row(space.vectors, index),
+        which=which,
+        rtol=options.rtol,
+        max_matvecs=_MOST,
+        warm_start=pairs_at(space, nearest).vectors,
+    )
 
 
 def pairs_at(pairs: EigenPairs, rows: list[int]) -> EigenPairs:

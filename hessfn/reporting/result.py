@@ -104,6 +104,7 @@ def _spectrum(found: Analysis, params: Tree) -> dict[str, Any]:
         "rounding": found.eigen.rounding,
         "data_stderr": found.eigen.data_stderr,
         "converged": found.eigen.converged,
+        "outside": found.eigen.outside,
         "sharpness": {
             **_pair(found.sharpness.pair),
             "lower": found.sharpness.lower,

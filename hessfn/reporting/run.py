@@ -108,7 +108,8 @@ def report(
             loss, gradient_norm   of the mean over the samples
             accuracy              value, stderr; None where the targets are no classes
             eigenvalues           k of them, in the order of ``which``; likewise residuals (of convergence), rounding,
-                                  data_stderr (what other samples would change) and converged
+                                  data_stderr (what other samples would change) and converged; outside: two numbers
+                                  between which all other eigenvalues lie, with probability 0.999
             sharpness             value, residual, rounding, data_stderr, converged of the largest eigenvalue; lower and
                                   upper: where that of the population lies, 95 %
             trace                 mean, stderr (by the probes), lower, upper (95 % by the probes), rounding, data_stderr

@@ -211,6 +211,7 @@ _REPORT = record(
     rounding=optional(_SIZES),
     data_stderr=optional(_SIZES),
     converged=listed(flag),
+    outside=optional(_NUMBERS),
     sharpness=optional(_SHARPNESS),
     trace=record(**_ESTIMATE, **_ERRORS, lower=number, upper=number),
     negative_curvature=record(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hessfn.core import tree
 from hessfn.core.probes import gaussian
 from hessfn.core.results import Band, Density, EigenPairs
 from hessfn.estimators.eigen import eigsh
@@ -60,7 +61,7 @@ def analyse_spectrum(measured: Measured, options: Options, clock: Clock) -> Spec
         bar.total = bar.n + later
         bar.set_description("both ends")
         rows = _shown(space.values[: options.num_pairs], options.k, options.which)
-        shown, group_eigenvalues = with_errors(pairs_at(space, rows), measured)
+        shown, group_eigenvalues = with_errors(pairs_at(space, rows)._replace(outside=space.outside), measured)
         top = sharpness(space, shown, measured, start, options)
         bar.total = bar.n + later - options.k
         bar.set_description("density")
@@ -68,7 +69,7 @@ def analyse_spectrum(measured: Measured, options: Options, clock: Clock) -> Spec
         quadrature = slq(measured.matvec, runs, num_steps, eigenpairs=space)
         bar.set_description("negative curvature")
         below = negative(space, quadrature, measured, options)
-    band = density_band(quadrature) if options.num_runs > 1 else None
+    band = density_band(quadrature, n=tree.numel(theta)) if options.num_runs > 1 else None
     return Spectrum(space, shown, group_eigenvalues, top, below, density(quadrature), band)
 
 
