@@ -30,13 +30,34 @@ HVP = hf.hvp(LOSS, PARAMS, BATCH)
 V = hf.gaussian(PARAMS, 1)[0]
 CRITERION = nn.CrossEntropyLoss()
 
+
+def forms(v: Any) -> Any:
+    return hf.Forms(torch.ones(2, 1).double(), torch.ones(2).double())
+
+
 # What every public function returns that returns tensors, but for trees that share the model's memory on purpose.
 RESULTS: dict[str, Any] = {
     "power_iter": lambda: hf.power_iter(MATVEC, V0),
     "lanczos": lambda: hf.lanczos(MATVEC, V0, 5),
     "eigsh": lambda: hf.eigsh(MATVEC, V0, 2),
     "eigsh, fixed": lambda: hf.eigsh(MATVEC, V0, 2, rtol=None, max_matvecs=6),
+    "eigsh, second start": lambda: hf.eigsh(MATVEC, V0, 2, second_start=hf.gaussian(LIKE, 2)[1], keep_all=True),
+    "quadrature_of": lambda: hf.quadrature_of(hf.eigsh(MATVEC, V0, 2, keep_all=True), V0),
     "hutchinson": lambda: hf.hutchinson(MATVEC, SIGNS),
+    "hutchinson, eigenpairs": lambda: hf.hutchinson(MATVEC, SIGNS, eigenpairs=hf.eigsh(MATVEC, V0, 2)),
+    "hutchinson_per_leaf, eigenpairs": lambda: hf.hutchinson_per_leaf(
+        MATVEC, SIGNS, eigenpairs=hf.eigsh(MATVEC, V0, 2)
+    ),
+    "hutchinson_diag, eigenpairs": lambda: hf.hutchinson_diag(MATVEC, SIGNS, eigenpairs=hf.eigsh(MATVEC, V0, 2)),
+    "slq, eigenpairs": lambda: hf.slq(MATVEC, hf.gaussian(LIKE, 4), 5, eigenpairs=hf.eigsh(MATVEC, V0, 2)),
+    "rounding_of_pairs": lambda: hf.rounding_of_pairs(MATVEC, MATVEC, hf.eigsh(MATVEC, V0, 2)),
+    "rounding_of_products": lambda: hf.rounding_of_products(MATVEC, MATVEC, V0),
+    "batch_forms": lambda: hf.batch_forms(
+        lambda batch: hf.hvp(LOSS, PARAMS, batch), [BATCH] * 3, tree.map(lambda x: x[None], V)
+    ),
+    "data_stderr": lambda: hf.data_stderr(torch.ones(3, 2)),
+    "cross_fitted": lambda: hf.cross_fitted(MATVEC, MATVEC, V0, forms_a=forms, forms_b=forms),
+    "block_tops": lambda: hf.block_tops(MATVEC, LIKE),
     "hutchinson, rtol": lambda: hf.hutchinson(MATVEC, hf.rademacher(LIKE, 40), rtol=0.5),
     "hutchinson, groups": lambda: hf.hutchinson(MATVEC, SIGNS, batch_size=2),
     "hutchinson_per_leaf": lambda: hf.hutchinson_per_leaf(MATVEC, SIGNS),

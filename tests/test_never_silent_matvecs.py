@@ -116,8 +116,11 @@ def test_elsewhere_than_on_the_cpu_nobody_waits_for_a_flag_before_the_end(monkey
 @pytest.mark.parametrize("consume", ["hutchinson", "lanczos", "slq", "dense", "eigsh, fixed"])
 def test_under_vmap_no_value_is_asked(consume: str) -> None:
     scaled = vmap(lambda c: CONSUMERS[consume](lambda v: tree.scale(c, on(A, LIKE)(v))))(torch.tensor([1.0, 2.0]))
-    for x, y in zip(tree.leaves(scaled), tree.leaves(CONSUMERS[consume](on(A, LIKE))), strict=True):
-        torch.testing.assert_close(x[0], y, rtol=1e-9, atol=1e-9)
+    plain = CONSUMERS[consume](on(A, LIKE))
+    under = dict(zip(tree.names(scaled), tree.leaves(scaled), strict=True))
+    for name, y in zip(tree.names(plain), tree.leaves(plain), strict=True):
+        torch.testing.assert_close(under.pop(name)[0], y, rtol=1e-9, atol=1e-9)
+    assert all(x.isnan().all() for x in under.values())  # of what is not measured, where vmap takes no None
 
 
 # Leaves meet by name

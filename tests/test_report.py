@@ -268,7 +268,8 @@ def test_summary_fits_a_terminal(made: Any) -> None:
     result["settings"]["problem"] = "a_package.with_long.names:and_a_long_function_name" * 2
     result["settings"] |= {"num_parameters": 10**9, "num_samples": 10**7}
     result["eigenvalues"], result["converged"] = [-1.23456789e-12, 1e30, 5.0], [False, True, True]
-    result["layers"] = {f"{'very.' * 20}{i}": {"numel": 10**9, "trace": -1e7, "stderr": 123.4} for i in range(20)}
+    layer = next(iter(result["layers"].values())) | {"numel": 10**9, "trace": -1e7, "stderr": 123.4}
+    result["layers"] = {f"{'very.' * 20}{i}": layer for i in range(20)}
     lines = text.summary(result).splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("not converged" in line for line in lines) == 1

@@ -34,8 +34,17 @@ def map(function: Callable[..., Any], tree: Tree, *others: Tree, is_leaf: IsLeaf
     if not structure.holes:
         rest = [structure.spec.flatten_up_to(other) for other in others]
     else:
-        rest = [leaves(other) for other in others]
+        rest = [_paired(other, tree) for other in others]
     return structure.unflatten([function(*each) for each in zip(flat, *rest, strict=True)])
+
+
+def _paired(other: Tree, tree: Tree) -> list[Any]:
+    """The leaves of another tree in the order of this one, whose keys may come in another order."""
+    given = leaves(other)
+    if structure(other) == structure(tree):
+        return given
+    by_name = dict(zip(names(other), given, strict=True))
+    return _in_order(by_name, len(given), names(tree), "the second tree", "the first")
 
 
 def names(tree: Tree) -> list[str]:
@@ -114,7 +123,8 @@ def norm(x: Tree) -> Tensor:
     """Euclidean norm of a tree: a float64 scalar, which no float32 can make overflow or underflow."""
     if any(layout(leaf) for leaf in leaves(x)):
         return over_ranks(norm, torch.linalg.vector_norm, leaves(x))
-    blocks = (block for leaf in leaves(x) for block in _blocks(leaf))  # of the whole, torch makes a wide copy
+    real = (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves(x))
+    blocks = (block for leaf in real for block in _blocks(leaf))  # of the whole, torch makes a wide copy
     parts = [torch.linalg.vector_norm(block, dtype=_wide_dtype(block)) for block in blocks]
     return torch.linalg.vector_norm(torch.stack(parts))
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from hessfn.core import tree
-from hessfn.core.results import EigenPairs, Quadrature
+from hessfn.core.results import EigenPairs, Forms, Quadrature
 from hessfn.core.tree import Tree
 from hessfn.estimators.data_error import cross_fitted, data_stderr
 from hessfn.estimators.eigen import eigsh
@@ -20,14 +19,13 @@ _MOST = 24  # products for an end that the space has not found
 _NEAREST = 3  # Ritz vectors to start from
 
 
-def with_errors(pairs: EigenPairs, measured: Measured) -> tuple[EigenPairs, Tensor]:
-    """Pairs with all errors, and their quadratic forms by group of the data ``(k, g)``; a product each."""
+def with_errors(pairs: EigenPairs, measured: Measured) -> tuple[EigenPairs, Forms]:
+    """Pairs with all errors, and the quadratic forms of their vectors by group of the data; a product each."""
     found = [measured(row(pairs.vectors, i)) for i in range(len(pairs.values))]
-    forms = torch.stack([x.forms.sum(1) for x in found])
-    spread = torch.stack([data_stderr(x, found[0].weights) for x in forms])
+    forms = Forms(torch.stack([x.forms.sum(1) for x in found], dim=1), found[0].weights)
     matvecs = measured.precisions()
     rounding = torch.zeros_like(pairs.values) if matvecs is None else rounding_of_pairs(*matvecs, pairs)
-    return pairs._replace(rounding=rounding, data_stderr=spread), forms
+    return pairs._replace(rounding=rounding, data_stderr=data_stderr(*forms)), forms
 
 
 def row(vectors: Tree, index: int) -> Tree:

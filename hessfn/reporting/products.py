@@ -1,7 +1,7 @@
 """The products of a report: with the mean Hessian, and of the same pass the quadratic form of every part of the data.
 
-The data are cut into parts, whose spread is the data's own error. As many parts as memory allows keep their linearized
-product from the first pass on.
+Most are made batch by batch, which is fastest; those that tell the data's own error, by the spread over parts, are made
+part by part. As many batches and parts as memory allows keep their linearized product from the first pass on.
 """
 
 from __future__ import annotations
@@ -49,16 +49,23 @@ class Parts(NamedTuple):
         return chosen
 
 
+def batch_by_batch(problem: Prepared, batch_sizes: list[int]) -> Parts:
+    """Every batch is a part. The sizes are in the order of the processes that share the batches."""
+    rank, num_ranks = share_of(problem.batches)
+    num_batches = max(1, len(batch_sizes))
+    before = sum(len(range(lower, num_batches, num_ranks)) for lower in range(rank))
+    return Parts(None, min(_MOST_GROUPS, num_batches), before)
+
+
 def cut(problem: Prepared, batch_sizes: list[int]) -> Parts:
     """Parts of batches where there are few batches, if samples do not meet in them and each has its own."""
     num_batches = max(1, len(batch_sizes))
     share = -(-_LEAST_PARTS // num_batches)
     largest = max(batch_sizes, default=1)
-    size = -(-largest // share)
-    rank, num_ranks = share_of(problem.batches)
-    before = sum(len(range(lower, num_batches, num_ranks)) for lower in range(rank))  # sizes are in the order of ranks
+    size, whole = -(-largest // share), batch_by_batch(problem, batch_sizes)
     if size == largest or of_loss(problem.loss).mixing or not _is_even(problem):
-        return Parts(None, min(_MOST_GROUPS, num_batches), before)
+        return whole
+    before = whole.first
     num_parts = [-(-length // size) for length in batch_sizes]
     return Parts(size, min(_MOST_GROUPS, sum(num_parts)), sum(num_parts[:before]))
 
@@ -151,27 +158,40 @@ class Measured:
         self.num_products = 0
         self.pace = 0.0  # seconds of a product with all data, lately
         self._problem, self._keep = problem, keep
-        home = tree.leaves(self.params)[0].device
-        self._of_loss = OfLoss(problem, problem.loss, self.params, self.parts, _SHARE * free_bytes(home))
-        self._product = self._kept(self._of_loss, "products")
+        room = _SHARE * free_bytes(tree.leaves(self.params)[0].device)
+        whole = batch_by_batch(problem, sizes)
+        by_batch = OfLoss(problem, problem.loss, self.params, whole, room / (1 if whole == self.parts else 2))
+        by_part = by_batch if whole == self.parts else OfLoss(problem, problem.loss, self.params, self.parts, room / 2)
+        self._made = [by_batch, by_part]
+        self._of_batches = self._kept(by_batch, whole, "products")
+        self._of_parts = self._of_batches if by_part is by_batch else self._kept(by_part, self.parts, "parts")
         self._precisions: tuple[MatVec, MatVec] | None = None
+        self._whole = whole
 
     def __call__(self, v: Tree) -> Product:
-        """With all of the data."""
-        return self._product(v, self.parts.only(0, 1))
+        """With all of the data, and the forms of its parts."""
+        return self._of_parts(v, self.parts.only(0, 1))
+
+    def by_batch(self, v: Tree) -> Product:
+        """The same, faster, with the forms of its batches."""
+        begun = time.monotonic()
+        found = self._of_batches(v, self._whole.only(0, 1))
+        seconds = time.monotonic() - begun
+        self.pace = seconds if self.num_products < _SLOW_FIRST else 0.8 * self.pace + 0.2 * seconds
+        return found
 
     def matvec(self, v: Tree) -> Tree:
-        return self(v).image
+        return self.by_batch(v).image
 
     def half(self, which: int) -> MatVec:
         """Of every other group of the data."""
-        return lambda v: self._product(v, self.parts.only(which, 2)).image
+        return lambda v: self._of_parts(v, self.parts.only(which, 2)).image
 
     def forms_of_half(self, which: int) -> Callable[[Tree], Forms]:
         chosen = self.parts.only(which, 2)
 
         def forms(v: Tree) -> Forms:
-            found = self._product(v, chosen)
+            found = self._of_parts(v, chosen)
             there = found.weights > 0
             return Forms(found.forms[there].sum(1), found.weights[there])
 
@@ -179,21 +199,21 @@ class Measured:
 
     @property
     def mode(self) -> str:
-        return self._of_loss.mode
+        return self._made[0].mode
 
     @property
     def bytes_kept(self) -> int:
-        return self._of_loss.bytes_kept
+        return sum(made.bytes_kept for made in {id(x): x for x in self._made}.values())
 
     def precisions(self) -> tuple[MatVec, MatVec] | None:
         """The matvec of one group of the data, and the same in float64; None where nothing finer can be had."""
         if self._precisions is None and self._problem.finer is not None:
             loss, params = self._problem.finer()
             few = OfLoss(self._problem, loss, params, self.parts, 0.0, trace_after=_FEW)
-            exact = self._kept(few, "exact")
+            exact = self._kept(few, self.parts, "exact")
             one = self.parts.only(0, self.parts.num_groups)
             self._precisions = (
-                lambda v: self._product(v, one).image,
+                lambda v: self._of_parts(v, one).image,
                 lambda v: exact(tree.map(Tensor.double, v), one).image,
             )
         return self._precisions
@@ -212,7 +232,7 @@ class Measured:
     def initial(self, number: int) -> None:
         self.bar.initial = number
 
-    def _kept(self, products: OfLoss, name: str) -> Any:
+    def _kept(self, products: OfLoss, parts: Parts, name: str) -> Any:
         """Products put through a journal, which takes a function from a tree to one of the same names."""
 
         def function(given: Tree) -> Tree:
@@ -222,11 +242,8 @@ class Measured:
         through = kept_and_counted(function, self._keep, name, self)
 
         def product(v: Tree, chosen: Tensor) -> Product:
-            blank, begun = chosen.new_zeros(self.parts.num_groups, len(tree.leaves(v))), time.monotonic()
+            blank = chosen.new_zeros(parts.num_groups, len(tree.leaves(v)))
             found = through({"vector": v, "groups": chosen, "forms": blank})
-            if chosen.all():
-                seconds = time.monotonic() - begun
-                self.pace = seconds if self.num_products < _SLOW_FIRST else 0.8 * self.pace + 0.2 * seconds
             return Product(found["vector"], found["forms"], found["groups"])
 
         return product

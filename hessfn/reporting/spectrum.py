@@ -30,6 +30,7 @@ class Spectrum(NamedTuple):
     space: EigenPairs  #: all Ritz pairs, which are the control variate of what follows
     eigen: EigenPairs  #: those shown
     group_eigenvalues: Tensor  #: (k, g), the quadratic forms of their vectors by group of the data
+    group_weights: Tensor  #: (g,), what each group counts; they sum to 1
     sharpness: Sharpness
     negative: Negative
     density: Density
@@ -61,7 +62,7 @@ def analyse_spectrum(measured: Measured, options: Options, clock: Clock) -> Spec
         bar.total = bar.n + later
         bar.set_description("both ends")
         rows = _shown(space.values[: options.num_pairs], options.k, options.which)
-        shown, group_eigenvalues = with_errors(pairs_at(space, rows)._replace(outside=space.outside), measured)
+        shown, forms = with_errors(pairs_at(space, rows)._replace(outside=space.outside), measured)
         top = sharpness(space, shown, measured, start, options)
         bar.total = bar.n + later - options.k
         bar.set_description("density")
@@ -70,7 +71,7 @@ def analyse_spectrum(measured: Measured, options: Options, clock: Clock) -> Spec
         bar.set_description("negative curvature")
         below = negative(space, quadrature, measured, options)
     band = density_band(quadrature, n=tree.numel(theta)) if options.num_runs > 1 else None
-    return Spectrum(space, shown, group_eigenvalues, top, below, density(quadrature), band)
+    return Spectrum(space, shown, forms.values.T, forms.weights, top, below, density(quadrature), band)
 
 
 def _shown(values: Tensor, k: int, which: Any) -> list[int]:

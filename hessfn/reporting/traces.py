@@ -28,6 +28,7 @@ from hessfn.reporting.progress import progress_bar
 from hessfn.reporting.spectrum import Spectrum
 
 _MOST_PROBES = 10_000  # where a tolerance or the time decides
+_PROBES_OF_PARTS = 12  # enough to tell the spread over parts, whose products take longer
 _MOST_IMAGES = 40  # for the stable ranks of layers
 _SHARE = 0.1  # of the memory that is free, for these
 
@@ -42,8 +43,7 @@ class Traces(NamedTuple):
 class _Sample(NamedTuple):
     leaves: Tensor  # (l,)
     plain: Tensor  # (l,), without the control variate
-    groups: Tensor  # (g, l)
-    weights: Tensor  # (g,)
+    groups: Tensor | None  # (g, l), of the first probes
     image: Tree  # None where it is not kept
 
 
@@ -56,8 +56,8 @@ def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock:
         rounding = _rounding(measured, options)
     whole, plain = (torch.stack([getattr(x, part) for x in samples]) for part in ("leaves", "plain"))  # (p, l)
     means: Estimate[Any] = estimate({"layers": row, "total": row.sum()} for row in whole)
-    weights = samples[0].weights
-    by_probe = torch.stack([x.groups for x in samples], dim=1)  # (g, p, l)
+    weights = found.group_weights
+    by_probe = torch.stack([x.groups for x in samples if x.groups is not None], dim=1)  # (g, p, l)
     groups = by_probe.mean(1)
     spread = trace_data_stderr(by_probe, weights)
 
@@ -100,10 +100,12 @@ def _sampled(measured: Measured, found: Spectrum, options: Options, clock: Clock
     size = sum(x.nbytes for x in tree.leaves(measured.params))
     num_kept = min(_MOST_IMAGES, int(_SHARE * free_bytes(home) / size)) if options.num_layers else 0
     for z in clock.while_time(probes, reserve=reserve, least=LEAST_PROBES):
-        product, change = measured(z), terms(z)
+        is_cut = len(totals) < _PROBES_OF_PARTS
+        product, change = measured(z) if is_cut else measured.by_batch(z), terms(z)
         leaves = product.weights @ product.forms
+        groups = product.forms - of_groups @ change if is_cut else None
         image = product.image if len(totals) < num_kept else None
-        sample = _Sample(leaves - theta @ change, leaves, product.forms - of_groups @ change, product.weights, image)
+        sample = _Sample(leaves - theta @ change, leaves, groups, image)
         yield sample
         totals.append(sample.leaves.sum())
         if options.rtol_trace is not None and len(totals) >= LEAST_PROBES:
