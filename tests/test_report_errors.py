@@ -122,11 +122,11 @@ def test_the_samples_are_those_of_the_means(found: dict[str, Any]) -> None:
     for value, forms in zip(found["eigenvalues"], groups["eigenvalues"], strict=True):
         assert float(weights @ torch.tensor(forms)) == pytest.approx(value, rel=1e-4)
     for name, layer in found["layers"].items():
-        assert float(weights @ torch.tensor(groups["layers"][name])) == pytest.approx(
-            layer["trace"], rel=1e-2, abs=1e-3
-        )
+        of_first = float(weights @ torch.tensor(groups["layers"][name]))
+        assert abs(of_first - layer["trace"]) <= 10 * layer["stderr"]
 
 
+@pytest.mark.slow
 def test_the_datas_error_covers_the_trace_and_the_top_of_all_samples() -> None:
     """Of 1600 samples 20 reports see 80 each."""
     whole = data(1600)
@@ -151,7 +151,7 @@ def test_float64_has_no_rounding_to_tell() -> None:
 def test_a_tolerance_of_the_trace_takes_as_many_probes_as_it_takes() -> None:
     problem = (net(), nn.CrossEntropyLoss(), [data()])
     counts = []
-    for rtol in (0.05, 0.003):
+    for rtol in (0.2, 0.03):
         made = numbers(problem, num_pairs=5, rtol_trace=rtol)
         trace = made["trace"]
         assert trace["upper"] - trace["lower"] <= 2 * rtol * trace["mean"] * (1 + 1e-6)
@@ -169,10 +169,10 @@ class Mixing(nn.Module):
 
 
 def test_samples_that_meet_are_not_cut() -> None:
-    made = numbers((seeded(Mixing).train(), nn.CrossEntropyLoss(), [data(40), data(40)]))
+    made = numbers((seeded(Mixing).float().train(), nn.CrossEntropyLoss(), [data(40), data(40)]))
     assert made["data"]["parts"] == 2
     assert made["model"]["mode"] == "training"
-    single = numbers((seeded(Mixing).train(), nn.CrossEntropyLoss(), [data(40)]))
+    single = numbers((seeded(Mixing).float().train(), nn.CrossEntropyLoss(), [data(40)]))
     assert single["trace"]["data_stderr"] is None and single["sharpness"]["lower"] is None
 
 
@@ -189,12 +189,13 @@ class Branching(nn.Module):
 
 
 def test_what_cannot_be_linearized_has_the_same_numbers_and_says_so() -> None:
-    model, batch = seeded(Branching), data(60)
-    with pytest.warns(UserWarning, match="mode"):
-        made = numbers((model, nn.CrossEntropyLoss(), [batch]), num_batches=1)
+    model, batch = seeded(Branching).float(), data(60)
+    made = numbers((model, nn.CrossEntropyLoss(), [batch]), num_batches=1)
     assert made["cost"]["products_mode"] == "each computed from the loss"
+    assert abs(made["trace"]["mean"] - float(dense_hessian(model, batch).trace())) <= 4 * made["trace"]["stderr"]
 
 
+@pytest.mark.slow
 def test_a_given_time_is_kept_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     batches = [tuple(x[50 * i : 50 * (i + 1)] for x in data(2000)) for i in range(40)]
     made = report((net(), nn.CrossEntropyLoss(), batches), tmp_path, minutes=0.5, **SMALL)

@@ -16,6 +16,7 @@ from hessfn.reporting.options import Options, Which
 from hessfn.reporting.products import Measured
 
 _MOST = 24  # products for an end that the space has not found
+_ROUGH = 0.05  # of the vectors of the halves: the other half's quotient is a lower end in any case
 _NEAREST = 3  # Ritz vectors to start from
 
 
@@ -80,6 +81,7 @@ def sharpness(space: EigenPairs, shown: EigenPairs, measured: Measured, start: T
         forms_a=measured.forms_of_half(0),
         forms_b=measured.forms_of_half(1),
         whole=pair,
+        rtol=_ROUGH,
     )
     return Sharpness(pair, bracket.lower, bracket.upper)
 

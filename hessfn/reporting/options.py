@@ -93,14 +93,14 @@ class Options:
     num_runs: int = field(default=2, metadata=_count("Lanczos runs for the spectral density", 1))
     num_steps: int = field(default=16, metadata=_count("products in each of these runs", 1))
     num_layers: int = field(
-        default=5, metadata=_count("layers whose top eigenvalue is computed; 0 for none", 1, or_zero=True)
+        default=3, metadata=_count("layers whose top eigenvalue is computed; 0 for none", 1, or_zero=True)
     )
     minutes: float | None = field(
         default=None,
         metadata=_number("how long it may take: finds the batches, probes and steps of the smallest errors by itself"),
     )
     num_activation_probes: int = field(
-        default=10,
+        default=6,
         metadata=_count(
             "random vectors for the traces of activations, a product with each batch; 0 for none", 2, or_zero=True
         ),

@@ -24,8 +24,9 @@ LEAST_STEPS = 8
 PAGE_SECONDS = 6.0  # for pictures and page
 _PILOT = 0.1  # of the time
 _POINTS = 90  # of a landscape, about
+_SECOND_START = 8  # products, about
 _FIXED_PRODUCTS = 4 + 2 + 36  # check, rounding, both ends on halves of the data
-_STEPS_A_PAIR = 3  # Lanczos steps until one more pair has settled, and nothing further out is left
+_STEPS_A_PAIR = 4  # Lanczos steps until one more pair has settled, and nothing further out is left
 
 
 def work_of(options: Options, num_batches: int) -> Plan:
@@ -55,6 +56,11 @@ def announce(measured: Measured, options: Options) -> None:
         peak_bytes=measured.bytes_kept,
     )
     say(options, f"to come: {described(estimated(work_of(options, num_batches), costs))}")
+
+
+def products_of_pairs(options: Options) -> int:
+    """How many products the eigenpairs may take where the time is given; those that have not settled by then say so."""
+    return _STEPS_A_PAIR * options.num_pairs + _SECOND_START
 
 
 def steps_in_time(options: Options, clock: Clock, pace: float) -> int:

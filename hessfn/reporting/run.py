@@ -159,7 +159,7 @@ def run(problem: Problem, out: Path, options: Options) -> dict[str, Any]:
         prepared = prepare(problem, options)
         options = options.fitted(tree.numel(prepared.params))
         if options.minutes is not None:
-            options = divided(prepared, options, workspace.journals)
+            options = divided(prepared, options, workspace.journals).fitted(tree.numel(prepared.params))
             prepared = first_batches(prepared, options.num_batches)
         first = first_pass(prepared)
         key = {**state_of(prepared), **first.fingerprints, **versions("hessfn", "torch")}

@@ -16,7 +16,7 @@ from hessfn.reporting.analysis import Negative, Sharpness
 from hessfn.reporting.clock import Clock
 from hessfn.reporting.ends import negative, pairs_at, sharpness, with_errors
 from hessfn.reporting.options import Options
-from hessfn.reporting.planning import announce, steps_in_time
+from hessfn.reporting.planning import announce, products_of_pairs, steps_in_time
 from hessfn.reporting.products import Measured
 from hessfn.reporting.progress import progress_bar
 from hessfn.transforms.matvec_check import check_matvec
@@ -58,6 +58,7 @@ def analyse_spectrum(measured: Measured, options: Options, clock: Clock) -> Spec
             rtol=options.rtol,
             second_start=second,
             keep_all=True,
+            max_matvecs=None if options.minutes is None else products_of_pairs(options),
         )
         bar.total = bar.n + later
         bar.set_description("both ends")

@@ -108,7 +108,7 @@ def _sampled(measured: Measured, found: Spectrum, options: Options, clock: Clock
         sample = _Sample(leaves - theta @ change, leaves, groups, image)
         yield sample
         totals.append(sample.leaves.sum())
-        if options.rtol_trace is not None and len(totals) >= LEAST_PROBES:
+        if options.rtol_trace is not None and len(totals) % LEAST_PROBES == 0:
             so_far = estimate(totals)
             lower, upper = so_far.interval()
             if float(upper - lower) <= 2 * options.rtol_trace * abs(float(so_far.mean)):
