@@ -176,14 +176,16 @@ def test_the_landscape_of_a_report_is_that_of_all_points(activation: Any) -> Non
     matvec = hf.mean_hvp(problem.loss, problem.params, batches)
     eigen = hf.eigsh(matvec, hf.gaussian(problem.params, 1)[0], 2)
     whole = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-    found = analyse_landscape(problem, problem.loss(problem.params, whole), eigen, options)
+    gradient = hf.gradient_direction(problem.loss, problem.params, whole)
+    found = analyse_landscape(problem, problem.loss(problem.params, whole), gradient, eigen, options)
     vectors = [tree.map(lambda x, i=i: x[i], eigen.vectors) for i in range(2)]
+    vectors = [v if tree.dot(gradient, v) > 0 else tree.scale(-1.0, v) for v in vectors]
     if eigen.values[0].abs() < eigen.values[1].abs():
         vectors.reverse()
     directions = {
         "top eigenvector": vectors[0],
         "random": hf.random_direction(problem.params),
-        "gradient": hf.gradient_direction(problem.loss, problem.params, whole),
+        "gradient": gradient,
     }
     assert set(found.losses) == set(directions)
     for name, direction in directions.items():

@@ -103,6 +103,7 @@ def _expected_top(values: Tensor, rows: Tensor, random: Tensor) -> Tensor:
     theta, vectors = torch.linalg.eigh(small)
     top = (turn / roots) @ vectors[:, theta.abs().argmax()]
     expected = (top @ flat).reshape(random.shape)
+    expected = expected * torch.where((expected * random).sum() < 0, -1.0, 1.0)  # its sign is rounding's
     return (expected + _NOISE / random.numel() ** 0.5 * random).to(random.dtype)
 
 

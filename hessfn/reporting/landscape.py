@@ -19,7 +19,6 @@ from hessfn.landscape.directions import random_direction
 from hessfn.landscape.refinement import Refined, refinement, side_by_side
 from hessfn.losses.batches import mean
 from hessfn.parallel.all_reduce import ShardedBatches, gather
-from hessfn.products.loss_checks import plain_gradient
 from hessfn.reporting.analysis import Landscape, Plane
 from hessfn.reporting.options import Options
 from hessfn.reporting.problem import Prepared
@@ -33,15 +32,17 @@ _USUAL_POINTS = 90  # so many were measured of the loss of a ResNet20
 Wanted = dict[str, list[int]]
 
 
-def analyse_landscape(problem: Prepared, value: Tensor, eigen: EigenPairs, options: Options) -> Landscape:
+def analyse_landscape(
+    problem: Prepared, value: Tensor, gradient: Tree, eigen: EigenPairs, options: Options
+) -> Landscape:
     """The loss around the parameters, where it is ``value``: measured where it bends, and interpolated in between.
 
-    The batches are read once for each round of points, about ten times.
+    The batches are read once for each round of points, about ten times. Eigenvectors point to where the loss rises.
     """
     first, *others = eigen.values.abs().argsort(descending=True).tolist()
-    top = tree.map(lambda leaf: leaf[first], eigen.vectors)
+    top, norm = _uphill(eigen, first, gradient), tree.norm(gradient)
     directions = {"top eigenvector": top, "random": random_direction(problem.params, seed=options.seed)}
-    directions |= _gradient_direction(problem)
+    directions |= {"gradient": tree.scale(1 / norm, gradient)} if norm > 0 else {}
     radius = options.radius or _default_radius(value, eigen.values[first], problem.params)
     num_points = options.num_plane_points if others else 0
     steps, axis = (np.linspace(-radius, radius, num) for num in (_LINE_POINTS, num_points))
@@ -52,7 +53,7 @@ def analyse_landscape(problem: Prepared, value: Tensor, eigen: EigenPairs, optio
         measured = {name: torch.from_numpy(line.measured) for name, line in lines.items()}
         plane = None
         if num_points:
-            second = tree.map(lambda leaf: leaf[others[0]], eigen.vectors)
+            second = _uphill(eigen, others[0], gradient)
             names = [f"eigenvector of {number(float(eigen.values[i]))}" for i in (first, others[0])]
             plane = _plane(problem, [top, second], names, axis, _in_plane(steps, lines["top eigenvector"]), bar)
         bar.total = bar.n
@@ -75,16 +76,10 @@ def _in_plane(steps: Any, line: Refined) -> tuple[Any, Any]:
     return np.stack([x, np.zeros_like(x)], -1), line.losses[line.measured]
 
 
-def _gradient_direction(problem: Prepared) -> dict[str, Tree]:
-    """The gradient of the mean loss, scaled to unit norm; nothing where it is zero."""
-    loss, theta = problem.loss, problem.params
-
-    def gradient_of(batch: Any) -> Tree:
-        return tree.require_finite(tree.unflatten(plain_gradient(loss, theta, (batch,))[1], theta), "the gradient")
-
-    gradient = mean(gradient_of, problem.batches, weights=problem.weights)()
-    norm = tree.norm(gradient)
-    return {"gradient": tree.scale(1 / norm, gradient)} if norm > 0 else {}
+def _uphill(eigen: EigenPairs, index: int, gradient: Tree) -> Tree:
+    """An eigenvector, whose sign is rounding's, in the sense in which the loss rises at first."""
+    vector = tree.map(lambda leaf: leaf[index], eigen.vectors)
+    return tree.scale(-1.0, vector) if tree.dot(gradient, vector) < 0 else vector
 
 
 def _default_radius(value: Tensor, curvature: Tensor, theta: Tree) -> float:

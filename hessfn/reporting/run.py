@@ -177,7 +177,7 @@ def analyse(problem: Prepared, first: FirstPass, options: Options, keep: Keep, c
     stages.begin("spectrum")
     found = analyse_spectrum(measured, options, clock)
     stages.begin("landscape")
-    landscape = analyse_landscape(problem, first.loss, found.eigen, options)
+    landscape = analyse_landscape(problem, first.loss, first.gradient, found.eigen, options)
     stages.begin("activations")
     activations = analyse_activations(problem, options, keep)
     stages.begin("trace")
