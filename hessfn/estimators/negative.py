@@ -15,8 +15,8 @@ from hessfn.estimators.running_mean import estimate
 def negative_share_of_squares(quadrature: Quadrature) -> NegativeShare:
     """The share of the sum of squared eigenvalues that is of negative ones, ``sum of min(x, 0)^2 / sum of x^2``.
 
-    Squares leave out the bulk at zero, of which a rule of m nodes knows the least. The share of the sum of all
-    |eigenvalues| has a kink there and does not settle: on ResNet20 it is 26, 37, 44, 40 % at 30, 60, 120, 240 steps.
+    Squares leave out the bulk at zero, of which a rule of m nodes knows the least. That of the sum of all ``|x|``
+    has a kink there and does not settle: on ResNet20 it is 26, 37, 44, 40 % at 30, 60, 120, 240 steps.
 
     Args:
         quadrature: of :func:`hessfn.slq`, better with ``eigenpairs``: the few largest are most of the sum, and each
