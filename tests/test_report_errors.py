@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import hessfn as hf
 from hessfn.core import tree
+from hessfn.reporting import text
 from hessfn.reporting.clock import Clock
 from hessfn.reporting.options import Options
 from hessfn.reporting.problem import first_pass, prepare
@@ -146,6 +147,19 @@ def test_float64_has_no_rounding_to_tell() -> None:
     model, batch = net(torch.float64), data(dtype=torch.float64)
     made = numbers((model, nn.CrossEntropyLoss(), [batch]), k=2, num_probes=10)
     assert made["rounding"] == [0.0, 0.0] and made["trace"]["rounding"] == 0.0
+
+
+def test_where_nothing_finer_can_be_had_nothing_is_said_of_rounding() -> None:
+    """As on a device without float64: 0 would be untrue of float32."""
+    chosen = Options(**SMALL)
+    prepared = prepare((net(), nn.CrossEntropyLoss(), [data()]), chosen)._replace(finer=None)
+    chosen, first = chosen.fitted(tree.numel(prepared.params)), first_pass(prepared)
+    made = result_of(
+        analyse(prepared, first, chosen, lambda _, matvec: matvec, Clock(None)), prepared, first, chosen, 0.0
+    )
+    assert made["rounding"] is None and made["trace"]["rounding"] is None and made["sharpness"]["rounding"] is None
+    assert all(layer["rounding"] is None for layer in made["layers"].values())
+    assert "sharpness" in text.summary(made)
 
 
 def test_a_tolerance_of_the_trace_takes_as_many_probes_as_it_takes() -> None:

@@ -73,12 +73,20 @@ class ControlVariate(Generic[T]):
 
     def components(self, z: T) -> Tensor:
         """``(k,)``: ``q_i'z``, in the dtype of theta."""
+        return self.leaf_components(z).sum(1)
+
+    def leaf_components(self, z: T) -> Tensor:
+        """``(k, l)``: ``q_il'z_l`` of every leaf, in the dtype of theta."""
         parts = zip(self._rows, self._flat(z), strict=True)
-        return torch.stack([(rows @ x.reshape(-1).to(rows.dtype)).to(self.values) for rows, x in parts]).sum(0)
+        return torch.stack([(rows @ x.reshape(-1).to(rows.dtype)).to(self.values) for rows, x in parts], dim=1)
 
     def squares(self) -> Tensor:
         """``(k,)``: ``||q_i||^2``."""
-        return torch.stack([tree.wide(rows).square().sum(1) for rows in self._rows]).sum(0).to(self.values)
+        return self.leaf_squares().sum(1)
+
+    def leaf_squares(self) -> Tensor:
+        """``(k, l)``: ``||q_il||^2`` of every leaf."""
+        return torch.stack([tree.wide(rows).square().sum(1) for rows in self._rows], dim=1).to(self.values)
 
     def trace(self) -> Tensor:
         return (self.values * self.squares()).sum()

@@ -13,7 +13,7 @@ from hessfn.estimators.negative import negative_share_of_squares
 from hessfn.estimators.rounding import rounding_of_pairs
 from hessfn.reporting.analysis import Negative, Sharpness
 from hessfn.reporting.options import Options, Which
-from hessfn.reporting.products import Measured
+from hessfn.reporting.products import Measured, no_rounding
 
 _MOST = 24  # products for an end that the space has not found
 _ROUGH = 0.05  # of the vectors of the halves: the other half's quotient is a lower end in any case
@@ -25,7 +25,9 @@ def with_errors(pairs: EigenPairs, measured: Measured) -> tuple[EigenPairs, Form
     found = [measured(row(pairs.vectors, i)) for i in range(len(pairs.values))]
     forms = Forms(torch.stack([x.forms.sum(1) for x in found], dim=1), found[0].weights)
     matvecs = measured.precisions()
-    rounding = torch.zeros_like(pairs.values) if matvecs is None else rounding_of_pairs(*matvecs, pairs)
+    zero = no_rounding(measured.params)
+    none = None if zero is None else zero.expand_as(pairs.values)
+    rounding = none if matvecs is None else rounding_of_pairs(*matvecs, pairs)
     return pairs._replace(rounding=rounding, data_stderr=data_stderr(*forms)), forms
 
 

@@ -12,12 +12,11 @@ from hessfn.core.results import Estimate
 from hessfn.estimators.layer_blocks import block_tops, squared_frobenius_per_leaf, stable_ranks
 from hessfn.reporting.analysis import Layers
 from hessfn.reporting.options import Options
+from hessfn.reporting.planning import STEPS_OF_A_LAYER
 from hessfn.reporting.products import Measured
 from hessfn.reporting.progress import progress_bar
 from hessfn.reporting.spectrum import Spectrum
 from hessfn.reporting.traces import Traces
-
-MOST_STEPS = 4  # products for the top of one block, which starts near it
 
 
 def analyse_layers(measured: Measured, found: Spectrum, traces: Traces, options: Options) -> Layers:
@@ -27,14 +26,14 @@ def analyse_layers(measured: Measured, found: Spectrum, traces: Traces, options:
     none: dict[str, Tensor] = {}
     if not names:
         return Layers(traces.layers, none, none, Estimate(none, none, traces.layers.num_matvecs), _shares(found, mean))
-    with progress_bar(options, MOST_STEPS * len(names), "product", "layers") as bar:
+    with progress_bar(options, STEPS_OF_A_LAYER * len(names), "product", "layers") as bar:
         measured.bar = bar
         tops = block_tops(
             measured.matvec,
             measured.params,
             [glob.escape(name) for name in names],
             eigenpairs=found.space,
-            max_matvecs=MOST_STEPS,
+            max_matvecs=STEPS_OF_A_LAYER,
             seed=options.seed,
         )
         bar.total = bar.n

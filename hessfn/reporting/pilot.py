@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
-from hessfn.core.errors import Untraceable
 from hessfn.core.kept_memory import bytes_kept
 from hessfn.core.probes import gaussian, rademacher
 from hessfn.core.results import EigenPairs
 from hessfn.core.tree import MatVec, Tree
 from hessfn.estimators.control_variate import ControlVariate
 from hessfn.estimators.eigen import eigsh
-from hessfn.products.hessian import hvp, linearized_hvp
+from hessfn.products.hessian import hvp
 from hessfn.reporting.plan import Costs, Spreads
 from hessfn.reporting.problem import Prepared
+from hessfn.reporting.products import linearized
 
 _MOST_BATCHES = 6
 _NUM_PROBES = 6
@@ -64,10 +64,8 @@ def measure(problem: Prepared, seconds: float) -> tuple[Costs, Spreads]:
 
 
 def _made(problem: Prepared, batch: Any) -> MatVec:
-    try:
-        return linearized_hvp(problem.loss, problem.params, batch)
-    except Untraceable:
-        return hvp(problem.loss, problem.params, batch, trace_after=0)
+    found = linearized(problem.loss, problem.params, batch)
+    return hvp(problem.loss, problem.params, batch, trace_after=0) if found is None else found
 
 
 def _fastest(function: Callable[[], Any], times: int = 2) -> float:

@@ -22,6 +22,7 @@ from hessfn.reporting.progress import say
 LEAST_PROBES = 10  # a standard error from fewer is too uncertain to stop on
 LEAST_STEPS = 8
 PAGE_SECONDS = 6.0  # for pictures and page
+STEPS_OF_A_LAYER = 4  # products for the top of one block, which starts near it
 _PILOT = 0.1  # of the time
 _POINTS = 90  # of a landscape, about
 _SECOND_START = 8  # products, about
@@ -36,7 +37,10 @@ def work_of(options: Options, num_batches: int) -> Plan:
         num_probes=options.num_probes,
         num_steps=options.num_steps,
         num_runs=options.num_runs,
-        num_extra=_FIXED_PRODUCTS + _STEPS_A_PAIR * options.num_pairs + options.k + 4 * options.num_layers,
+        num_extra=_FIXED_PRODUCTS
+        + _STEPS_A_PAIR * options.num_pairs
+        + options.k
+        + STEPS_OF_A_LAYER * options.num_layers,
         num_points=_POINTS if options.num_plane_points else _POINTS // 2,
         num_activation_probes=options.num_activation_probes,
     )
@@ -67,7 +71,9 @@ def steps_in_time(options: Options, clock: Clock, pace: float) -> int:
     """How many steps a Lanczos run may take, of those asked for, so that there is time for all that follows."""
     if options.minutes is None:
         return options.num_steps
-    after = (_POINTS / 3 + 2 * options.num_activation_probes + 4 * options.num_layers + LEAST_PROBES) * pace
+    after = (
+        _POINTS / 3 + 2 * options.num_activation_probes + STEPS_OF_A_LAYER * options.num_layers + LEAST_PROBES
+    ) * pace
     fits = int((clock.left - PAGE_SECONDS - after) / (options.num_runs * pace))
     return max(min(options.num_steps, LEAST_STEPS), min(options.num_steps, fits))
 
@@ -78,8 +84,6 @@ def divided(problem: Prepared, options: Options, folder: Path | None) -> Options
     Args:
         folder: where the plan is kept until the report is written.
     """
-    if options.minutes is None:
-        return options
     file = None if folder is None else folder / "plan.json"
     if options.resume and file is not None and file.exists():
         plan = Plan(**json.loads(file.read_text("utf-8")))

@@ -83,6 +83,20 @@ class Product(NamedTuple):
     weights: Tensor  #: (g,) float64: what each group counts in the mean; they sum to 1
 
 
+def linearized(loss: Loss, params: Tree, part: Any) -> MatVec | None:
+    """None where no trace can stand for the loss."""
+    try:
+        return linearized_hvp(loss, params, part)
+    except Untraceable:
+        return None
+
+
+def no_rounding(params: Tree) -> Tensor | None:
+    """What is said of rounding where nothing finer can be had: 0 of float64, nothing of what is coarser."""
+    exact = all(leaf.dtype == torch.float64 for leaf in tree.leaves(params))
+    return torch.zeros((), dtype=torch.float64) if exact else None
+
+
 class OfLoss:
     """Products with the mean Hessian of a loss over the groups of parts that are chosen by a mask ``(g,)``."""
 
@@ -138,14 +152,12 @@ class OfLoss:
         if index in self._made:
             return self._made[index]
         if self._is_traceable and self.bytes_kept < self._most:
-            try:
-                matvec = linearized_hvp(self._loss, self._params, part)
-            except Untraceable:
-                self._is_traceable = False
-            else:
+            matvec = linearized(self._loss, self._params, part)
+            if matvec is not None:
                 self._made[index] = matvec
                 self.bytes_kept += bytes_kept(matvec, beside=(self._loss, self._params))
                 return matvec
+            self._is_traceable = False
         return hvp(self._loss, self._params, part, trace_after=self._trace_after)
 
 
@@ -162,7 +174,7 @@ class Measured:
         whole = batch_by_batch(problem, sizes)
         by_batch = OfLoss(problem, problem.loss, self.params, whole, room / (1 if whole == self.parts else 2))
         by_part = by_batch if whole == self.parts else OfLoss(problem, problem.loss, self.params, self.parts, room / 2)
-        self._made = [by_batch, by_part]
+        self._made = [by_batch] if by_part is by_batch else [by_batch, by_part]
         self._of_batches = self._kept(by_batch, whole, "products")
         self._of_parts = self._of_batches if by_part is by_batch else self._kept(by_part, self.parts, "parts")
         self._precisions: tuple[MatVec, MatVec] | None = None
@@ -203,7 +215,7 @@ class Measured:
 
     @property
     def bytes_kept(self) -> int:
-        return sum(made.bytes_kept for made in {id(x): x for x in self._made}.values())
+        return sum(made.bytes_kept for made in self._made)
 
     def precisions(self) -> tuple[MatVec, MatVec] | None:
         """The matvec of one group of the data, and the same in float64; None where nothing finer can be had."""

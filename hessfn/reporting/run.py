@@ -19,9 +19,9 @@ from hessfn.reporting.activations import analyse_activations
 from hessfn.reporting.analysis import Analysis
 from hessfn.reporting.clock import Clock
 from hessfn.reporting.landscape import analyse_landscape
-from hessfn.reporting.layers import MOST_STEPS, analyse_layers
+from hessfn.reporting.layers import analyse_layers
 from hessfn.reporting.options import Options, Which
-from hessfn.reporting.planning import PAGE_SECONDS, divided
+from hessfn.reporting.planning import PAGE_SECONDS, STEPS_OF_A_LAYER, divided
 from hessfn.reporting.problem import FirstPass, Prepared, first_batches, first_pass, prepare, state_of
 from hessfn.reporting.products import Measured
 from hessfn.reporting.result import result_of, versions
@@ -182,7 +182,7 @@ def analyse(problem: Prepared, first: FirstPass, options: Options, keep: Keep, c
     activations = analyse_activations(problem, options, keep)
     stages.begin("trace")
     traces = analyse_traces(
-        measured, found, options, clock, reserve=PAGE_SECONDS + MOST_STEPS * options.num_layers * measured.pace
+        measured, found, options, clock, reserve=PAGE_SECONDS + STEPS_OF_A_LAYER * options.num_layers * measured.pace
     )
     stages.begin("layers")
     layers = analyse_layers(measured, found, traces, options)

@@ -5,7 +5,7 @@ The eigenpairs are a control variate (``z'Az - sum_i theta_i ((q_i'z)^2 - 1)``),
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.free_memory import free_bytes
 from hessfn.core.probes import rademacher
-from hessfn.core.results import Estimate, ProductRounding
+from hessfn.core.results import EigenPairs, Estimate, ProductRounding
 from hessfn.core.tree import Tree
+from hessfn.estimators.control_variate import ControlVariate
 from hessfn.estimators.data_error import trace_data_stderr
 from hessfn.estimators.rounding import rounding_of_products
 from hessfn.estimators.running_mean import estimate
@@ -23,7 +24,7 @@ from hessfn.reporting.analysis import Samples
 from hessfn.reporting.clock import Clock
 from hessfn.reporting.options import Options
 from hessfn.reporting.planning import LEAST_PROBES
-from hessfn.reporting.products import Measured
+from hessfn.reporting.products import Measured, no_rounding
 from hessfn.reporting.progress import progress_bar
 from hessfn.reporting.spectrum import Spectrum
 
@@ -67,8 +68,10 @@ def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock:
     def named(values: Tensor) -> dict[str, Tensor]:
         return dict(zip(names, values.unbind(-1), strict=True))
 
-    total = of("total", rounding=rounding.total, data_stderr=trace_data_stderr(by_probe.sum(2), weights))
-    layers = of("layers", rounding=named(torch.stack(tree.leaves(rounding.leaves))), data_stderr=named(spread))
+    total = of("total", rounding=rounding and rounding.total, data_stderr=trace_data_stderr(by_probe.sum(2), weights))
+    layers = of(
+        "layers", rounding=rounding and named(torch.stack(tree.leaves(rounding.leaves))), data_stderr=named(spread)
+    )
     layers = layers._replace(mean=named(means.mean["layers"]), stderr=named(means.stderr["layers"]))
     kept = Samples(
         trace=whole.sum(1),
@@ -91,7 +94,7 @@ def _sampled(measured: Measured, found: Spectrum, options: Options, clock: Clock
     """
     open_ended = options.rtol_trace is not None or options.minutes is not None
     probes = rademacher(measured.params, _MOST_PROBES if open_ended else options.num_probes, seed=options.seed)
-    theta, terms = found.space.values, _terms(found.space.vectors)
+    theta, terms = found.space.values, _terms(found.space)
     rows = torch.cat([(theta == value).nonzero()[0] for value in found.eigen.values])
     of_groups = theta[None].repeat(found.group_eigenvalues.shape[1], 1)  # (g, j)
     of_groups[:, rows] = found.group_eigenvalues.T
@@ -115,22 +118,21 @@ def _sampled(measured: Measured, found: Spectrum, options: Options, clock: Clock
                 return
 
 
-def _terms(vectors: Tree) -> Any:
+def _terms(space: EigenPairs) -> Callable[[Tree], Tensor]:
     """``z -> (j, l)``: ``(q_il'z_l)(q_i'z) - ||q_il||^2`` of every pair i and leaf l, whose mean is 0."""
-    rows = [leaf.flatten(1) for leaf in tree.leaves(vectors)]
-    squares = torch.stack([tree.wide(x).square().sum(1) for x in rows], dim=1).double().cpu()
+    pairs = ControlVariate(space, "traces of a report")
+    squares = pairs.leaf_squares().cpu()
 
     def terms(z: Tree) -> Tensor:
-        parts = [x @ leaf.flatten().to(x.dtype) for x, leaf in zip(rows, tree.leaves(z), strict=True)]
-        components = torch.stack([x.double().cpu() for x in parts], dim=1)
+        components = pairs.leaf_components(z).cpu()
         return components * components.sum(1, keepdim=True) - squares
 
     return terms
 
 
-def _rounding(measured: Measured, options: Options) -> ProductRounding[Tree]:
+def _rounding(measured: Measured, options: Options) -> ProductRounding[Tree] | None:
     matvecs = measured.precisions()
-    if matvecs is None:  # these are the finest
-        zero = torch.zeros((), dtype=torch.float64)
-        return ProductRounding(zero, zero, tree.map(lambda _: zero, measured.params))
-    return rounding_of_products(*matvecs, rademacher(measured.params, 1, seed=options.seed)[0])
+    if matvecs is not None:
+        return rounding_of_products(*matvecs, rademacher(measured.params, 1, seed=options.seed)[0])
+    zero = no_rounding(measured.params)
+    return None if zero is None else ProductRounding(zero, zero, tree.map(lambda _: zero, measured.params))
