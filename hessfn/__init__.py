@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hessfn.core.results import (
         Band,
         BlockTops,
+        CriticalSharpness,
         CrossFitted,
         Cumulative,
         Curvature,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from hessfn.transforms.deflation import deflate
     from hessfn.transforms.matvec_check import check_matvec
     from hessfn.transforms.progress_bar import progress
+    from hessfn.transforms.scaling import scaled
 
     # Consume one.
     from hessfn.estimators.data_error import cross_fitted, data_interval, data_stderr, trace_data_stderr
@@ -93,7 +95,13 @@ if TYPE_CHECKING:
         wasserstein,
     )
     from hessfn.estimators.squared_norms import squared_frobenius, squared_row_norms
+    from hessfn.quantization.bits import allocate_bits, expected_rise
+    from hessfn.quantization.quantizer import quantized
     from hessfn.quantization.sensitivity import activation_traces, sensitivities
+
+    # Along a training.
+    from hessfn.training.adam import adam_scale
+    from hessfn.training.critical import critical_sharpness
 
     # Landscapes and pictures.
     from hessfn.landscape.directions import direction_to, filter_normalized, gradient_direction, random_direction
@@ -116,8 +124,8 @@ _HOMES = {
     "hessfn.core.errors": "HessfnError JournalError Untraceable",
     "hessfn.core.probes": "gaussian rademacher",
     "hessfn.core.results": (
-        "Band BlockTops CrossFitted Cumulative Curvature Density EigenPair EigenPairs Estimate Forms Mode "
-        "NegativeShare ProductRounding Quadrature Sensitivities Trajectory Tridiagonal"
+        "Band BlockTops CriticalSharpness CrossFitted Cumulative Curvature Density EigenPair EigenPairs Estimate Forms "
+        "Mode NegativeShare ProductRounding Quadrature Sensitivities Trajectory Tridiagonal"
     ),
     "hessfn.core.tree": "MatVec Tree",
     "hessfn.losses": "batches",
@@ -136,6 +144,7 @@ _HOMES = {
     "hessfn.transforms.deflation": "deflate",
     "hessfn.transforms.matvec_check": "check_matvec",
     "hessfn.transforms.progress_bar": "progress",
+    "hessfn.transforms.scaling": "scaled",
     "hessfn.estimators.data_error": "cross_fitted data_interval data_stderr trace_data_stderr",
     "hessfn.estimators.eigen": "eigsh lanczos power_iter",
     "hessfn.estimators.hutchinson": (
@@ -148,7 +157,11 @@ _HOMES = {
     "hessfn.estimators.rounding": "kind_of_rounding rounding_of_pairs rounding_of_products rounding_of_trace",
     "hessfn.estimators.spectrum": "cumulative density density_band quadrature_of slq wasserstein",
     "hessfn.estimators.squared_norms": "squared_frobenius squared_row_norms",
+    "hessfn.quantization.bits": "allocate_bits expected_rise",
+    "hessfn.quantization.quantizer": "quantized",
     "hessfn.quantization.sensitivity": "activation_traces sensitivities",
+    "hessfn.training.adam": "adam_scale",
+    "hessfn.training.critical": "critical_sharpness",
     "hessfn.landscape.directions": "direction_to filter_normalized gradient_direction random_direction",
     "hessfn.landscape.slice_check": "check_slice slice_curvature",
     "hessfn.landscape.slices": "line plane",
@@ -192,18 +205,18 @@ if not _is_the_command():
     importlib.import_module("hessfn.core.results")
 
 __all__ = [
-    "Band", "BlockTops", "CrossFitted", "Cumulative", "Curvature", "Density", "EigenPair", "EigenPairs", "Estimate",
-    "Forms", "HessfnError", "JournalError", "MatVec", "Mode", "NegativeShare", "ProductRounding", "Quadrature",
-    "Sensitivities", "ShardedBatches", "Trajectory", "Tree", "Tridiagonal", "Untraceable", "activation_loss",
-    "activation_shapes", "activation_traces", "all_reduce", "as_linear_operator", "batch_forms", "batch_mean",
-    "batch_traces", "batches", "block", "block_tops", "check_matvec", "check_slice", "compare", "cross_fitted",
-    "cumulative", "data_interval", "data_stderr", "deflate", "deflated_trace", "dense", "density", "density_band",
-    "direction_to", "eigsh", "filter_normalized", "find_mode", "functionalize", "fvp", "gaussian", "ggnvp",
-    "gradient_direction", "hutchinson", "hutchinson_diag", "hutchinson_per_leaf", "hutchinson_per_sample", "hutchpp",
-    "hvp", "journal", "kind_of_rounding", "lanczos", "line", "linearized_hvp", "mean_hvp", "mean_traces",
-    "negative_share_of_squares", "plane", "plot", "power_iter", "principal_directions", "progress", "quadrature_of",
-    "rademacher", "random_direction", "report", "restrict", "rounding_of_pairs", "rounding_of_products",
-    "rounding_of_trace", "sensitivities", "show_config", "slice_curvature", "slq", "squared_frobenius",
-    "squared_frobenius_per_leaf", "squared_row_norms", "stable_ranks", "stateless", "trace_data_stderr", "trace_of",
-    "tree", "wasserstein", "xdiag", "xtrace",
+    "Band", "BlockTops", "CriticalSharpness", "CrossFitted", "Cumulative", "Curvature", "Density", "EigenPair",
+    "EigenPairs", "Estimate", "Forms", "HessfnError", "JournalError", "MatVec", "Mode", "NegativeShare",
+    "ProductRounding", "Quadrature", "Sensitivities", "ShardedBatches", "Trajectory", "Tree", "Tridiagonal",
+    "Untraceable", "activation_loss", "activation_shapes", "activation_traces", "adam_scale", "all_reduce",
+    "as_linear_operator", "batch_forms", "batch_mean", "batch_traces", "batches", "block", "block_tops", "check_matvec",
+    "check_slice", "compare", "critical_sharpness", "cross_fitted", "cumulative", "data_interval", "data_stderr",
+    "deflate", "deflated_trace", "dense", "density", "density_band", "direction_to", "eigsh", "filter_normalized",
+    "find_mode", "functionalize", "fvp", "gaussian", "ggnvp", "gradient_direction", "hutchinson", "hutchinson_diag",
+    "hutchinson_per_leaf", "hutchinson_per_sample", "hutchpp", "hvp", "journal", "kind_of_rounding", "lanczos", "line",
+    "linearized_hvp", "mean_hvp", "mean_traces", "negative_share_of_squares", "plane", "plot", "power_iter",
+    "principal_directions", "progress", "quadrature_of", "rademacher", "random_direction", "report", "restrict",
+    "rounding_of_pairs", "rounding_of_products", "rounding_of_trace", "scaled", "sensitivities", "show_config",
+    "slice_curvature", "slq", "squared_frobenius", "squared_frobenius_per_leaf", "squared_row_norms", "stable_ranks",
+    "stateless", "trace_data_stderr", "trace_of", "tree", "wasserstein", "xdiag", "xtrace",
 ]  # fmt: skip
