@@ -134,6 +134,16 @@ class Curvature(NamedTuple):
     error: Tensor  #: (), in the same unit, how far it may be off: truncation and rounding together
 
 
+class CriticalSharpness(NamedTuple):
+    """The curvature along an update, from a few losses: :func:`hessfn.critical_sharpness`."""
+
+    value: Tensor  #: (), one over the unit of the step: ``2 / eta`` for the step eta at which the loss is back
+    error: Tensor  #: (), in the same unit, how far it may be off: the ends and rounding together; inf: at least value
+    steps: Tensor  #: (2,), the ends: one at which the loss is not above that at 0 (or 0), one at which it is (or inf)
+    num_losses: Tensor  #: (), int64, the values of the loss that were taken
+    converged: Tensor  #: (), bool, whether the ends are within ``rtol`` of each other
+
+
 class Trajectory(NamedTuple, Generic[T]):
     """A training run in the few directions it keeps closest to, from :func:`hessfn.principal_directions`."""
 

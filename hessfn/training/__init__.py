@@ -1,0 +1,1 @@
+"""Along a training: what the curvature is in the present state of an optimiser, and how it changes."""
