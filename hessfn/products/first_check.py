@@ -37,6 +37,7 @@ def evidence(
     value: Tensor,
     custom: bool = False,
     narrow: bool = True,
+    plain: bool = False,
 ) -> Evidence | None:
     """Two gradients; None where no difference tells anything.
 
@@ -47,6 +48,7 @@ def evidence(
         value: the loss at ``params``, in its own dtype: how far float64 is from it says how exact it is.
         custom: whether the loss has an ``autograd.Function``.
         narrow: whether what takes its own dtype only is differenced in that.
+        plain: whether the loss is known to take nothing for a constant, so that there is nothing to record.
     """
     given = [x for x in tree.leaves((params, args, v)) if isinstance(x, Tensor)]
     if any(layout(x) or x.is_meta or x.is_complex() or x.device.type == "mps" for x in given):
@@ -59,12 +61,15 @@ def evidence(
         at, rest, along = tree.map(widened, (params, args, v)) if wide else (params, args, v)
         tape = Tape(wide, all_without_grad=not custom)
         try:
-            with tape.recording(), torch.enable_grad():
-                exact = loss(at, *rest)
-            rounding = float((exact.detach() - value).abs() / value.abs().clamp(min=1e-30))
+            if not plain:
+                with tape.recording(), torch.enable_grad():
+                    exact = loss(at, *rest).detach()
+            relative = 1e-8 if wide else tree.eps(at) ** 0.25
+            seen = _evidence(_along(loss, tape, at, rest, along), at, along, relative, float(value.abs()))
+            if plain and tape.loss is not None:
+                exact = tape.loss.detach()  # a step away
+            rounding = float((exact - value).abs() / value.abs().clamp(min=1e-30))
             if rounding < 1e-2:
-                relative = 1e-8 if wide else tree.eps(at) ** 0.25
-                seen = _evidence(_along(loss, tape, at, rest, along), at, along, relative, float(exact.detach().abs()))
                 return seen._replace(tolerance=_tolerance(params) + (30 * rounding**0.5 if wide else 0.3))
         except Exception:  # it takes its own dtype only, or its gradient cannot be had alone: the modes will tell
             continue

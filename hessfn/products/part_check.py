@@ -20,6 +20,7 @@ from hessfn.products.first_check import Evidence, are_close, evidence, verdict
 from hessfn.products.loss_checks import Loss
 from hessfn.products.modes import Product, differentiating
 from hessfn.products.modes import of_loss as in_mode
+from hessfn.products.wide import Tape
 
 
 class PartCheck:
@@ -39,12 +40,14 @@ class PartCheck:
         """Takes the gradients; whether they tell anything."""
         if self.part is None:
             return False
+        tape = Tape(wide=False)
         try:
-            with differentiating(), torch.enable_grad():
+            with differentiating(), tape.recording(), torch.enable_grad():
                 value = self.loss(self.params, *self.part).detach()
         except Exception:  # no batch of its own
             return False
-        seen = evidence(self.loss, self.params, self.part, self.v, value, narrow=False)
+        plain = not tape.constants
+        seen = evidence(self.loss, self.params, self.part, self.v, value, narrow=False, plain=plain)
         if seen is not None and _tells(seen):
             self.seen = seen._replace(tolerance=min(seen.tolerance, 0.05))
         return self.seen is not None
