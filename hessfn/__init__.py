@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         EigenPair,
         EigenPairs,
         Estimate,
+        FollowState,
         Forms,
         Mode,
         NegativeShare,
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     # Along a training.
     from hessfn.training.adam import adam_scale
     from hessfn.training.critical import critical_sharpness
+    from hessfn.training.follow import follow
 
     # Landscapes and pictures.
     from hessfn.landscape.directions import direction_to, filter_normalized, gradient_direction, random_direction
@@ -124,8 +126,9 @@ _HOMES = {
     "hessfn.core.errors": "HessfnError JournalError Untraceable",
     "hessfn.core.probes": "gaussian rademacher",
     "hessfn.core.results": (
-        "Band BlockTops CriticalSharpness CrossFitted Cumulative Curvature Density EigenPair EigenPairs Estimate Forms "
-        "Mode NegativeShare ProductRounding Quadrature Sensitivities Trajectory Tridiagonal"
+        "Band BlockTops CriticalSharpness CrossFitted Cumulative Curvature Density EigenPair EigenPairs "
+        "Estimate FollowState Forms Mode NegativeShare ProductRounding Quadrature Sensitivities Trajectory "
+        "Tridiagonal"
     ),
     "hessfn.core.tree": "MatVec Tree",
     "hessfn.losses": "batches",
@@ -162,6 +165,7 @@ _HOMES = {
     "hessfn.quantization.sensitivity": "activation_traces sensitivities",
     "hessfn.training.adam": "adam_scale",
     "hessfn.training.critical": "critical_sharpness",
+    "hessfn.training.follow": "follow",
     "hessfn.landscape.directions": "direction_to filter_normalized gradient_direction random_direction",
     "hessfn.landscape.slice_check": "check_slice slice_curvature",
     "hessfn.landscape.slices": "line plane",
@@ -206,13 +210,13 @@ if not _is_the_command():
 
 __all__ = [
     "Band", "BlockTops", "CriticalSharpness", "CrossFitted", "Cumulative", "Curvature", "Density", "EigenPair",
-    "EigenPairs", "Estimate", "Forms", "HessfnError", "JournalError", "MatVec", "Mode", "NegativeShare",
+    "EigenPairs", "Estimate", "FollowState", "Forms", "HessfnError", "JournalError", "MatVec", "Mode", "NegativeShare",
     "ProductRounding", "Quadrature", "Sensitivities", "ShardedBatches", "Trajectory", "Tree", "Tridiagonal",
     "Untraceable", "activation_loss", "activation_shapes", "activation_traces", "adam_scale", "all_reduce",
     "allocate_bits", "as_linear_operator", "batch_forms", "batch_mean", "batch_traces", "batches", "block",
     "block_tops", "check_matvec", "check_slice", "compare", "critical_sharpness", "cross_fitted", "cumulative",
     "data_interval", "data_stderr", "deflate", "deflated_trace", "dense", "density", "density_band", "direction_to",
-    "eigsh", "expected_rise", "filter_normalized", "find_mode", "functionalize", "fvp", "gaussian", "ggnvp",
+    "eigsh", "expected_rise", "filter_normalized", "find_mode", "follow", "functionalize", "fvp", "gaussian", "ggnvp",
     "gradient_direction", "hutchinson", "hutchinson_diag", "hutchinson_per_leaf", "hutchinson_per_sample", "hutchpp",
     "hvp", "journal", "kind_of_rounding", "lanczos", "line", "linearized_hvp", "mean_hvp", "mean_traces",
     "negative_share_of_squares", "plane", "plot", "power_iter", "principal_directions", "progress", "quadrature_of",

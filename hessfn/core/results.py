@@ -205,4 +205,20 @@ class BlockTops(NamedTuple):
     num_matvecs: Tensor  #: (), int64, the products that were made, for all of them
 
 
+class FollowState(NamedTuple, Generic[T]):
+    """What :func:`hessfn.follow` hands on from one call to the next: a tree of tensors, to be saved with a training."""
+
+    vectors: T  #: like ``like`` with a leading axis of k: the eigenvectors of the last call
+    seed: Tensor  #: (), int64, of the next call's random direction
+
+
+class Solution(NamedTuple, Generic[T]):
+    """The solution of a linear system with a matvec, from :func:`hessfn.solve`."""
+
+    x: T  #: like ``b``, in the unit of b over that of the matrix
+    residual: Tensor  #: (), ``||b - (A + damping I) x|| / ||b||``, without unit, by a product with x; no derivative
+    num_matvecs: Tensor  #: (), int64, the products that were made
+    converged: Tensor  #: (), bool, whether ``residual <= rtol``
+
+
 add_safe_globals([kind for kind in list(globals().values()) if hasattr(kind, "_fields")])
