@@ -183,13 +183,17 @@ class _Part(NamedTuple):
 
     @property
     def counted(self) -> float:
-        """The mean of a normal variable of this mean and deviation, given that it is not negative."""
-        from scipy.special import log_ndtr
+        return given_not_negative(self.trace, self.stderr)
 
-        if self.stderr == 0:
-            return max(self.trace, 0.0)
-        at = self.trace / self.stderr
-        return max(0.0, self.trace + self.stderr * math.exp(-at * at / 2 - math.log(2 * math.pi) / 2 - log_ndtr(at)))
+
+def given_not_negative(mean: float, stderr: float) -> float:
+    """The mean of a normal variable of this mean and deviation, of its values from 0 on."""
+    from scipy.special import log_ndtr
+
+    if stderr == 0:
+        return max(mean, 0.0)
+    at = mean / stderr
+    return max(0.0, mean + stderr * math.exp(-at * at / 2 - math.log(2 * math.pi) / 2 - log_ndtr(at)))
 
 
 def _parts(

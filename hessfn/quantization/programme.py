@@ -22,17 +22,19 @@ def least(items: list[Item], size: int) -> list[int]:
     most, chosen = np.inf, [0] * len(items)
     # The solver's tolerances are absolute, and costs may lie decades apart. No choice that alone costs more than a sum
     # one has already is in the best sum: without these, costs can be in the unit of that sum.
-    for _ in range(3):
+    for gap in (1e-3, 1e-7):
         allowed = [cost <= most for cost in costs]
         unit = most if np.isfinite(most) else max(float(cost.max()) for cost in costs)
         if unit <= 0:
             break
-        chosen = _solved([1e3 * cost / unit for cost in costs], sizes, allowed, size)
+        chosen = _solved([1e3 * cost / unit for cost in costs], sizes, allowed, size, gap)
         most = float(sum(cost[i] for cost, i in zip(costs, chosen, strict=True)))
     return [item.bits[i] for item, i in zip(items, chosen, strict=True)]
 
 
-def _solved(costs: list[np.ndarray], sizes: list[np.ndarray], allowed: list[np.ndarray], size: int) -> list[int]:
+def _solved(
+    costs: list[np.ndarray], sizes: list[np.ndarray], allowed: list[np.ndarray], size: int, gap: float
+) -> list[int]:
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     owner = np.repeat(np.arange(len(costs)), [len(cost) for cost in costs])
@@ -48,7 +50,7 @@ def _solved(costs: list[np.ndarray], sizes: list[np.ndarray], allowed: list[np.n
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(flat_sizes[None] / scale, -np.inf, np.floor(limit / scale)),
             ],
-            options={"mip_rel_gap": 1e-7},
+            options={"mip_rel_gap": gap, "presolve": False},  # which takes longer than the programme
         )
         if found.x is None:
             raise HessfnError(f"SciPy's milp finds no bits: {found.message}")

@@ -55,7 +55,7 @@ def quantized(params: T, bits: Bits, *, per_channel: bool = True, num_scales: in
     else:
         given = dict.fromkeys(names, require_bits(bits))
     leaves = [
-        rounded(leaf, given[name], per_channel, num_scales) if name in given else leaf
+        rounded(leaf, given[name], per_channel, num_scales) if name in given else leaf.clone()
         for name, leaf in zip(names, tree.leaves(params), strict=True)
     ]
     return tree.owned(tree.unflatten(leaves, params))
