@@ -35,7 +35,7 @@ def critical_sharpness(
     direction: T,
     *args: Any,
     step: float | None = None,
-    rtol: float = 0.01,
+    rtol: float = 0.02,
     max_losses: int = 9,
 ) -> CriticalSharpness:
     """``2 / eta``, eta the step along an update at which the loss is back where it was and begins to exceed it.
@@ -45,7 +45,8 @@ def critical_sharpness(
     eigenvalues with the weights ``(q_i'g)^2``, at most the sharpness. A step that is longer than eta raises the loss.
 
     The step is multiplied, or divided, by up to 8 until the loss is on the other side; then the ends close in, by the
-    secant of ``(loss(eta) - loss(0)) / eta``, straight for a quadratic, and by halving where that gains too little.
+    root of a parabola through ``(loss(eta) - loss(0)) / eta``, straight for a quadratic, or in the middle where that
+    gains too little.
 
     Args:
         direction: a tree like ``params`` that leads downhill: minus the gradient, or what an optimiser has added,
@@ -58,17 +59,21 @@ def critical_sharpness(
 
     Returns:
         ``value`` with its ``error``, which holds both ends, and the rounding of the losses as far as one can tell; the
-        ends as ``steps``. Only at points that it has seen is the loss known: one that rises and falls again within a
-        factor 8 may hide. A loss must be a function: without dropout, on one batch.
+        ends as ``steps``. Where no step was found that raises the loss, ``value`` and ``error`` say between 0 and what
+        the longest step allows; where every step raises it, ``value`` is what the shortest says, and ``error`` inf: the
+        direction leads uphill, as may one with momentum. Only at points that it has seen is the loss known: one that
+        rises and falls again within a factor 8 may hide.
 
-    There is no derivative of it, and no ``vmap`` over it, since it searches by comparing losses.
+    The loss must be a function: without dropout, on one batch. There is no derivative of it, and no ``vmap`` over it,
+    since it goes where losses that it has compared send it.
 
-    Cost: forward passes only, ``max_losses`` at most; 5 along a quadratic from a good ``step``. One more copy of the
-    parameters.
+    Cost: forward passes only, ``max_losses`` at most; 5 along a quadratic from a ``step`` within a factor 8. One more
+    copy of the parameters.
 
     Raises:
-        ValueError: the direction is not a tree like ``params``, or uphill, or the loss does not rise along it, as far
-            as ``max_losses`` reach; the loss is not finite; it is under ``vmap`` or differentiated.
+        ValueError: the direction is not a tree like ``params``, or zero; the loss at ``params`` is not one finite
+            number; ``step``, ``rtol`` or ``max_losses`` is out of range; it is under ``vmap``, compiled or
+            differentiated.
 
     Source: Kalra et al. (2026).
 
@@ -165,7 +170,7 @@ def _between(low: _Point, high: _Point, points: list[_Point], rtol: float) -> fl
     earlier_low, earlier_high = _ends(points[:-2])
     if earlier_low and earlier_high and width > (earlier_high.eta - earlier_low.eta) / 2:
         return middle
-    root = _root(low, high)
+    root = _crossing(low, high, points)
     return min(root * (1 + rtol / 3), middle) if root < middle else max(root * (1 - rtol / 3), middle)
 
 
@@ -175,11 +180,25 @@ def _root(a: _Point, b: _Point) -> float:
     return b.eta - b.slope * (b.eta - a.eta) / gain if gain else math.inf
 
 
+def _crossing(low: _Point, high: _Point, points: list[_Point]) -> float:
+    """Where the parabola through the slopes of the ends and of the point nearest to them is zero, between the ends."""
+    width = high.eta - low.eta
+    others = [p for p in points if p not in (low, high) and p.rise < math.inf]
+    line = (high.slope - low.slope) / width
+    bend = 0.0
+    if others:
+        third = min(others, key=lambda p: abs(math.log(p.eta**2 / (low.eta * high.eta))))
+        bend = ((third.slope - low.slope) / (third.eta - low.eta) - line) / (third.eta - high.eta)
+    first = line - bend * width  # slope(low.eta + x) = low.slope + first x + bend x^2
+    below = first + math.sqrt(max(first**2 - 4 * bend * low.slope, 0.0))
+    return low.eta + min(-2 * low.slope / below, width) if below > 0 else (low.eta + high.eta) / 2
+
+
 def _result(points: list[_Point], rtol: float, noise: float, like: Tensor) -> CriticalSharpness:
     low, high = _ends(points)
     converged = False
     if low and high:
-        eta = _root(low, high) if high.rise < math.inf else (low.eta + high.eta) / 2
+        eta = _crossing(low, high, points) if high.rise < math.inf else (low.eta + high.eta) / 2
         value, converged = 2 / eta, high.eta - low.eta <= rtol * high.eta
         error = max(2 / low.eta - value, value - 2 / high.eta) + value / eta * _moved_by(noise, eta, low, points)
     elif low:  # from 0 to 2 / low.eta
