@@ -67,7 +67,9 @@ if TYPE_CHECKING:
     from hessfn.transforms.scaling import scaled
 
     # Consume one.
+    from hessfn.estimators.block_spectra import eigsh_per_block, slq_per_block
     from hessfn.estimators.data_error import cross_fitted, data_interval, data_stderr, trace_data_stderr
+    from hessfn.estimators.distances import jensen_shannon, jensen_shannon_per_pair
     from hessfn.estimators.eigen import eigsh, lanczos, power_iter
     from hessfn.estimators.hutchinson import (
         deflated_trace,
@@ -148,7 +150,9 @@ _HOMES = {
     "hessfn.transforms.matvec_check": "check_matvec",
     "hessfn.transforms.progress_bar": "progress",
     "hessfn.transforms.scaling": "scaled",
+    "hessfn.estimators.block_spectra": "eigsh_per_block slq_per_block",
     "hessfn.estimators.data_error": "cross_fitted data_interval data_stderr trace_data_stderr",
+    "hessfn.estimators.distances": "jensen_shannon jensen_shannon_per_pair",
     "hessfn.estimators.eigen": "eigsh lanczos power_iter",
     "hessfn.estimators.hutchinson": (
         "deflated_trace hutchinson hutchinson_diag hutchinson_per_leaf hutchinson_per_sample mean_traces"
@@ -216,12 +220,13 @@ __all__ = [
     "allocate_bits", "as_linear_operator", "batch_forms", "batch_mean", "batch_traces", "batches", "block",
     "block_tops", "check_matvec", "check_slice", "compare", "critical_sharpness", "cross_fitted", "cumulative",
     "data_interval", "data_stderr", "deflate", "deflated_trace", "dense", "density", "density_band", "direction_to",
-    "eigsh", "expected_rise", "filter_normalized", "find_mode", "follow", "functionalize", "fvp", "gaussian", "ggnvp",
-    "gradient_direction", "hutchinson", "hutchinson_diag", "hutchinson_per_leaf", "hutchinson_per_sample", "hutchpp",
-    "hvp", "journal", "kind_of_rounding", "lanczos", "line", "linearized_hvp", "mean_hvp", "mean_traces",
-    "negative_share_of_squares", "plane", "plot", "power_iter", "principal_directions", "progress", "quadrature_of",
-    "quantized", "rademacher", "random_direction", "report", "restrict", "rounding_of_pairs", "rounding_of_products",
-    "rounding_of_trace", "scaled", "sensitivities", "show_config", "slice_curvature", "slq", "squared_frobenius",
+    "eigsh", "eigsh_per_block", "expected_rise", "filter_normalized", "find_mode", "follow", "functionalize", "fvp",
+    "gaussian", "ggnvp", "gradient_direction", "hutchinson", "hutchinson_diag", "hutchinson_per_leaf",
+    "hutchinson_per_sample", "hutchpp", "hvp", "jensen_shannon", "jensen_shannon_per_pair", "journal",
+    "kind_of_rounding", "lanczos", "line", "linearized_hvp", "mean_hvp", "mean_traces", "negative_share_of_squares",
+    "plane", "plot", "power_iter", "principal_directions", "progress", "quadrature_of", "quantized", "rademacher",
+    "random_direction", "report", "restrict", "rounding_of_pairs", "rounding_of_products", "rounding_of_trace",
+    "scaled", "sensitivities", "show_config", "slice_curvature", "slq", "slq_per_block", "squared_frobenius",
     "squared_frobenius_per_leaf", "squared_row_norms", "stable_ranks", "stateless", "trace_data_stderr", "trace_of",
     "tree", "wasserstein", "xdiag", "xtrace",
 ]  # fmt: skip
