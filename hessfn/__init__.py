@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         ProductRounding,
         Quadrature,
         Sensitivities,
+        Solution,
         Trajectory,
         Tridiagonal,
     )
@@ -82,6 +83,8 @@ if TYPE_CHECKING:
     from hessfn.estimators.layer_blocks import block_tops, squared_frobenius_per_leaf, stable_ranks
     from hessfn.estimators.leave_one_out import hutchpp, xdiag, xtrace
     from hessfn.estimators.negative import negative_share_of_squares
+    from hessfn.estimators.preconditioners import diagonal_preconditioner, spectral_preconditioner
+    from hessfn.estimators.solve import solve
     from hessfn.estimators.spectral_sums import trace_of
     from hessfn.estimators.rounding import (
         kind_of_rounding,
@@ -129,7 +132,7 @@ _HOMES = {
     "hessfn.core.probes": "gaussian rademacher",
     "hessfn.core.results": (
         "Band BlockTops CriticalSharpness CrossFitted Cumulative Curvature Density EigenPair EigenPairs "
-        "Estimate FollowState Forms Mode NegativeShare ProductRounding Quadrature Sensitivities Trajectory "
+        "Estimate FollowState Forms Mode NegativeShare ProductRounding Quadrature Sensitivities Solution Trajectory "
         "Tridiagonal"
     ),
     "hessfn.core.tree": "MatVec Tree",
@@ -160,6 +163,8 @@ _HOMES = {
     "hessfn.estimators.layer_blocks": "block_tops squared_frobenius_per_leaf stable_ranks",
     "hessfn.estimators.leave_one_out": "hutchpp xdiag xtrace",
     "hessfn.estimators.negative": "negative_share_of_squares",
+    "hessfn.estimators.preconditioners": "diagonal_preconditioner spectral_preconditioner",
+    "hessfn.estimators.solve": "solve",
     "hessfn.estimators.spectral_sums": "trace_of",
     "hessfn.estimators.rounding": "kind_of_rounding rounding_of_pairs rounding_of_products rounding_of_trace",
     "hessfn.estimators.spectrum": "cumulative density density_band quadrature_of slq wasserstein",
@@ -215,18 +220,19 @@ if not _is_the_command():
 __all__ = [
     "Band", "BlockTops", "CriticalSharpness", "CrossFitted", "Cumulative", "Curvature", "Density", "EigenPair",
     "EigenPairs", "Estimate", "FollowState", "Forms", "HessfnError", "JournalError", "MatVec", "Mode", "NegativeShare",
-    "ProductRounding", "Quadrature", "Sensitivities", "ShardedBatches", "Trajectory", "Tree", "Tridiagonal",
+    "ProductRounding", "Quadrature", "Sensitivities", "ShardedBatches", "Solution", "Trajectory", "Tree", "Tridiagonal",
     "Untraceable", "activation_loss", "activation_shapes", "activation_traces", "adam_scale", "all_reduce",
     "allocate_bits", "as_linear_operator", "batch_forms", "batch_mean", "batch_traces", "batches", "block",
     "block_tops", "check_matvec", "check_slice", "compare", "critical_sharpness", "cross_fitted", "cumulative",
-    "data_interval", "data_stderr", "deflate", "deflated_trace", "dense", "density", "density_band", "direction_to",
-    "eigsh", "eigsh_per_block", "expected_rise", "filter_normalized", "find_mode", "follow", "functionalize", "fvp",
-    "gaussian", "ggnvp", "gradient_direction", "hutchinson", "hutchinson_diag", "hutchinson_per_leaf",
-    "hutchinson_per_sample", "hutchpp", "hvp", "jensen_shannon", "jensen_shannon_per_pair", "journal",
-    "kind_of_rounding", "lanczos", "line", "linearized_hvp", "mean_hvp", "mean_traces", "negative_share_of_squares",
-    "plane", "plot", "power_iter", "principal_directions", "progress", "quadrature_of", "quantized", "rademacher",
-    "random_direction", "report", "restrict", "rounding_of_pairs", "rounding_of_products", "rounding_of_trace",
-    "scaled", "sensitivities", "show_config", "slice_curvature", "slq", "slq_per_block", "squared_frobenius",
-    "squared_frobenius_per_leaf", "squared_row_norms", "stable_ranks", "stateless", "trace_data_stderr", "trace_of",
-    "tree", "wasserstein", "xdiag", "xtrace",
+    "data_interval", "data_stderr", "deflate", "deflated_trace", "dense", "density", "density_band",
+    "diagonal_preconditioner", "direction_to", "eigsh", "eigsh_per_block", "expected_rise", "filter_normalized",
+    "find_mode", "follow", "functionalize", "fvp", "gaussian", "ggnvp", "gradient_direction", "hutchinson",
+    "hutchinson_diag", "hutchinson_per_leaf", "hutchinson_per_sample", "hutchpp", "hvp", "jensen_shannon",
+    "jensen_shannon_per_pair", "journal", "kind_of_rounding", "lanczos", "line", "linearized_hvp", "mean_hvp",
+    "mean_traces", "negative_share_of_squares", "plane", "plot", "power_iter", "principal_directions", "progress",
+    "quadrature_of", "quantized", "rademacher", "random_direction", "report", "restrict", "rounding_of_pairs",
+    "rounding_of_products", "rounding_of_trace", "scaled", "sensitivities", "show_config", "slice_curvature", "slq",
+    "slq_per_block", "solve", "spectral_preconditioner", "squared_frobenius", "squared_frobenius_per_leaf",
+    "squared_row_norms", "stable_ranks", "stateless", "trace_data_stderr", "trace_of", "tree", "wasserstein", "xdiag",
+    "xtrace",
 ]  # fmt: skip

@@ -70,6 +70,25 @@ def under_derivative() -> bool:
     return any(level.key() in (_TransformType.Grad, _TransformType.Jvp) for level in stack)
 
 
+def num_derivatives() -> int:
+    """How many derivatives are being taken around this, by transforms and in forward mode; backward does not tell."""
+    kinds = [level.key() for level in _get_interpreter_stack() or ()]
+    transforms = sum(key in (_TransformType.Grad, _TransformType.Jvp) for key in kinds)
+    return transforms + (under_dual_level() and _TransformType.Jvp not in kinds)
+
+
+def num_transforms() -> int:
+    """How many transforms of ``torch.func`` are under way, one in another."""
+    return len(_get_interpreter_stack() or ())
+
+
+def under_vmap_within_derivative() -> bool:
+    """Whether a ``vmap`` is under way within what is differentiated: by a transform around it, or else by backward."""
+    kinds = [level.key() for level in _get_interpreter_stack() or ()]
+    derivatives = [i for i, kind in enumerate(kinds) if kind in (_TransformType.Grad, _TransformType.Jvp)]
+    return _TransformType.Vmap in kinds[derivatives[-1] + 1 if derivatives else 0 :]
+
+
 def under_forward_derivative() -> bool:
     """Whether one of those transforms takes a derivative in forward mode."""
     return any(level.key() == _TransformType.Jvp for level in _get_interpreter_stack() or ())
@@ -182,6 +201,8 @@ __all__ = [
     "is_mutable",
     "is_view",
     "levels",
+    "num_derivatives",
+    "num_transforms",
     "pad_packed_sequence",
     "python_meta_kernel",
     "pytree",
@@ -192,6 +213,7 @@ __all__ = [
     "under_dual_level",
     "under_forward_derivative",
     "under_functorch",
+    "under_vmap_within_derivative",
     "weight_norm",
     "without_onednn",
 ]

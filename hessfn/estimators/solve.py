@@ -1,0 +1,198 @@
+"""The solution of a linear system with a curvature matrix, with the residual it really has."""
+
+from __future__ import annotations
+
+import math
+from typing import Generic
+
+import torch
+from torch import Tensor
+from typing_extensions import NamedTuple  # typing's own cannot be generic before Python 3.11
+
+from hessfn.core import tree
+from hessfn.core.arguments import kind, require_function, require_matvec, require_vector
+from hessfn.core.errors import InvalidInput
+from hessfn.core.results import Solution
+from hessfn.core.tree import MatVec, T
+from hessfn.core.watched import refuse_derivative
+from hessfn.estimators import krylov
+from hessfn.estimators.implicit import with_derivative
+from hessfn.estimators.krylov import FlatMatVec, Space
+from hessfn.estimators.minimal_residual import correction
+
+_RTOL = 1e-6  # what `converged` means where no tolerance was asked for
+_MOST = 1000  # products, where no number was asked for
+
+
+def solve(
+    matvec: MatVec[T],
+    b: T,
+    *,
+    damping: float | Tensor = 0.0,
+    precondition: MatVec[T] | None = None,
+    x0: T | None = None,
+    rtol: float | None = 1e-6,
+    max_matvecs: int | None = None,
+    basis_size: int = 100,
+) -> Solution[T]:
+    """``x`` with ``(A + damping I) x = b``, for a symmetric A, definite or indefinite, by minimal residuals (MINRES).
+
+    Args:
+        b: the right-hand side; all is computed where its entries are.
+        damping: of any sign, so that the matrix may be shifted too; a number, or a tensor of one, over which ``vmap``
+            may go and by which a derivative may be taken.
+        precondition: a function ``v -> M v``, M symmetric positive definite and near the inverse of
+            ``|A + damping I|``, as :func:`hessfn.diagonal_preconditioner` and :func:`hessfn.spectral_preconditioner`
+            make it. The better M is, the fewer products; it does not change the solution.
+        x0: where to start, as the solution of a system that was nearly the same.
+        rtol: stop once ``||b - (A + damping I) x|| <= rtol ||b||``. None for exactly ``max_matvecs`` products, under
+            ``vmap`` (several right-hand sides at once) and derivatives too; ``converged`` is then judged by 1e-6.
+        max_matvecs: the most products spent, at least 2; by default 1000, or ``5 n + 10`` where that is fewer.
+
+    Returns:
+        ``x`` like b; ``residual = ||b - (A + damping I) x|| / ||b||`` of the x that is returned, in its dtype, computed
+        with a product of its own; ``num_matvecs``; ``converged``. What has not converged is returned all the same. Of
+        a singular matrix it is the x of smallest residual to which the start leads, and ``converged`` is False where
+        that residual is larger than asked. Rounding ends the descent of the residual near the resolution of the dtype
+        times ``||A|| ||x|| / ||b||``: in float32 an ill-conditioned system may not get to 1e-6, and says so.
+
+        Without ``rtol`` ``x`` has its first derivatives, by b, by damping and by what the matvec closes over, in
+        reverse and in forward mode. They are those of the solution and not of the steps to it, ``dx = (A + damping
+        I)^-1 (db - dA x - d damping x)``, solved for in the same way with as many products, when they are asked for;
+        the preconditioner and ``x0`` have none. A second derivative is refused.
+
+    Cost: ``num_matvecs`` products, the last for the residual and with ``x0`` one more for the first; at its peak 9
+        vectors, 12 with a preconditioner. Every product with the preconditioner is one of its own.
+
+    Raises:
+        ValueError: b or ``x0`` is no vector or not finite, ``max_matvecs`` < 2 (3 with ``x0``), a product is not
+            finite, the preconditioner is not positive definite, or (with ``rtol``) ``vmap`` hides the residual or a
+            derivative is asked for.
+        NotImplementedError: a second derivative is asked for.
+
+    Source: Paige and Saunders (1975); for derivatives Christianson (1994).
+
+    >>> A = torch.diag(torch.tensor([2.0, -4.0]))
+    >>> solve(lambda v: A @ v, torch.tensor([2.0, 2.0])).x
+    tensor([ 1.0000, -0.5000])
+    """
+    call = "solve(matvec, b)"
+    require_matvec(matvec, call)
+    require_vector(b, "b", call)
+    if any(leaf.is_complex() for leaf in tree.leaves(b)):
+        raise InvalidInput(f"{call}: b is complex; give it as its real view, torch.view_as_real(b)")
+    if isinstance(damping, Tensor):
+        if damping.numel() != 1:
+            raise InvalidInput(f"{call}: damping is {kind(damping)}, not one number")
+        damping = damping.reshape(())
+    elif not math.isfinite(damping):
+        raise InvalidInput(f"{call}: damping={damping} must be finite")
+    if rtol is not None and not rtol > 0:
+        raise InvalidInput(f"{call}: rtol={rtol} must be above 0, or None for a fixed number of products")
+    if precondition is not None:
+        require_function(precondition, "precondition", call)
+    if x0 is not None:
+        require_vector(x0, "x0", call)
+        x0 = tree.matched(x0, b, "x0", "b")
+    if rtol is None and max_matvecs is None:
+        raise InvalidInput("rtol=None asks for a fixed number of products: give it as max_matvecs")
+    budget = min(_MOST, 5 * tree.numel(b) + 10) if max_matvecs is None else max_matvecs
+    if basis_size < 2:
+        raise InvalidInput(f"basis_size={basis_size} must be at least 2")
+    least = 2 if x0 is None else 3
+    if budget < least:
+        raise InvalidInput(f"max_matvecs={budget} must be at least {least}, of which one is for the residual")
+    tree.require_finite((b, x0), "b or x0")
+    if rtol is not None:
+        refuse_derivative(b, x0, damping)
+
+    space = krylov.flatten(matvec, b, tolerance=rtol is not None)
+
+    def shifted(v: Tensor) -> Tensor:
+        return space.matvec(v) + damping * v
+
+    preconditioned = None if precondition is None else _flat(precondition, b, space)
+    system = _System(space, shifted, preconditioned, basis_size)
+    rhs = space.ravel(b)
+    # Relative to a right-hand side of zeros no residual is small but that of zeros.
+    start = None if x0 is None else torch.where(tree.norm(rhs.detach()) > 0, space.ravel(x0).detach(), 0.0)
+    if rtol is None:
+        return _fixed(system, rhs, start, budget)
+    return _until(system, rhs, start, rtol, budget)
+
+
+def _flat(precondition: MatVec[T], like: T, space: Space[T]) -> FlatMatVec:
+    """On flat vectors, without a derivative: it changes the way to the solution alone."""
+
+    def product(v: Tensor) -> Tensor:
+        image = tree.aligned(precondition(space.unravel(v)), like, "what precondition returns")
+        return space.ravel(tree.require_finite(image, "what precondition returns")).detach()
+
+    return product
+
+
+class _System(NamedTuple, Generic[T]):
+    space: Space[T]
+    matvec: FlatMatVec  # with the damping
+    precondition: FlatMatVec | None
+    basis_size: int
+
+
+def _fixed(system: _System[T], b: Tensor, x0: Tensor | None, num_matvecs: int) -> Solution[T]:
+    """Cycles of known lengths, each from the residual that the last has left, all without a derivative but the end."""
+    space = system.space
+
+    def constant(v: Tensor) -> Tensor:
+        return system.matvec(v).detach()
+
+    fixed = b.detach()
+    x, rest = (torch.zeros_like(fixed), fixed) if x0 is None else (x0, fixed - constant(x0))
+    left = num_matvecs - (x0 is not None)
+    while left:
+        steps = min(system.basis_size, left - 1)
+        steps -= left - steps - 1 == 1  # one product alone makes no cycle
+        left -= steps + 1
+        x = x + correction(constant, system.precondition, rest, steps, space.eps).x
+        x = _returned(space, x)
+        rest = b - system.matvec(x) if left == 0 else fixed - constant(x)
+    residual = space.finished(_relative(rest.detach(), fixed))
+
+    def inverse(v: Tensor) -> Tensor:
+        return space.ravel(_fixed(system, v, None, num_matvecs).x)
+
+    x = with_derivative(x, rest, inverse)
+    return Solution(space.unravel(x), residual, torch.tensor(num_matvecs), residual <= _RTOL)
+
+
+def _until(system: _System[T], b: Tensor, x0: Tensor | None, rtol: float, budget: int) -> Solution[T]:
+    """Cycles from true residuals, as long as one halves it: what rounding took from one, the next gives back."""
+    space, matvec = system.space, system.matvec
+    x, rest, count = (torch.zeros_like(b), b, 0) if x0 is None else (x0, b - matvec(x0), 1)
+    residual, size = _relative(rest, b), tree.norm(b)
+    goal = rtol * float(size)
+    while krylov.number(residual, space.unravel(rest), count) > rtol and count + 2 <= budget:
+        steps = min(system.basis_size, budget - count - 1)
+        found, spent, norm = correction(matvec, system.precondition, rest, steps, space.eps, goal)
+        trial = _returned(space, x + found)
+        trial_rest = b - matvec(trial)
+        count += spent + 1
+        before, trial_residual = residual, _relative(trial_rest, b)
+        if trial_residual < before:
+            x, rest, residual = trial, trial_rest, trial_residual
+        if trial_residual >= before or (spent < steps and trial_residual > before / 2):
+            break
+        if trial_residual < 10 * (resolved := space.eps * norm * tree.norm(x)) / size and resolved > goal:
+            break  # what is asked cannot be had: the residual itself is rounding
+    space.finished(residual)
+    return Solution(space.unravel(x), residual, torch.tensor(count), residual <= rtol)
+
+
+def _returned(space: Space[T], x: Tensor) -> Tensor:
+    """The vector in the dtypes that the result has: the residual is that of what is returned."""
+    return space.ravel(space.unravel(x))
+
+
+def _relative(rest: Tensor, b: Tensor) -> Tensor:
+    """Relative to b, and 0 where both are 0."""
+    residual, size = tree.norm(rest), tree.norm(b)
+    return torch.where(residual == 0, residual, residual / size)
