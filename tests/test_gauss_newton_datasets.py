@@ -310,6 +310,66 @@ def test_the_mean_of_fisher_matrices() -> None:
     assert off(found, expected) < 1e-12
 
 
+def fisher_by_hand() -> Tensor:
+    return fisher(lambda p: F.cross_entropy(by_hand(p, X), Y, reduction="none"))
+
+
+MEANS = {**MAKES, "fvp": (lambda b: hf.fvp(FORWARD, nn.CrossEntropyLoss(), PARAMS, b), fisher_by_hand)}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_whatever_takes_a_matvec_takes_the_mean(name: str, tmp_path: Path) -> None:
+    """Blocks, eigenvalues, traces and moments, of dense matrices that are made without batches."""
+    make, exact = MEANS[name]
+    matvec, A = hf.batch_mean(make, HALVES, keep=True), exact()
+    assert off(matvec(V), A @ flat(V)) < 1e-12
+    assert float((hf.dense(matvec, PARAMS, batch_size=31) - A).norm() / A.norm()) < 1e-12
+    first = _SIZES[0]
+    block = hf.dense(hf.restrict(matvec, PARAMS, "0.weight"), {"0.weight": PARAMS["0.weight"]}, batch_size=12)
+    assert float((block - A[:first, :first]).norm() / A.norm()) < 1e-12
+    spectrum = torch.linalg.eigvalsh(A)
+    largest = spectrum[spectrum.abs().argsort(descending=True)][:3]
+    kept = hf.journal(hf.progress(matvec, total=200), tmp_path / "j", key={"made": name})
+    eig = hf.eigsh(kept, V, k=3)
+    assert bool(((eig.values - largest).abs() <= eig.residuals + 1e-10 * largest[0].abs()).all())
+    again = hf.eigsh(hf.journal(lambda v: 1 / 0, tmp_path / "j", key={"made": name}), V, k=3)
+    assert torch.equal(again.values, eig.values)
+    trace = hf.hutchinson(matvec, hf.rademacher(PARAMS, 30), batch_size=30)
+    assert abs(trace.mean - A.trace()) <= 4 * trace.stderr and trace.stderr <= A.norm()
+    z = hf.gaussian(PARAMS, 2, seed=5)
+    rule = hf.slq(matvec, z, 5)
+    for row, probe in enumerate(map(flat, z)):
+        unit = probe / probe.norm()
+        for power in (1, 4, 9):  # to degree 2m - 1
+            moment = unit @ torch.linalg.matrix_power(A, power) @ unit
+            found = (rule.weights[row] * rule.nodes[row] ** power).sum()
+            assert abs(found - moment) <= 1e-9 * spectrum.abs().max() ** power
+
+
+@pytest.mark.parametrize("name", [*MEANS, "drawn"])
+def test_a_mean_runs_under_transforms(name: str) -> None:
+    """Each vector of a stack by the same matrix as alone, drawn targets and all; and the derivative by the vector."""
+    drawn = lambda b: hf.fvp(FORWARD, nn.CrossEntropyLoss(), PARAMS, b, num_samples=3)  # noqa: E731
+    make = drawn if name == "drawn" else MEANS[name][0]
+    for matvec in (hf.batch_mean(make, HALVES, keep=True), hf.batch_mean(make, HALVES, microbatch=2)):
+        several = hf.gaussian(PARAMS, 3)
+        alone = torch.stack([flat(matvec(v)) for v in several])
+        stack = tree.map(lambda *x: torch.stack(x), *several)
+        mapped = torch.cat([x.reshape(3, -1) for x in torch.func.vmap(matvec)(stack).values()], 1)
+        assert float((mapped - alone).norm() / alone.norm()) < 1e-12
+        slope = torch.func.grad(lambda v, matvec=matvec: tree.dot(v, matvec(v)))(several[0])
+        assert off(slope, 2 * alone[0]) < 1e-12
+
+
+def test_what_is_linearized_within_a_transform_says_so() -> None:
+    loss, _ = hf.functionalize(net(), nn.CrossEntropyLoss())
+    matvec = hf.batch_mean(lambda b: hf.linearized_hvp(loss, PARAMS, b), HALVES, weights=[4, 3], keep=True)
+    with pytest.raises(hf.Untraceable, match="under a transform of torch.func"):
+        torch.func.grad(lambda v: tree.dot(v, matvec(v)))(V)
+    expected = matvec(V)  # made outside, it is kept
+    assert off(torch.func.grad(lambda v: tree.dot(v, matvec(v)))(V), 2 * flat(expected)) < 1e-12
+
+
 def test_gradients_that_batches_weigh_unlike_have_no_mean() -> None:
     """A sample's gradient is B times its share, by the weights of its batch: squares of these do not add up."""
     make = lambda b: hf.fvp(FORWARD, WEIGHED, PARAMS, b)  # noqa: E731

@@ -43,7 +43,13 @@ def batch_mean(
             that is none of hessfn's by three products, unless ``keep``.
         keep: call ``make`` once for each batch, at the first product, and keep what it returns: for
             :func:`linearized_hvp`, whose work is done when it is made. Afterwards ``batches`` are not looked at any
-            more, so that they may be an iterator. What all batches keep is in memory at once.
+            more, so that they may be an iterator. What is made by a trace, as that is, is made outside of ``vmap`` and
+            ``torch.func.grad``: let the first product be there.
+
+    Returns:
+        A matvec on trees like those that ``make``'s take. Batches are looked at with each product, unless ``keep``.
+
+    Cost: a product of each batch, one of which is in memory at a time; with ``keep``, what all of them keep at once.
 
     Raises:
         ValueError: an argument is of another kind; ``make`` returns no matvec; or as :func:`mean_hvp` does.

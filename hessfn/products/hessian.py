@@ -127,9 +127,7 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
         raise InvalidInput(_CONSTANT)
     # Copies: of parameters that an optimiser then steps in place, some constants would be old and some new. A loss may
     # differentiate by what requires gradients.
-    params, args = tree.map(
-        lambda x: x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, (params, args)
-    )
+    params, args = tree.map(lambda x: _copied(x) if isinstance(x, Tensor) else x, (params, args))
     with differentiating():
         inspected = inspect(loss, params, args)._replace(graph=None)
     product = MadeHere(_linear_product, loss, params, args, compile)
@@ -140,6 +138,11 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
     if check:
         _hold(loss, params, args, inspected, matvec)
     return knowing(matvec, of_loss(loss), lambda batch: loss(params, batch))
+
+
+def _copied(x: Tensor) -> Tensor:
+    copy = x.detach().clone()
+    return copy.requires_grad_() if x.requires_grad else copy  # which transforms of torch.func refuse, even as False
 
 
 def _linear_product(loss: Loss, params: Tree, args: tuple[Any, ...], compile: bool) -> Callable[..., list[Tensor]]:

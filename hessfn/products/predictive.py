@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import checksum
-from hessfn.core.torch_private import under_functorch
 from hessfn.losses.criteria import parts_of
 
 Settings = dict[str, Any]
@@ -47,7 +46,10 @@ def require_distribution(criterion: Any, call: str) -> Callable[[Tensor, Tensor]
 
 def generator(seed: int, batch: Any) -> np.random.Generator:
     """A function of the seed and the data: other batches have other draws, on every device the same."""
-    bits = 0 if under_functorch() else int(checksum(batch).sum()) % 2**63
+    try:
+        bits = int(checksum(batch).sum()) % 2**63
+    except RuntimeError:  # vmap goes over the data, which have no one sum
+        bits = 0
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, bits, *b"fvp"])))
 
 
