@@ -90,8 +90,41 @@ def test_the_error_holds_the_root_of_any_curve(name: str, factor: float | None) 
         assert abs(found.value - 2 / root) <= found.error * (1 + 1e-9)
         low, high = found.steps.tolist()
         assert low <= root * (1 + 1e-12) and root <= high * (1 + 1e-12)
+        assert 2 / low <= (found.value + found.error) * (1 + 1e-12) if low else found.error == math.inf
+        assert 2 / high >= (found.value - found.error) * (1 - 1e-12)
         assert found.num_losses <= max_losses
     assert found.converged and found.error < 0.02 * found.value
+
+
+def test_what_a_search_takes() -> None:
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+
+    def taken(curve: Any, step: float) -> int:
+        found = hf.critical_sharpness(curve, zero, one, step=step, max_losses=40)
+        assert found.converged
+        return int(found.num_losses)
+
+    counts = []
+    for curve in CURVES.values():
+        root = 2 / float(hf.critical_sharpness(curve, zero, one, max_losses=40).value)
+        counts += [taken(curve, factor * root) for factor in np.geomspace(0.1, 10, 9)]
+    assert np.mean(counts) < 8.2 and max(counts) <= 16
+    # Behind a wall no slope says where it stands: then the ends are halved.
+    assert max(taken(lambda t: torch.where(t < 1, -t, 1e6 * t), factor) for factor in (0.3, 0.9, 1.1, 3.0)) <= 28
+
+
+def test_steps_so_small_that_rounding_hides_the_slope_are_left_at_once() -> None:
+    loss, x, d, exact = quadratic("decaying", LIKES["tensor"])
+    counts = []
+    for offset in 10 ** np.arange(4, 8, 0.25):
+
+        def coarse(w: Tensor, offset: float = offset) -> Tensor:
+            return (loss(w.double()) + offset).float()
+
+        for step in (1e-8, 1e-7, 1e-6, 1e-5, 1e-4):
+            found = hf.critical_sharpness(coarse, x.float(), d.float(), step=step * 2 / exact, max_losses=40)
+            counts.append(int(found.num_losses))
+    assert np.mean(counts) < 11
 
 
 def net() -> tuple[Any, Any, tuple[Tensor, Tensor]]:
