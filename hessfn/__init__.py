@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     # Make a matvec from a loss.
     from hessfn.products.batch_forms import batch_forms, batch_traces
     from hessfn.products.batch_mean import batch_mean
+    from hessfn.products.exact_gauss_newton import ggn_diagonal, ggn_traces
     from hessfn.products.fisher import fvp
     from hessfn.products.gauss_newton import ggnvp
     from hessfn.products.hessian import hvp, linearized_hvp, mean_hvp
@@ -141,6 +142,7 @@ _HOMES = {
     "hessfn.losses.functional": "functionalize stateless",
     "hessfn.products.batch_forms": "batch_forms batch_traces",
     "hessfn.products.batch_mean": "batch_mean",
+    "hessfn.products.exact_gauss_newton": "ggn_diagonal ggn_traces",
     "hessfn.products.fisher": "fvp",
     "hessfn.products.gauss_newton": "ggnvp",
     "hessfn.products.hessian": "hvp linearized_hvp mean_hvp",
@@ -220,19 +222,19 @@ if not _is_the_command():
 __all__ = [
     "Band", "BlockTops", "CriticalSharpness", "CrossFitted", "Cumulative", "Curvature", "Density", "EigenPair",
     "EigenPairs", "Estimate", "FollowState", "Forms", "HessfnError", "JournalError", "MatVec", "Mode", "NegativeShare",
-    "ProductRounding", "Quadrature", "Sensitivities", "ShardedBatches", "Solution", "Trajectory", "Tree", "Tridiagonal",
-    "Untraceable", "activation_loss", "activation_shapes", "activation_traces", "adam_scale", "all_reduce",
-    "allocate_bits", "as_linear_operator", "batch_forms", "batch_mean", "batch_traces", "batches", "block",
-    "block_tops", "check_matvec", "check_slice", "compare", "critical_sharpness", "cross_fitted", "cumulative",
-    "data_interval", "data_stderr", "deflate", "deflated_trace", "dense", "density", "density_band",
+    "ProductRounding", "Quadrature", "Sensitivities", "ShardedBatches", "Solution", "Trajectory", "Tree",
+    "Tridiagonal", "Untraceable", "activation_loss", "activation_shapes", "activation_traces", "adam_scale",
+    "all_reduce", "allocate_bits", "as_linear_operator", "batch_forms", "batch_mean", "batch_traces", "batches",
+    "block", "block_tops", "check_matvec", "check_slice", "compare", "critical_sharpness", "cross_fitted",
+    "cumulative", "data_interval", "data_stderr", "deflate", "deflated_trace", "dense", "density", "density_band",
     "diagonal_preconditioner", "direction_to", "eigsh", "eigsh_per_block", "expected_rise", "filter_normalized",
-    "find_mode", "follow", "functionalize", "fvp", "gaussian", "ggnvp", "gradient_direction", "hutchinson",
-    "hutchinson_diag", "hutchinson_per_leaf", "hutchinson_per_sample", "hutchpp", "hvp", "jensen_shannon",
-    "jensen_shannon_per_pair", "journal", "kind_of_rounding", "lanczos", "line", "linearized_hvp", "mean_hvp",
-    "mean_traces", "negative_share_of_squares", "plane", "plot", "power_iter", "principal_directions", "progress",
-    "quadrature_of", "quantized", "rademacher", "random_direction", "report", "restrict", "rounding_of_pairs",
-    "rounding_of_products", "rounding_of_trace", "scaled", "sensitivities", "show_config", "slice_curvature", "slq",
-    "slq_per_block", "solve", "spectral_preconditioner", "squared_frobenius", "squared_frobenius_per_leaf",
-    "squared_row_norms", "stable_ranks", "stateless", "trace_data_stderr", "trace_of", "tree", "wasserstein", "xdiag",
-    "xtrace",
+    "find_mode", "follow", "functionalize", "fvp", "gaussian", "ggn_diagonal", "ggn_traces", "ggnvp",
+    "gradient_direction", "hutchinson", "hutchinson_diag", "hutchinson_per_leaf", "hutchinson_per_sample", "hutchpp",
+    "hvp", "jensen_shannon", "jensen_shannon_per_pair", "journal", "kind_of_rounding", "lanczos", "line",
+    "linearized_hvp", "mean_hvp", "mean_traces", "negative_share_of_squares", "plane", "plot", "power_iter",
+    "principal_directions", "progress", "quadrature_of", "quantized", "rademacher", "random_direction", "report",
+    "restrict", "rounding_of_pairs", "rounding_of_products", "rounding_of_trace", "scaled", "sensitivities",
+    "show_config", "slice_curvature", "slq", "slq_per_block", "solve", "spectral_preconditioner", "squared_frobenius",
+    "squared_frobenius_per_leaf", "squared_row_norms", "stable_ranks", "stateless", "trace_data_stderr", "trace_of",
+    "tree", "wasserstein", "xdiag", "xtrace",
 ]  # fmt: skip

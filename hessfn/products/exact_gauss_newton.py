@@ -1,0 +1,192 @@
+"""The diagonal of the Gauss-Newton matrix and the traces of its blocks, exactly: by one backward pass an output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessfn.core import tree
+from hessfn.core.arguments import kind, require_batches, require_forward
+from hessfn.core.dtensor import layout
+from hessfn.core.errors import InvalidInput
+from hessfn.core.torch_state import recorded
+from hessfn.core.tree import T
+from hessfn.engine.op_definitions import by_definition
+from hessfn.losses.batches import Weights, mean
+from hessfn.losses.weights import Weigher, of_criterion
+from hessfn.products.modes import differentiating
+from hessfn.products.outputs import outputs_of, sides, targets_of, value_of
+from hessfn.products.sample_curvature import ALONE, Criterion, Curved, Samples, curvature_of, refuse_mixing
+
+
+def ggn_diagonal(
+    forward: Callable[[T, Any], Any],
+    criterion: Criterion,
+    params: T,
+    batches: Iterable[Any],
+    *,
+    weights: Weights = None,
+    microbatch: int | None = None,
+    chunk_size: int | None = None,
+) -> T:
+    """The diagonal of the generalized Gauss-Newton matrix ``J' H_out J`` of a data set, without any error of sampling.
+
+    ``d_i = sum_n sum_cd H_n,cd J_n,ci J_n,di``, with ``J_n`` the Jacobian of the outputs of sample n and ``H_n`` the
+    Hessian of the criterion by them, which may be indefinite. For ``CrossEntropyLoss``, ``MSELoss`` and
+    ``BCEWithLogitsLoss`` it is that of the Fisher matrix as well.
+
+    Args:
+        forward, criterion, params: as for :func:`ggnvp`. Samples lie along the first axis of the inputs, and the
+            outputs of one depend on it alone. Positions of a sample are outputs of it.
+        batches: ``[(inputs, targets)]`` for one batch, or a list or a loader of them.
+        weights, microbatch: as for :func:`batch_mean`. Memory needs no ``microbatch``.
+        chunk_size: samples at a time, under ``vmap``; by default as many as fill 256 backward passes or 256 MB.
+
+    Returns:
+        A tree like ``params``, in the unit of the matrix's entries. It has derivatives by the parameters, and runs
+        under ``vmap``.
+
+    Cost: for D outputs a sample (classes times positions) D backward passes of every sample, and a forward pass: about
+    D gradients of the batch, on ResNet20 with ten classes 10.5. Where the D gradients of one sample take more than
+    256 MB, twice as many backward passes, some of them at a time. In memory is one forward pass of a batch, and the
+    gradients and intermediate results of ``chunk_size`` samples for as many outputs.
+
+    Raises:
+        ValueError: an argument is of another kind; samples meet in the model, as in BatchNorm in training mode, or in
+            the criterion; the outputs that the criterion takes have no axis of samples; or as :func:`batch_mean` does.
+
+    Source: Schraudolph (2002); Dangel, Kunstner and Hennig (2020) for exact diagonals.
+
+    >>> x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    >>> square = lambda out, y: (out - y).square().sum()
+    >>> ggn_diagonal(lambda w, x: x @ w, square, torch.zeros(2), [(x, torch.ones(2))], weights=[1])
+    tensor([ 2., 10.])
+    """
+    found = _mean(forward, criterion, params, batches, weights, microbatch, chunk_size, "ggn_diagonal", lambda x: x)
+    return tree.map(lambda x, p: x.to(p.dtype), found, params)
+
+
+def ggn_traces(
+    forward: Callable[[T, Any], Any],
+    criterion: Criterion,
+    params: T,
+    batches: Iterable[Any],
+    *,
+    weights: Weights = None,
+    microbatch: int | None = None,
+    chunk_size: int | None = None,
+) -> T:
+    """The trace of every leaf's block of the Gauss-Newton matrix of a data set, without any error of sampling.
+
+    Arguments, cost and errors as :func:`ggn_diagonal`, of which these are the sums. What :func:`hutchinson_per_leaf`
+    estimates of a :func:`ggnvp` is this.
+
+    Returns:
+        A tree like ``params`` of float64 scalars; their sum is the trace of the whole.
+
+    >>> x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    >>> square = lambda out, y: (out - y).square().sum()
+    >>> ggn_traces(lambda w, x: x @ w, square, torch.zeros(2), [(x, torch.ones(2))], weights=[1])
+    tensor(12., dtype=torch.float64)
+    """
+    return _mean(forward, criterion, params, batches, weights, microbatch, chunk_size, "ggn_traces", lambda x: x.sum())
+
+
+def _mean(
+    forward: Callable[[T, Any], Any],
+    criterion: Criterion,
+    params: T,
+    batches: Iterable[Any],
+    weights: Weights,
+    microbatch: int | None,
+    chunk_size: int | None,
+    name: str,
+    reduced: Callable[[Tensor], Tensor],
+) -> T:
+    call = f"{name}(forward, criterion, params, batches)"
+    require_forward(forward, criterion, params, call)
+    require_batches(batches, call)
+    if isinstance(batches, (tuple, list)) and any(isinstance(x, Tensor) for x in batches):
+        raise InvalidInput(f"{call}: batches is {kind(batches)} with a tensor in it, one batch, it seems: give [batch]")
+    if chunk_size is not None and chunk_size < 1:
+        raise InvalidInput(f"{call}: chunk_size={chunk_size} must be at least 1")
+    if any(layout(leaf) for leaf in tree.leaves(params)):
+        raise InvalidInput(f"{call}: vmap does not know DTensors: give hutchinson_diag(ggnvp(...), probes) a try")
+    if weights is None:
+        weights = Weigher(value_of(forward, criterion, params), of_criterion(criterion, targets_of), forward, params)
+
+    @recorded
+    def of_batch(params: T, batch: Any) -> T:
+        with differentiating():
+            diagonal = _diagonal(by_definition(forward), criterion, params, batch, chunk_size, call)
+            return tree.owned(tree.map(reduced, diagonal))
+
+    device = next((leaf.device for leaf in tree.leaves(params)), None)
+    found: T = mean(of_batch, batches, weights=weights, microbatch=microbatch, device=device)(params)
+    return found
+
+
+def _diagonal(forward: Any, criterion: Criterion, params: T, batch: Any, chunk_size: int | None, call: str) -> T:
+    """In float64: the sum over samples, a few at a time."""
+    inputs, targets = sides(batch, call)
+    samples = Samples(inputs)
+    curved = curvature_of(forward, criterion, params, inputs, targets, samples.number, call)
+    total = tree.map(lambda p: torch.zeros_like(tree.wide(p)), params)
+    if not curved.width:  # the criterion is linear in its outputs
+        return total
+    size = max(sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(params)), 1)
+    rows = min(curved.width, max(_MOST_BYTES // (2 * size), 1))
+    chunk = chunk_size or max(min(_MOST_PASSES // rows, _MOST_BYTES // (2 * size * rows)), 1)
+    for first in range(0, curved.width, rows):
+        group = range(first, min(first + rows, curved.width))
+        hessian = curved.columns(group)  # (N, r, D), a row for every output of the group
+        for start in range(0, samples.number, chunk):
+            each = slice(start, start + chunk)
+            parts, seen = _squares(forward, params, samples, each, hessian[each], group, curved, call)
+            refuse_mixing(seen, curved.outputs[each], call)
+            total = tree.map(lambda t, x: t + tree.wide(x.sum(0)), total, tree.unflatten(parts, params))
+    return total
+
+
+_MOST_BYTES = 2**28
+_MOST_PASSES = 256
+
+
+def _squares(
+    forward: Any, params: T, samples: Samples, each: slice, hessian: Tensor, group: range, curved: Curved, call: str
+) -> tuple[list[Tensor], Tensor]:
+    """Of every sample, its part of the diagonal from some rows of its Hessian; and its outputs."""
+
+    def of_sample(sample: list[Tensor], rows: Tensor) -> tuple[list[Tensor], Tensor]:
+        out = outputs_of(forward, params, samples.whole(sample))
+
+        def pull(row: Tensor) -> list[Tensor]:
+            return tree.leaves(out.pullback(curved.apart(row, out.parts)))
+
+        unit = torch.eye(curved.width, dtype=rows.dtype, device=rows.device)[group.start : group.stop]
+        left = torch.func.vmap(pull)(unit)
+        if len(group) == curved.width:
+            right = [torch.tensordot(rows.to(x.dtype), x, 1) for x in left]
+        else:
+            right = torch.func.vmap(pull)(rows)
+        return [(a * b).sum(0) for a, b in zip(left, right, strict=True)], curved.joined(out.parts)
+
+    some = [x[each] for x in samples.tensors]
+    try:
+        return torch.func.vmap(of_sample)(some, hessian)
+    except (RuntimeError, NotImplementedError, ValueError):  # what vmap has no rule for may do sample by sample
+        return _one_by_one(of_sample, some, hessian, call)
+
+
+def _one_by_one(of_sample: Any, some: list[Tensor], hessian: Tensor, call: str) -> tuple[list[Tensor], Tensor]:
+    try:
+        found = [of_sample([x[i] for x in some], rows) for i, rows in enumerate(hessian)]
+    except Exception as error:
+        raise InvalidInput(
+            f"{call}: the model takes the batch, but not a sample alone ({type(error).__name__}: {error}). {ALONE}"
+        ) from error
+    parts = [torch.stack(leaves) for leaves in zip(*(parts for parts, _ in found), strict=True)]
+    return parts, torch.stack([seen for _, seen in found])
