@@ -13,9 +13,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
 
-# What takes long: one at a time, since memory and time are measured. With the families of models of other packages.
+# What takes long: one at a time, since memory and time are measured. With the packages of others that hessfn meets.
 slow: $(READY)
-	$(BIN)/python -m pip install --quiet -e ".[families]" || echo "not all families can be had: the rest is skipped"
+	$(BIN)/python -m pip install --quiet -e ".[families,lightning]" tensorboard || echo "not all packages can be had: what needs the rest is skipped"
 	$(BIN)/python -m pytest -m slow --timeout 1200
 
 check: $(READY)

@@ -19,7 +19,7 @@ HOUSE = ROOT / "hessfn"
 SOURCES = sorted(HOUSE.rglob("*.py"))
 EVERYBODY = {
     "core", "engine", "estimators", "landscape", "losses", "parallel", "plotting", "products", "quantization",
-    "storage", "transforms",
+    "storage", "training", "transforms",
 }  # fmt: skip
 MAY_IMPORT = {
     "core": set(),
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "products": {"core", "engine", "losses"},
     "landscape": {"core", "losses"},
     "quantization": {"core", "losses", "products", "transforms", "estimators"},
+    "training": {"core", "losses", "products", "transforms", "estimators"},
     "reporting": EVERYBODY,
     "problems": EVERYBODY,
     "__init__": EVERYBODY | {"reporting"},
