@@ -102,7 +102,9 @@ class CurvatureCallback(_Callback):
         measured = self._monitor.measure(kwargs["model"], [kwargs["optimizer"]], state.global_step)
         if measured is None:
             return
+        wanted = control.should_log  # which a log takes back, and with it the trainer's own of this step
         trainer.log(dict(measured.scalars))
+        control.should_log = wanted
         if measured.density is not None:
             figure = density_figure(measured.density, state.global_step)
             for callback in trainer.callback_handler.callbacks:
