@@ -55,25 +55,30 @@ def correction(
     of the residual is at most so much, or there is no way further down.
     """
     v, z, beta = _unit(rest, precondition, torch.zeros_like(tree.norm(rest)))
+    euclidean = tree.norm(rest)
     basis = Rows(v, num_matvecs + 1)
     images = basis if precondition is None else Rows(z, num_matvecs + 1)  # by the preconditioner
+    del v, z, rest
     alphas, betas = [], [beta]
     scale = torch.zeros_like(beta)
-    fit = None if goal is None else _Fit(_definite(beta), float(tree.norm(rest)), goal)
+    fit = None if goal is None else _Fit(_definite(beta), float(euclidean), goal)
     for count in range(1, num_matvecs + 1):
         product = matvec(images.matrix[-1])
         if fit is not None:
             fit.see(number(tree.norm(product), product, count), float(tree.norm(images.matrix[-1])))
-        product, components = _orthogonalize(product, basis.matrix, images.matrix)
+        rest, components = _orthogonalize(product, basis.matrix, images.matrix)
+        del product
         alphas.append(tree.wide(components[-1]))
         before = betas[-1] if count > 1 else scale
         scale = torch.maximum(scale, torch.hypot(alphas[-1], before))
-        v, z, beta = _unit(product, precondition, 10 * eps * scale)
+        v, z, beta = _unit(rest, precondition, 10 * eps * scale)
+        del rest
         scale = torch.maximum(scale, (alphas[-1].square() + before.square() + beta.square()).sqrt())
         betas.append(beta)
         basis.add(v)
         if images is not basis:
             images.add(z)
+        del v, z  # before the next product
         if fit is not None:
             fit.add(float(alphas[-1]), _definite(beta))
             if fit.has_ended(10 * eps * float(scale)):
@@ -82,12 +87,12 @@ def correction(
                 if precondition is None:
                     break
                 left = _solved(alphas, betas, eps)[1]
-                if fit.is_near(float(tree.norm(left.to(v.dtype) @ basis.matrix))):
+                if fit.is_near(float(tree.norm(left.to(basis.matrix) @ basis.matrix))):
                     break
     if known(torch.stack(betas).isnan().any()):
         _definite(torch.stack(betas).sum())
     y = _solved(alphas, betas, eps)[0]
-    x = y.to(z.dtype) @ images.matrix[: len(alphas)]
+    x = y.to(images.matrix) @ images.matrix[: len(alphas)]
     return Correction(x, len(alphas), 0.0 if fit is None else fit.norm)
 
 
@@ -122,10 +127,10 @@ def _unit(v: Tensor, precondition: FlatMatVec | None, floor: Tensor) -> tuple[Te
         z = precondition(v)
         square = tree.dot(v, z)
         size = torch.where(square < -floor.square(), torch.nan, square.clamp(min=0).sqrt())
-    broken = size <= floor
+    broken = ~(size > floor)
     by = torch.where(broken, torch.inf, size).to(v.dtype)
     unit = v / by
-    return unit, unit if precondition is None else z / by, torch.where(broken, 0.0, size)
+    return unit, unit if precondition is None else z / by, torch.where(size <= floor, 0.0, size)
 
 
 def _solved(alphas: list[Tensor], betas: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,17 @@ from hessfn.core.tree import MatVec, T
 _LEAST = 1e-3  # of the mean magnitude: what an entry of the diagonal counts at least
 
 
+def one_number(x: float | Tensor, name: str, call: str) -> Tensor:
+    """A number, or a tensor of one, as a scalar."""
+    if isinstance(x, Tensor):
+        if x.numel() != 1:
+            raise InvalidInput(f"{call}: {name} is {kind(x)}, not one number")
+        return x.reshape(())
+    if not math.isfinite(x):
+        raise InvalidInput(f"{call}: {name}={x} must be finite")
+    return torch.tensor(x, dtype=torch.float64)
+
+
 def diagonal_preconditioner(diagonal: T, damping: float | Tensor = 0.0) -> MatVec[T]:
     """``v -> v / (|d| + |damping|)``, entry by entry: what :func:`hessfn.solve` is helped by where entries differ much.
 
@@ -44,15 +55,15 @@ def diagonal_preconditioner(diagonal: T, damping: float | Tensor = 0.0) -> MatVe
     if isinstance(diagonal, Estimate):
         raise InvalidInput(f"{call}: diagonal is {kind(diagonal)}; take the .mean of hutchinson_diag(...)")
     require_vector(diagonal, "diagonal", call)
-    if not isinstance(damping, Tensor) and not math.isfinite(damping):
-        raise InvalidInput(f"{call}: damping={damping} must be finite")
+    added = one_number(damping, "damping", call).abs()
     tree.require_finite(diagonal, "the diagonal")
     sizes = tree.map(lambda d: d.detach().to(torch.promote_types(d.dtype, torch.float32)).abs(), diagonal)
     mean = torch.stack([tree.wide(size.sum()) for size in tree.leaves(sizes)]).sum() / tree.numel(sizes)
-    least = _LEAST * mean + abs(damping)
+    added = added.to(mean)
+    least = _LEAST * mean + added
     if known(least > 0) is False:
         raise InvalidInput(f"{call}: the diagonal is zero and there is no damping: nothing can be divided by it")
-    inverse = tree.map(lambda size: (size + abs(damping)).clamp(min=least.to(size.dtype)).reciprocal(), sizes)
+    inverse = tree.map(lambda size: (size + added.to(size.dtype)).clamp(min=least.to(size.dtype)).reciprocal(), sizes)
 
     def precondition(v: T) -> T:
         factors = tree.matched(inverse, v, "the diagonal", "the vector")
@@ -77,7 +88,7 @@ def spectral_preconditioner(eigenpairs: EigenPairs[T], damping: float | Tensor =
     Raises:
         ValueError: these are no eigenpairs, they are not finite, or one is zero without damping.
 
-    Source: Nicolaides (1987), deflation; as a positive definite matrix for MINRES, after Vecharynski and Knyazev (2013).
+    Source: Nicolaides (1987), deflation; Vecharynski and Knyazev (2013), the magnitude ``|A|``.
 
     >>> from hessfn import EigenPairs
     >>> pairs = EigenPairs(torch.tensor([3.0]), torch.eye(2)[:1], torch.zeros(1), torch.tensor(1), torch.tensor([True]))
@@ -86,14 +97,13 @@ def spectral_preconditioner(eigenpairs: EigenPairs[T], damping: float | Tensor =
     """
     call = "spectral_preconditioner(eigenpairs)"
     require_eigenpairs(eigenpairs, call)
-    if not isinstance(damping, Tensor) and not math.isfinite(damping):
-        raise InvalidInput(f"{call}: damping={damping} must be finite")
+    added = one_number(damping, "damping", call).abs()
     tree.require_finite(eigenpairs.values, "the eigenvalues")
     vectors = tree.map(lambda x: whole(x).detach(), eigenpairs.vectors)
     one = tree.map(lambda x: x[0], vectors)
     rows = vmap(lambda v: tree.ravel(v)[0], vectors)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    sizes = eigenpairs.values.detach().abs() + abs(damping)
+    sizes = eigenpairs.values.detach().abs() + added.to(eigenpairs.values)
     rest = sizes.min()
     if known(rest > 0) is False:
         raise InvalidInput(f"{call}: an eigenvalue is zero and there is no damping: nothing can be divided by it")

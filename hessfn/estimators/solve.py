@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Generic
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from typing_extensions import NamedTuple  # typing's own cannot be generic before Python 3.11
 
 from hessfn.core import tree
-from hessfn.core.arguments import kind, require_function, require_matvec, require_vector
+from hessfn.core.arguments import require_function, require_matvec, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Solution
 from hessfn.core.tree import MatVec, T
@@ -19,6 +18,7 @@ from hessfn.estimators import krylov
 from hessfn.estimators.implicit import with_derivative
 from hessfn.estimators.krylov import FlatMatVec, Space
 from hessfn.estimators.minimal_residual import correction
+from hessfn.estimators.preconditioners import one_number
 
 _RTOL = 1e-6  # what `converged` means where no tolerance was asked for
 _MOST = 1000  # products, where no number was asked for
@@ -37,6 +37,9 @@ def solve(
 ) -> Solution[T]:
     """``x`` with ``(A + damping I) x = b``, for a symmetric A, definite or indefinite, by minimal residuals (MINRES).
 
+    The basis of the Krylov space is kept and orthogonal. The three-term recurrence alone needs half a dozen vectors,
+    but more than twice the products where some eigenvalues stand apart, as those of a network do.
+
     Args:
         b: the right-hand side; all is computed where its entries are.
         damping: of any sign, so that the matrix may be shifted too; a number, or a tensor of one, over which ``vmap``
@@ -48,29 +51,33 @@ def solve(
         rtol: stop once ``||b - (A + damping I) x|| <= rtol ||b||``. None for exactly ``max_matvecs`` products, under
             ``vmap`` (several right-hand sides at once) and derivatives too; ``converged`` is then judged by 1e-6.
         max_matvecs: the most products spent, at least 2; by default 1000, or ``5 n + 10`` where that is fewer.
+        basis_size: the most basis vectors kept; then the next cycle begins, from the residual. Fewer cost more
+            products, where eigenvalues stand apart or the matrix is ill-conditioned.
 
     Returns:
         ``x`` like b; ``residual = ||b - (A + damping I) x|| / ||b||`` of the x that is returned, in its dtype, computed
-        with a product of its own; ``num_matvecs``; ``converged``. What has not converged is returned all the same. Of
-        a singular matrix it is the x of smallest residual to which the start leads, and ``converged`` is False where
-        that residual is larger than asked. Rounding ends the descent of the residual near the resolution of the dtype
-        times ``||A|| ||x|| / ||b||``: in float32 an ill-conditioned system may not get to 1e-6, and says so.
+        with a product of its own; ``num_matvecs``; ``converged``. What has not converged is returned all the same. Of a
+        singular matrix it is the shortest x of smallest residual, and ``converged`` is False where that residual is
+        larger than asked. No residual gets below the resolution of the dtype times ``||A|| ||x|| / ||b||``: in float32
+        1e-6 is for condition numbers up to 10, and 1e-4 up to 1000. There the search ends, ``converged`` is False.
 
-        Without ``rtol`` ``x`` has its first derivatives, by b, by damping and by what the matvec closes over, in
-        reverse and in forward mode. They are those of the solution and not of the steps to it, ``dx = (A + damping
-        I)^-1 (db - dA x - d damping x)``, solved for in the same way with as many products, when they are asked for;
-        the preconditioner and ``x0`` have none. A second derivative is refused.
+        Without ``rtol`` ``x`` has first derivatives, by b, by damping and by what the matvec closes over, in reverse
+        and in forward mode. They are those of the solution and not of the steps to it, ``dx = (A + damping I)^-1 (db -
+        dA x - d damping x)``, found in the same way with as many products, when they are asked for. The preconditioner
+        and ``x0`` have none, nor has the residual, and a second derivative is refused.
 
-    Cost: ``num_matvecs`` products, the last for the residual and with ``x0`` one more for the first; at its peak 9
-        vectors, 12 with a preconditioner. Every product with the preconditioner is one of its own.
+    Cost: ``num_matvecs`` products: one for the residual of every cycle, and with ``x0`` one for the first; at its peak
+        ``basis_size`` + 8 vectors, with a preconditioner twice ``basis_size`` + 11 (where fewer products are made,
+        fewer are kept). The preconditioner is applied once for each.
 
     Raises:
-        ValueError: b or ``x0`` is no vector or not finite, ``max_matvecs`` < 2 (3 with ``x0``), a product is not
-            finite, the preconditioner is not positive definite, or (with ``rtol``) ``vmap`` hides the residual or a
-            derivative is asked for.
+        ValueError: b or ``x0`` is no vector, complex or not finite, a number is out of range, a product is not finite,
+            the preconditioner is not positive definite, or (with ``rtol``) a derivative is asked for, or ``vmap`` hides
+            what to stop on: pass ``rtol=None``.
         NotImplementedError: a second derivative is asked for.
 
-    Source: Paige and Saunders (1975); for derivatives Christianson (1994).
+    Source: Paige and Saunders (1975), of the minimal residual; Choi, Paige and Saunders (2011), of singular systems;
+    Christianson (1994), of the derivative.
 
     >>> A = torch.diag(torch.tensor([2.0, -4.0]))
     >>> solve(lambda v: A @ v, torch.tensor([2.0, 2.0])).x
@@ -81,12 +88,7 @@ def solve(
     require_vector(b, "b", call)
     if any(leaf.is_complex() for leaf in tree.leaves(b)):
         raise InvalidInput(f"{call}: b is complex; give it as its real view, torch.view_as_real(b)")
-    if isinstance(damping, Tensor):
-        if damping.numel() != 1:
-            raise InvalidInput(f"{call}: damping is {kind(damping)}, not one number")
-        damping = damping.reshape(())
-    elif not math.isfinite(damping):
-        raise InvalidInput(f"{call}: damping={damping} must be finite")
+    added = one_number(damping, "damping", call)
     if rtol is not None and not rtol > 0:
         raise InvalidInput(f"{call}: rtol={rtol} must be above 0, or None for a fixed number of products")
     if precondition is not None:
@@ -108,14 +110,16 @@ def solve(
 
     space = krylov.flatten(matvec, b, tolerance=rtol is not None)
 
+    rhs = space.ravel(b)
+    added = added.to(rhs)
+
     def shifted(v: Tensor) -> Tensor:
-        return space.matvec(v) + damping * v
+        return krylov.less(space.matvec(v), -added, v)
 
     preconditioned = None if precondition is None else _flat(precondition, b, space)
     system = _System(space, shifted, preconditioned, basis_size)
-    rhs = space.ravel(b)
     # Relative to a right-hand side of zeros no residual is small but that of zeros.
-    start = None if x0 is None else torch.where(tree.norm(rhs.detach()) > 0, space.ravel(x0).detach(), 0.0)
+    start = None if x0 is None else torch.where(tree.norm(rhs.detach()) > 0, space.ravel(x0).detach().to(rhs), 0.0)
     if rtol is None:
         return _fixed(system, rhs, start, budget)
     return _until(system, rhs, start, rtol, budget)
@@ -169,7 +173,7 @@ def _until(system: _System[T], b: Tensor, x0: Tensor | None, rtol: float, budget
     space, matvec = system.space, system.matvec
     x, rest, count = (torch.zeros_like(b), b, 0) if x0 is None else (x0, b - matvec(x0), 1)
     residual, size = _relative(rest, b), tree.norm(b)
-    goal = rtol * float(size)
+    goal = rtol * krylov.number(size, space.unravel(b), 0)
     while krylov.number(residual, space.unravel(rest), count) > rtol and count + 2 <= budget:
         steps = min(system.basis_size, budget - count - 1)
         found, spent, norm = correction(matvec, system.precondition, rest, steps, space.eps, goal)
