@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from nets import dense_hessian, normal, problem
 from spectra import LIKES, on, symmetric
 from torch import Tensor
@@ -216,37 +218,29 @@ def test_a_logarithmic_axis_tells_small_spectra_apart() -> None:
 
 
 def quadratures(values: Tensor, num: int, seed: int) -> hf.Quadrature:
-    return hf.slq(lambda v: values * v, hf.gaussian(values, num, seed=seed), 25)
+    """What random directions see of a diagonal matrix, after all steps."""
+    squares = normal(num, len(values), seed=seed).square()
+    return hf.Quadrature(values.expand(num, -1), squares / squares.sum(1, keepdim=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", list(OTHERS))
-@pytest.mark.parametrize("num", [3, 10])
-def test_intervals_hold_the_divergence_of_the_exact_spectra(which: str, num: int) -> None:
+@pytest.mark.parametrize(("num", "least"), [(3, 0.85), (10, 0.91)])
+def test_intervals_hold_the_divergence_of_the_exact_spectra(which: str, num: int, least: float) -> None:
+    """Of nominal 95 of 100; and neither the error nor what is left of the bias is far from the spread."""
     other = OTHERS[which]
-    sigma, trials, held, means = float(torch.maximum(A.max(), other.max())) / 25, 200, 0, []
+    sigma, trials, held, found = float(torch.maximum(A.max(), other.max())) / 25, 300, 0, []
     exact = hf.jensen_shannon(rule(A), rule(other), sigma=sigma).mean
     for seed in range(trials):
-        found = hf.jensen_shannon(quadratures(A, num, 2 * seed), quadratures(other, num, 2 * seed + 1), sigma=sigma)
-        low, high = found.interval()
+        one = hf.jensen_shannon(quadratures(A, num, 2 * seed), quadratures(other, num, 2 * seed + 1), sigma=sigma)
+        low, high = one.interval()
         held += bool(low <= exact <= high)
-        means.append(float(found.mean))
-    assert held >= 0.88 * trials
-    bias, error = np.mean(means) - float(exact), np.std(means) / math.sqrt(trials)
-    assert abs(bias) <= 4 * error + 0.15 * np.std(means)
-
-
-@pytest.mark.slow
-def test_the_error_is_the_spread_over_the_probes() -> None:
-    found = [
-        hf.jensen_shannon(quadratures(A, 8, 2 * seed), quadratures(2 * A, 8, 2 * seed + 1), sigma=0.4)
-        for seed in range(25)
-    ]
-    spread = torch.stack([one.mean for one in found]).std()
-    stated = torch.stack([one.stderr for one in found]).mean()
-    assert 0.6 <= float(stated / spread) <= 1.7
-    alone = hf.jensen_shannon(quadratures(A, 1, 0), quadratures(2 * A, 8, 1))
-    assert torch.isinf(alone.stderr)
+        found.append((float(one.mean), float(one.stderr)))
+    means, stderrs = np.array(found).T
+    assert held >= least * trials
+    assert abs(means.mean() - float(exact)) <= 4 * means.std() / math.sqrt(trials) + 0.15 * means.std()
+    assert 0.75 <= stderrs.mean() / means.std() <= 1.35
+    assert torch.isinf(hf.jensen_shannon(quadratures(A, 1, 0), quadratures(other, num, 1)).stderr)
 
 
 def test_pairs_are_the_pairs() -> None:
@@ -282,3 +276,47 @@ def test_widths_are_refused_that_are_none(options: dict[str, float]) -> None:
         hf.jensen_shannon(A, rule(A))
     with pytest.raises(ValueError, match="not a dict of what slq"):
         hf.jensen_shannon_per_pair([rule(A), rule(A)])
+
+
+# Figures.
+
+
+def three_blocks() -> dict[str, hf.Quadrature]:
+    return {"first": rule(A), "se$ond": rule(2 * A), "third": rule(100 * A)}
+
+
+def test_a_heat_map_shows_the_distances() -> None:
+    found = hf.jensen_shannon_per_pair(three_blocks(), linthresh=0.1)
+    ax = hf.plot.distance_plot(found, three_blocks(), Figure().subplots())
+    (image,) = ax.get_images()
+    assert np.allclose(image.get_array(), found.mean.numpy(), atol=1e-12)
+    assert image.get_clim() == pytest.approx((0.0, math.log(2) if found.mean.max() > 0.35 else float(found.mean.max())))
+    labels = ["first", r"se\$ond", "third"]
+    assert [x.get_text() for x in ax.get_xticklabels()] == [x.get_text() for x in ax.get_yticklabels()] == labels
+    assert [float(x.get_text()) for x in ax.texts] == pytest.approx(found.mean[~torch.eye(3).bool()].tolist(), rel=0.06)
+    ax.figure.savefig(io.BytesIO())
+    with pytest.raises(ValueError, match="there are 2 names for distances of shape"):
+        hf.plot.distance_plot(found, ["a", "b"])
+
+
+@pytest.mark.parametrize("linthresh", [None, 0.1])
+def test_rows_show_the_densities(linthresh: float | None) -> None:
+    densities = {name: hf.density(one, linthresh=linthresh) for name, one in three_blocks().items()}
+    ax = hf.plot.density_rows_plot(densities, Figure().subplots(), floor=1e-4)
+    assert ax.get_xscale() == ("linear" if linthresh is None else "symlog")
+    for row, (mesh, one) in enumerate(zip(ax.collections, densities.values(), strict=True)):
+        corners = mesh.get_coordinates()
+        assert corners[..., 1].min() < row < corners[..., 1].max()
+        middle = (corners[0, 1:, 0] + corners[0, :-1, 0]) / 2
+        peak = int(mesh.get_array().argmax())
+        along = one.values if linthresh is None else one.values * (one.grid.square() + linthresh**2).sqrt()
+        assert abs(middle[peak] - float(one.grid[along.argmax()])) <= float(one.grid.diff().max())
+    ax.figure.savefig(io.BytesIO())
+    for wrong in ({}, DENSITIES_OF_NO_NAME):
+        with pytest.raises(ValueError, match="a dict from name to density"):
+            hf.plot.density_rows_plot(wrong)
+    with pytest.raises(ValueError, match="floor=0 must be between 0 and 1"):
+        hf.plot.density_rows_plot(densities, floor=0)
+
+
+DENSITIES_OF_NO_NAME: Any = [hf.density(rule(A))]

@@ -19,6 +19,8 @@ from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Band, Density, EigenPairs, Estimate
 from hessfn.plotting import style
+from hessfn.plotting.block_plots import density_rows_plot as density_rows_plot
+from hessfn.plotting.block_plots import distance_plot as distance_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

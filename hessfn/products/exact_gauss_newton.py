@@ -43,7 +43,7 @@ def ggn_diagonal(
             outputs of one depend on it alone. Positions of a sample are outputs of it.
         batches: ``[(inputs, targets)]`` for one batch, or a list or a loader of them.
         weights, microbatch: as for :func:`batch_mean`. Memory needs no ``microbatch``.
-        chunk_size: samples at a time, under ``vmap``; by default as many as fill 256 backward passes or 256 MB.
+        chunk_size: samples at a time, under ``vmap``; by default as many as fill 128 backward passes or 256 MB.
 
     Returns:
         A tree like ``params``, in the unit of the matrix's entries. It has derivatives by the parameters, and runs
@@ -152,7 +152,7 @@ def _diagonal(forward: Any, criterion: Criterion, params: T, batch: Any, chunk_s
 
 
 _MOST_BYTES = 2**28
-_MOST_PASSES = 256
+_MOST_PASSES = 128
 
 
 def _squares(

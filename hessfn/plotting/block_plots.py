@@ -1,0 +1,117 @@
+"""Figures of the blocks of a matrix: their densities, a row each, and how far apart they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from hessfn.core.errors import InvalidInput
+from hessfn.core.results import Density, Estimate
+from hessfn.plotting import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def density_rows_plot(densities: Mapping[str, Density], ax: Axes | None = None, *, floor: float = 1e-6) -> Axes:
+    """Several densities, a row each, top to bottom in the order of the dict: the darker, the more eigenvalues.
+
+    Where lines would lie on one another, as those of all layers of a net do. Colours are logarithmic. Of densities made
+    with ``linthresh`` they tell the fraction of eigenvalues per unit of the axis as it is drawn.
+
+    Args:
+        densities: a dict from name to ``hf.density(...)``, such as of the blocks of ``hf.slq_per_block(...)``.
+        floor: what is less than this part of the highest density has the colour of nothing.
+
+    Raises:
+        ValueError: there is no density, or ``floor`` is not between 0 and 1.
+
+    >>> import torch
+    >>> from matplotlib.figure import Figure
+    >>> even = Density(torch.linspace(-1, 1, 5), torch.ones(5) / 2)
+    >>> axes = density_rows_plot({"a": even, "b": even}, Figure().subplots())
+    >>> [label.get_text() for label in axes.get_yticklabels()]
+    ['a', 'b']
+    """
+    from matplotlib.colors import LogNorm
+
+    if not isinstance(densities, Mapping) or not densities:
+        raise InvalidInput("densities must be a dict from name to density, with one at least")
+    if not 0 < floor < 1:
+        raise InvalidInput(f"floor={floor} must be between 0 and 1: it is a part of the highest density")
+    ax = style.axes(ax, figsize=(6.4, _height(len(densities))))
+    grids = [style.array(one.grid) for one in densities.values()]
+    threshold = min(map(style.linthresh, grids))
+    heights = [
+        style.array(one.values) * (np.hypot(grid, threshold) if np.isfinite(threshold) else 1.0)
+        for one, grid in zip(densities.values(), grids, strict=True)
+    ]
+    most = max(height.max() for height in heights)
+    norm = LogNorm(most * floor, most)
+    for row, (grid, height) in enumerate(zip(grids, heights, strict=True)):
+        edges = np.concatenate([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])
+        cells = np.maximum(height, most * floor)[None]
+        image = ax.pcolormesh(edges, [row - 0.42, row + 0.42], cells, cmap="cividis_r", norm=norm, rasterized=True)
+    ax.figure.colorbar(image, ax=ax, label="density" if not np.isfinite(threshold) else "density along the axis")
+    if np.isfinite(threshold):
+        style.set_symlog(ax, "x", threshold, max(np.abs(grid).max() for grid in grids))
+    ax.set_xlim(min(grid[0] for grid in grids), max(grid[-1] for grid in grids))
+    ax.axvline(0, color="gray", linewidth=0.6)
+    ax.set(xlabel="eigenvalue")
+    _name_rows(ax, list(densities))
+    return ax
+
+
+def distance_plot(distances: Estimate[Tensor], names: Iterable[str], ax: Axes | None = None) -> Axes:
+    """Distances of every two spectra, ``hf.jensen_shannon_per_pair(...)``, as a heat map: the darker, the further.
+
+    The colours end at log 2, the most that two densities are apart, if the furthest two are half of that apart. Up to
+    ten names the numbers stand in the cells, with their standard errors below them.
+
+    Args:
+        distances: ``mean`` and ``stderr``, each ``(b, b)``.
+        names: of the b rows, such as the dict of quadratures, in the same order.
+
+    Raises:
+        ValueError: there are not b names.
+
+    >>> import torch
+    >>> from matplotlib.figure import Figure
+    >>> apart = Estimate(torch.tensor([[0.0, 0.5], [0.5, 0.0]]), torch.zeros(2, 2), torch.tensor(0))
+    >>> axes = distance_plot(apart, ["a", "b"], Figure().subplots())
+    >>> [label.get_text() for label in axes.get_xticklabels()]
+    ['a', 'b']
+    """
+    mean, stderr, names = style.array(distances.mean), style.array(distances.stderr), list(names)
+    if mean.shape != (len(names), len(names)):
+        raise InvalidInput(f"there are {len(names)} names for distances of shape {mean.shape}: give one for each row")
+    size = _height(len(names))
+    ax = style.axes(ax, figsize=(size + 1.0, size))
+    furthest = max(float(mean.max()), np.finfo(float).tiny)
+    most = np.log(2) if furthest > np.log(2) / 2 else furthest
+    image = ax.imshow(np.maximum(mean, 0.0), cmap="cividis_r", vmin=0.0, vmax=most)
+    ax.figure.colorbar(image, ax=ax, label="Jensen-Shannon divergence, nats")
+    if len(names) <= 10:
+        for (row, column), value in np.ndenumerate(mean):
+            if row != column:
+                error = f"\n±{stderr[row, column]:.1g}" if np.isfinite(stderr[row, column]) else ""
+                options: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
+                shade = "white" if value > most / 2 else "black"
+                ax.text(column, row, f"{value:.2g}{error}", color=shade, **options)
+    labels = _name_rows(ax, names)
+    ax.set_xticks(np.arange(len(names)), labels, rotation=90, fontsize=8)
+    return ax
+
+
+def _height(rows: int) -> float:
+    return min(1.6 + 0.3 * rows, 16.0)
+
+
+def _name_rows(ax: Axes, names: list[str]) -> list[str]:
+    labels = [name.replace("$", r"\$") for name in names]  # a dollar starts mathematics
+    ax.set_yticks(np.arange(len(names)), labels, fontsize=8)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    return labels
