@@ -212,3 +212,19 @@ def test_a_zero_in_p_is_an_error() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match="P of the parameter has an entry that is zero"):
         hf.adam_scale(optimizer, w)
+
+
+@pytest.mark.slow
+def test_the_optimizer_of_accelerate_is_what_it_wraps() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = Two(torch.float32)
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, Adam(model.parameters(), lr=0.05))
+    for t in range(3):
+        optimizer.zero_grad()
+        accelerator.backward(prepared(t))
+        optimizer.step()
+    plain_model, plain, _ = trained(lambda m: Adam(m.parameters(), lr=0.05), 3, torch.float32)
+    found = hf.adam_scale(optimizer, dict(model.named_parameters()))
+    exact = hf.adam_scale(plain, dict(plain_model.named_parameters()))
+    assert type(optimizer) is not Adam and all(torch.equal(found[name], exact[name]) for name in exact)
