@@ -212,26 +212,39 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_figures_go_where_figures_are_taken(tmp_path: Path) -> None:
-    class Sink:
-        def __init__(self) -> None:
-            self.got: list[Any] = []
-
-        def add_figure(self, name: str, figure: Any, step: int) -> None:
-            self.got.append((name, figure, step))
-
     class Holder:
         def __init__(self, **attributes: Any) -> None:
             vars(self).update(attributes)
 
+    got: list[Any] = []
+
+    def sink(*args: Any, **kwargs: Any) -> None:
+        got.append((*args, *kwargs.values()))
+
     found = hf.density(hf.slq(lambda v: torch.arange(50.0) * v, hf.gaussian(torch.zeros(50), 1), 20))
-    figure = density_figure(found, 7)
+    figure, name = density_figure(found, 7), "curvature/density"
     figure.savefig(tmp_path / "density.png")
     assert (tmp_path / "density.png").stat().st_size > 5000
-    for holder in (Holder(experiment=(sink := Sink())), Holder(tb_writer=(other := Sink()))):
-        assert log_figure(holder, "curvature/density", figure, 7)
-    assert sink.got == other.got == [("curvature/density", figure, 7)]
-    assert not log_figure(Holder(experiment=object()), "x", figure, 7)
-    assert not log_figure(Holder(), "x", figure, 7)
+    # As each of them is called by its own documentation.
+    board, file = Holder(add_figure=sink), "curvature_density_7.png"
+    takers = {
+        "TensorBoard in Lightning": (Holder(experiment=board), (name, figure, 7)),
+        "TensorBoard in transformers": (Holder(tb_writer=board), (name, figure, 7)),
+        "W&B in Lightning": (Holder(experiment=object(), log_image=sink), (name, [figure], 7)),
+        "W&B in transformers": (
+            Holder(_wandb=Holder(log=sink, Image=lambda x: [x])),
+            ({name: [figure], "train/global_step": 7},),
+        ),
+        "MLflow in Lightning": (Holder(experiment=Holder(log_figure=sink), run_id="run"), ("run", figure, file)),
+        "MLflow in transformers": (Holder(_ml_flow=Holder(log_figure=sink)), (figure, file)),
+        "Comet in Lightning": (Holder(experiment=Holder(log_figure=sink)), (name, figure, 7)),
+    }
+    for holder, expected in takers.values():
+        assert log_figure(holder, name, figure, 7)
+        assert got.pop() == expected
+    assert not log_figure(Holder(experiment=object()), name, figure, 7)
+    assert not log_figure(Holder(), name, figure, 7)
+    assert not got
 
 
 # Real trainings.

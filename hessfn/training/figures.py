@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from typing import Any
 
@@ -35,11 +36,13 @@ def log_figure(logger: Any, name: str, figure: Figure, step: int) -> bool:
         writer.add_figure(name, figure, step)
         return True
     if hasattr(logger, "log_image"):  # Weights & Biases in Lightning
+        importlib.import_module("matplotlib.pyplot")  # which it takes to be imported
         logger.log_image(key=name, images=[figure], step=step)
         return True
     weights_and_biases = getattr(logger, "_wandb", None)
     if weights_and_biases is not None:
-        weights_and_biases.log({name: weights_and_biases.Image(figure)})
+        importlib.import_module("matplotlib.pyplot")
+        weights_and_biases.log({name: weights_and_biases.Image(figure), "train/global_step": step})
         return True
     file = re.sub(r"\W+", "_", name) + f"_{step}.png"
     mlflow = getattr(logger, "_ml_flow", None)
