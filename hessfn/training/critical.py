@@ -68,7 +68,7 @@ def critical_sharpness(
     since it goes where losses that it has compared send it.
 
     Cost: forward passes only, ``max_losses`` at most; 5 along a quadratic from a ``step`` within a factor 8. One more
-    copy of the parameters.
+    copy of the parameters. Each loss is waited for.
 
     Raises:
         ValueError: the direction is not a tree like ``params``, or zero; the loss at ``params`` is not one finite
