@@ -87,7 +87,15 @@ def test_levels_at_the_edge() -> None:
     x = normal(50, seed=3)
     errors = [float((hf.quantized(x, bits) - x).norm()) for bits in (2, 4, 8, 16, 24)]
     assert all(b < a / 2 for a, b in itertools.pairwise(errors)) and errors[-1] < 1e-6
-    assert torch.equal(hf.quantized(x.to(torch.complex128), 4).real, hf.quantized(torch.stack([x, x * 0], 1), 4)[:, 0])
+    pairs = normal(4, 5, 2, seed=6)
+    turned = hf.quantized(torch.view_as_complex(pairs), 4)
+    assert torch.equal(torch.view_as_real(turned), hf.quantized(pairs, 4))
+    whole = hf.quantized(torch.view_as_complex(pairs[0]), 4)
+    assert torch.equal(torch.view_as_real(whole), hf.quantized(pairs[0], 4, per_channel=False))
+    complex_one = {"0.weight": torch.view_as_complex(pairs)}
+    both = [hf.expected_rise(table({"0": 8.0}, {"0": 40}), 4, params=x).mean["0"] for x in (complex_one, {"0": pairs})]
+    assert torch.allclose(*both, rtol=1e-12) and both[0] > 0
+    assert hf.quantized({"a": None, "b": pairs}, np.int64(4))["a"] is None
 
 
 def test_rounding_runs_under_vmap_and_has_the_derivative_of_its_formula() -> None:

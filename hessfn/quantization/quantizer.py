@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,16 +75,21 @@ def leaf_of(layer: str, names: list[str]) -> str:
 
 
 def require_bits(bits: Any) -> int:
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise InvalidInput(f"bits: {kind(bits)} is no whole number from 2 to {MOST}")
-    if not 2 <= bits <= MOST:
-        raise InvalidInput(f"bits={bits} must be between 2 and {MOST}: levels that are symmetric about 0 are 3 or more")
-    return bits
+    try:
+        number = operator.index(bits)
+    except TypeError:
+        raise InvalidInput(f"bits: {kind(bits)} is no whole number from 2 to {MOST}") from None
+    if not 2 <= number <= MOST:
+        raise InvalidInput(
+            f"bits={number} must be between 2 and {MOST}: levels that are symmetric about 0 are 3 or more"
+        )
+    return number
 
 
 def rounded(x: Tensor, bits: int, per_channel: bool, num_scales: int) -> Tensor:
     if x.is_complex():
-        return torch.view_as_complex(rounded(torch.view_as_real(x), bits, per_channel, num_scales).contiguous())
+        real = rounded(torch.view_as_real(x.resolve_conj()), bits, per_channel and x.dim() > 1, num_scales)
+        return torch.view_as_complex(real.contiguous())
     if x.numel() == 0:
         return x
     wide = tree.wide(x)
@@ -110,4 +116,6 @@ def rounded(x: Tensor, bits: int, per_channel: bool, num_scales: int) -> Tensor:
 def squared_error(x: Tensor, bits: int, per_channel: bool) -> float:
     """``||x - Q(x)||^2``, of what :func:`quantized` does to one leaf by default."""
     with torch.no_grad():
-        return float((tree.wide(rounded(x, bits, per_channel, 64)) - tree.wide(x)).abs().square().sum())
+        pair = [rounded(x, bits, per_channel, 64), x]
+        ends = [tree.wide(torch.view_as_real(end.resolve_conj()) if end.is_complex() else end) for end in pair]
+        return float((ends[0] - ends[1]).square().sum())
