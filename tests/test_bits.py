@@ -93,7 +93,7 @@ def test_levels_at_the_edge() -> None:
     whole = hf.quantized(torch.view_as_complex(pairs[0]), 4)
     assert torch.equal(torch.view_as_real(whole), hf.quantized(pairs[0], 4, per_channel=False))
     complex_one = {"0.weight": torch.view_as_complex(pairs)}
-    both = [hf.expected_rise(table({"0": 8.0}, {"0": 40}), 4, params=x).mean["0"] for x in (complex_one, {"0": pairs})]
+    both = [hf.expected_rise(table({"0": 8.0}, {"0": 40}), x, 4).mean["0"] for x in (complex_one, {"0": pairs})]
     assert torch.allclose(*both, rtol=1e-12) and both[0] > 0
     assert hf.quantized({"a": None, "b": pairs}, np.int64(4))["a"] is None
 
@@ -121,7 +121,7 @@ def test_the_rise_is_exact_where_the_hessian_is_the_same_in_every_direction() ->
     loss, params = hf.functionalize(model, nn.MSELoss())
     batch = x, model(x).detach()
     exact = hf.dense(hf.hvp(loss, params, batch), params).trace()
-    found = hf.expected_rise(table({"0": float(exact)}, {"0": 24}, {"0": 0.5}), 3, params=params)
+    found = hf.expected_rise(table({"0": float(exact)}, {"0": 24}, {"0": 0.5}), params, 3)
     measured = loss(hf.quantized(params, 3), batch) - loss(params, batch)
     assert measured > 1e-3 and torch.allclose(found.mean["0"], measured, rtol=1e-12)
     assert torch.allclose(found.stderr["0"], measured * 0.5 / exact, rtol=1e-12)
@@ -135,7 +135,7 @@ def test_the_rise_is_right_on_average_where_errors_have_no_direction() -> None:
     for _ in range(100):
         w = torch.randn(1, 8, generator=numbers, dtype=torch.float64)
         trace = float(2 * x.square().sum() / 40)
-        found = hf.expected_rise(table({"0": trace}, {"0": 8}), {"0": 4}, params={"0.weight": w}).mean["0"]
+        found = hf.expected_rise(table({"0": trace}, {"0": 8}), {"0.weight": w}, {"0": 4}).mean["0"]
         measured.append(float(((hf.quantized(w, 4) - w) @ x.T).square().mean()))
         expected.append(float(found))
     difference = np.array(measured) - np.array(expected)
@@ -152,7 +152,7 @@ def test_rounding_what_enters_a_layer_is_in_the_rise() -> None:
     trace = 2 / 5 * 4 * 5  # of one sample: 2 / d W'W
     params = {"0.weight": model[0].weight.detach()}
     given = table({"0": 0.0}, {"0": 25}, activations={"0": trace}, activation_numel={"0": 5})
-    found = hf.expected_rise(given, 4, params=params, activations={"0": x})
+    found = hf.expected_rise(given, params, 4, activations={"0": x})
     rounded = hf.quantized(x, 4, per_channel=False)
     assert torch.allclose(found.mean["0"], nn.functional.mse_loss(model(rounded), target).detach(), rtol=1e-12)
     traces = hf.activation_traces(model, nn.MSELoss(), [(x, target)], "0", 3).mean["0"]
@@ -217,7 +217,7 @@ def test_the_sign_of_noise_decides_nothing() -> None:
     negative = table({"a": -50.0, "b": 1.0, "c": 40.0}, numel, errors)
     alone = table({"b": 1.0, "c": 40.0}, {"b": 10, "c": 10}, errors)
     assert hf.allocate_bits(negative, total_bits=140) == {"a": 2, **hf.allocate_bits(alone, total_bits=120)}
-    found = hf.expected_rise(negative, 2, params={f"{x}.weight": normal(10) for x in numel})
+    found = hf.expected_rise(negative, {f"{x}.weight": normal(10) for x in numel}, 2)
     assert found.mean["a"] < 0 < found.mean["b"]  # the estimate itself is said as it is
 
 
@@ -242,6 +242,8 @@ def test_layers_that_share_a_weight_have_one_number_of_bits_and_are_stored_once(
     given = table({"a": 100.0, "b": 1.0, "c": 100.0}, dict.fromkeys("abc", 20))
     shared = {"a.weight": w, "b.weight": v, "c.weight": w}
     assert hf.allocate_bits(given, total_bits=200, params=shared) == {"a": 8, "b": 2, "c": 8}
+    once = table({"a": 100.0, "b": 150.0, "c": 100.0}, dict.fromkeys("abc", 20))  # the trace of both uses, twice told
+    assert hf.allocate_bits(once, total_bits=240, params=shared) == {"a": 4, "b": 8, "c": 4}
     apart = {**shared, "c.weight": w.clone()}
     assert hf.allocate_bits(given, total_bits=200, params=apart) == {"a": 4, "b": 2, "c": 4}
     with pytest.raises(hf.HessfnError, match="a and c share their weight"):
@@ -282,8 +284,11 @@ def test_what_cannot_be_is_named() -> None:
         hf.allocate_bits({"a": 1, "b": 2}, mean_bits=4)  # type: ignore[arg-type]
     with pytest.raises(hf.HessfnError, match="num_probes=2 or more"):
         hf.allocate_bits(table({"a": 1.0}, {"a": 3}, {"a": float("inf")}), mean_bits=4)
+    for model in (nn.Linear(3, 3), 7):
+        with pytest.raises(hf.HessfnError, match=r"params is .*, not a t"):
+            hf.allocate_bits(given, mean_bits=4, params=model)
     with pytest.raises(hf.HessfnError, match="'z' is no layer of the sensitivities"):
-        hf.expected_rise(given, {"z": 4}, params=params)
+        hf.expected_rise(given, params, {"z": 4})
     for arguments, words in (((params, 1), "bits=1"), ((params, {"z": 2}), "'z' is neither"), ((3, 2), "params is 3")):
         with pytest.raises(hf.HessfnError, match=words):
             hf.quantized(*arguments)
@@ -332,7 +337,7 @@ def test_a_rounded_resnet20_loses_less_by_the_choice_than_by_uniform_bits() -> N
             for bits in (chosen, dict.fromkeys(layers, 4))
         ]
         assert 0 < rises[0] < share * rises[1]
-    expected = hf.expected_rise(given, 4, params=params).mean
+    expected = hf.expected_rise(given, params, 4).mean
     slopes = [torch.func.grad(loss)(params, batch) for batch in batches]
     slope = hf.tree.scale(1 / len(slopes), functools.reduce(hf.tree.add, slopes))
     matvec = hf.mean_hvp(loss, params, batches)

@@ -117,7 +117,7 @@ TYPES = {
     "hf.activation_traces(model, nn.MSELoss(), [batch], '*', 3, at='output')": "hf.Estimate[Params]",
     "hf.sensitivities(model, nn.MSELoss(), [batch]).weights.mean": "Params",
     "hf.allocate_bits(hf.sensitivities(model, nn.MSELoss(), [batch]), mean_bits=4)": "dict[str, int]",
-    "hf.expected_rise(hf.sensitivities(model, nn.MSELoss(), [batch]), 4, params=params)": "hf.Estimate[Params]",
+    "hf.expected_rise(hf.sensitivities(model, nn.MSELoss(), [batch]), params, 4)": "hf.Estimate[Params]",
     "hf.quantized(params, {'0': 4})": "Params",
     "hf.tree.add(params, params)": "Params",
     "hf.tree.ravel(params)[1](w)": "Params",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
-from hessfn.core.arguments import kind
+from hessfn.core.arguments import kind, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Estimate, Sensitivities
 from hessfn.core.tree import Tree
@@ -22,9 +22,9 @@ Weights = Mapping[str, Tensor]
 
 def expected_rise(
     sensitivities: Sensitivities,
+    params: Weights,
     bits: Bits,
     *,
-    params: Weights,
     activations: Weights | None = None,
     per_channel: bool = True,
 ) -> Estimate[dict[str, Tensor]]:
@@ -35,8 +35,8 @@ def expected_rise(
 
     Args:
         sensitivities: what :func:`hessfn.sensitivities` returns.
-        bits: one number for all layers, or a dict of them by layer, as :func:`allocate_bits` returns it.
         params: the weights by name, ``"<layer>.weight"``, such as :func:`hessfn.functionalize` returns them.
+        bits: one number for all layers, or a dict of them by layer, as :func:`allocate_bits` returns it.
         activations: what enters each layer, samples along the first axis. Rounding it, with one scale for all, to the
             bits of the layer is then added; the rise is that of the mean sample.
         per_channel: as for :func:`hessfn.quantized`, which is the Q of it.
@@ -55,11 +55,11 @@ def expected_rise(
 
     >>> traces = Estimate({"0": torch.tensor(2.0)}, {"0": torch.tensor(0.1)}, torch.tensor(50))
     >>> table = Sensitivities(traces, traces, {"0": 2}, {"0": 2})
-    >>> found = expected_rise(table, 2, params={"0.weight": torch.tensor([[1.0, -0.4]])})  # which become 1 and 0
+    >>> found = expected_rise(table, {"0.weight": torch.tensor([[1.0, -0.4]])}, 2)  # which become 1 and 0
     >>> round(float(found.mean["0"]), 4), round(float(found.stderr["0"]), 4)
     (0.08, 0.004)
     """
-    table = _require_table(sensitivities, "expected_rise(sensitivities, bits, params=)")
+    table = _require_table(sensitivities, params, "expected_rise(sensitivities, params, bits)")
     layers = list(bits) if isinstance(bits, Mapping) else list(table.weight_numel)
     means, stderrs = {}, {}
     for layer in layers:
@@ -120,7 +120,7 @@ def allocate_bits(
     >>> allocate_bits(table, mean_bits=5), allocate_bits(table, mean_bits=4)
     ({'a': 8, 'b': 2}, {'a': 4, 'b': 4})
     """
-    table = _require_table(sensitivities, "allocate_bits(sensitivities, mean_bits=)")
+    table = _require_table(sensitivities, params, "allocate_bits(sensitivities, mean_bits=)")
     options = sorted({require_bits(number) for number in choices})
     if not options:
         raise InvalidInput("choices is empty: give some, such as (2, 4, 8)")
@@ -249,10 +249,12 @@ def _groups(layers: list[str], params: Tree | None) -> list[list[str]]:
     return list(found.values())
 
 
-def _require_table(x: Any, call: str) -> Sensitivities:
+def _require_table(x: Any, params: Any, call: str) -> Sensitivities:
     if not all(hasattr(x, field) for field in Sensitivities._fields):
         raise InvalidInput(
             f"{call}: sensitivities is {kind(x)}; give what sensitivities(model, criterion, batches) returns"
         )
+    if params is not None:
+        require_vector(params, "params", call)
     table: Sensitivities = x
     return table
