@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from nets import dense_hessian, normal, problem
 from spectra import LIKES, on, symmetric
-from torch import Tensor
+from torch import Tensor, nn
 
 import hessfn as hf
 from hessfn.core import tree
+from hessfn.problems import digits
 
 
 def dense_blocks(dense: Tensor, like: Any, blocks: dict[str, list[str]]) -> dict[str, Tensor]:
@@ -290,13 +292,17 @@ def test_a_heat_map_shows_the_distances() -> None:
     ax = hf.plot.distance_plot(found, three_blocks(), Figure().subplots())
     (image,) = ax.get_images()
     assert np.allclose(image.get_array(), found.mean.numpy(), atol=1e-12)
-    assert image.get_clim() == pytest.approx((0.0, math.log(2) if found.mean.max() > 0.35 else float(found.mean.max())))
+    assert image.get_clim() == pytest.approx((0.0, float(found.mean.max())))
+    (same,) = hf.plot.distance_plot(found, three_blocks(), Figure().subplots(), furthest=math.log(2)).get_images()
+    assert same.get_clim() == pytest.approx((0.0, math.log(2)))
     labels = ["first", r"se\$ond", "third"]
     assert [x.get_text() for x in ax.get_xticklabels()] == [x.get_text() for x in ax.get_yticklabels()] == labels
     assert [float(x.get_text()) for x in ax.texts] == pytest.approx(found.mean[~torch.eye(3).bool()].tolist(), rel=0.06)
     ax.figure.savefig(io.BytesIO())
     with pytest.raises(ValueError, match="there are 2 names for distances of shape"):
         hf.plot.distance_plot(found, ["a", "b"])
+    with pytest.raises(ValueError, match="furthest=0 must be positive"):
+        hf.plot.distance_plot(found, three_blocks(), furthest=0)
 
 
 @pytest.mark.parametrize("linthresh", [None, 0.1])
@@ -320,3 +326,79 @@ def test_rows_show_the_densities(linthresh: float | None) -> None:
 
 
 DENSITIES_OF_NO_NAME: Any = [hf.density(rule(A))]
+
+
+# The order of arXiv 2402.16788, in small.
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.out(F.scaled_dot_product_attention(self.query(y), self.key(y), self.value(y)))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Reads an image of 8 x 8 as 16 patches."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Linear(4, width), nn.Parameter(0.02 * torch.randn(16, width))
+        self.layers, self.norm = nn.Sequential(Layer(width), Layer(width)), nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = F.unfold(images, 2, stride=2).transpose(1, 2)
+        return self.head(self.norm(self.layers(self.embed(patches) + self.position)).mean(1))
+
+
+def trained(images: Tensor, labels: Tensor, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Transformer().double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        for _ in range(200):
+            some = torch.randint(len(images), (64,))
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[some]), labels[some]).backward()
+            optimizer.step()
+        return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_blocks_of_a_transformer_are_more_unlike_than_those_of_a_convolutional_net(seed: int) -> None:
+    convolutional, criterion, batches = digits(num_images=1797, batch_size=1797)
+    images, labels = batches[0][0].double(), batches[0][1]
+    transformer = trained(images, labels, seed)
+    for model in (convolutional.double(), transformer):
+        assert (model(images).argmax(1) == labels).double().mean() > 0.8
+    found = {}
+    for model, names in ((convolutional, "block*.conv?.weight"), (transformer, "layers.*.[qkvoud]*.weight")):
+        loss, params = hf.functionalize(model, criterion, params=names)
+        matvec = hf.linearized_hvp(loss, params, (images[:50], labels[:50]))
+        found[model] = hf.slq_per_block(
+            lambda part, matvec=matvec, params=params: hf.restrict(matvec, params, list(part)),
+            params,
+            hf.gaussian(params, 4),
+            15,
+            blocks={name: name for name in params},
+        )
+    assert list(map(len, found.values())) == [4, 12]
+    for logarithmic in (False, True):
+        means = []
+        for rules in found.values():
+            top = max(float(rule.nodes.max()) for rule in rules.values())
+            apart = hf.jensen_shannon_per_pair(rules, linthresh=0.01 * top if logarithmic else None)
+            pairs = ~torch.eye(len(rules), dtype=torch.bool)
+            means.append((apart.mean[pairs].mean(), apart.stderr[pairs].mean()))
+        (alike, error), (unlike, other) = means
+        assert unlike - alike > (2.0 if logarithmic else 1.0) * torch.hypot(error, other)
+    tops = [torch.stack([rule.nodes.max() for rule in rules.values()]) for rules in found.values()]
+    assert tops[1].max() / tops[1].min() > 4 * tops[0].max() / tops[0].min()

@@ -24,7 +24,7 @@ def density_rows_plot(densities: Mapping[str, Density], ax: Axes | None = None, 
 
     Args:
         densities: a dict from name to ``hf.density(...)``, such as of the blocks of ``hf.slq_per_block(...)``.
-        floor: what is less than this part of the highest density has the colour of nothing.
+        floor: what is less than this part of the highest density is left blank.
 
     Raises:
         ValueError: there is no density, or ``floor`` is not between 0 and 1.
@@ -53,8 +53,8 @@ def density_rows_plot(densities: Mapping[str, Density], ax: Axes | None = None, 
     norm = LogNorm(most * floor, most)
     for row, (grid, height) in enumerate(zip(grids, heights, strict=True)):
         edges = np.concatenate([grid[:1], (grid[1:] + grid[:-1]) / 2, grid[-1:]])
-        cells = np.maximum(height, most * floor)[None]
-        image = ax.pcolormesh(edges, [row - 0.42, row + 0.42], cells, cmap="cividis_r", norm=norm, rasterized=True)
+        cells = np.ma.masked_less(height, most * floor)[None]
+        image = ax.pcolormesh(edges, [row - 0.42, row + 0.42], cells, cmap="Blues", norm=norm, rasterized=True)
     ax.figure.colorbar(image, ax=ax, label="density" if not np.isfinite(threshold) else "density along the axis")
     if np.isfinite(threshold):
         style.set_symlog(ax, "x", threshold, max(np.abs(grid).max() for grid in grids))
@@ -65,18 +65,21 @@ def density_rows_plot(densities: Mapping[str, Density], ax: Axes | None = None, 
     return ax
 
 
-def distance_plot(distances: Estimate[Tensor], names: Iterable[str], ax: Axes | None = None) -> Axes:
+def distance_plot(
+    distances: Estimate[Tensor], names: Iterable[str], ax: Axes | None = None, *, furthest: float | None = None
+) -> Axes:
     """Distances of every two spectra, ``hf.jensen_shannon_per_pair(...)``, as a heat map: the darker, the further.
 
-    The colours end at log 2, the most that two densities are apart, if the furthest two are half of that apart. Up to
-    ten names the numbers stand in the cells, with their standard errors below them.
+    Up to eight names the numbers stand in the cells, with their standard errors below them.
 
     Args:
         distances: ``mean`` and ``stderr``, each ``(b, b)``.
         names: of the b rows, such as the dict of quadratures, in the same order.
+        furthest: where the colours end; by default at the largest distance. Give it to compare several maps; log 2 is
+            the most that two densities are apart.
 
     Raises:
-        ValueError: there are not b names.
+        ValueError: there are not b names, or ``furthest`` is not positive.
 
     >>> import torch
     >>> from matplotlib.figure import Figure
@@ -88,19 +91,21 @@ def distance_plot(distances: Estimate[Tensor], names: Iterable[str], ax: Axes | 
     mean, stderr, names = style.array(distances.mean), style.array(distances.stderr), list(names)
     if mean.shape != (len(names), len(names)):
         raise InvalidInput(f"there are {len(names)} names for distances of shape {mean.shape}: give one for each row")
+    if furthest is not None and not furthest > 0:
+        raise InvalidInput(f"furthest={furthest} must be positive: it is the distance of the darkest colour")
     size = _height(len(names))
     ax = style.axes(ax, figsize=(size + 1.0, size))
-    furthest = max(float(mean.max()), np.finfo(float).tiny)
-    most = np.log(2) if furthest > np.log(2) / 2 else furthest
-    image = ax.imshow(np.maximum(mean, 0.0), cmap="cividis_r", vmin=0.0, vmax=most)
+    most = max(float(mean.max()), np.finfo(float).tiny) if furthest is None else furthest
+    image = ax.imshow(np.maximum(mean, 0.0), cmap="Blues", vmin=0.0, vmax=most)
     ax.figure.colorbar(image, ax=ax, label="Jensen-Shannon divergence, nats")
-    if len(names) <= 10:
+    if len(names) <= 8:
+        options: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6}
         for (row, column), value in np.ndenumerate(mean):
             if row != column:
-                error = f"\n±{stderr[row, column]:.1g}" if np.isfinite(stderr[row, column]) else ""
-                options: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
+                error = stderr[row, column]
+                below = f"\n±{f'{error:.1g}'.removeprefix('0')}" if np.isfinite(error) else ""
                 shade = "white" if value > most / 2 else "black"
-                ax.text(column, row, f"{value:.2g}{error}", color=shade, **options)
+                ax.text(column, row, f"{value:.2g}".removeprefix("0") + below, color=shade, **options)
     labels = _name_rows(ax, names)
     ax.set_xticks(np.arange(len(names)), labels, rotation=90, fontsize=8)
     return ax
