@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -452,3 +454,22 @@ def test_transformers_trains_the_same_to_the_bit_logs_and_resumes(
     again = curvature(resumed)
     assert list(again) == [2, 4, 6]  # the log of before the interruption is the trainer's own
     assert without_times(again) == without_times(found)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_runs_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("lightning", "transformers", "accelerate"):
+        pytest.importorskip(package)
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "callbacks.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        for code in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+            exec(code, names)
+    (file,) = tmp_path.rglob("metrics.csv")
+    with file.open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["curvature/sharpness"]]
+    told = set(re.findall(r"`curvature/(\w+)`", page))
+    for row in (rows[0], names["logged"][0]):
+        assert {f"curvature/{name}" for name in told} <= {name for name, value in row.items() if value != ""}
