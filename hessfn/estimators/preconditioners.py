@@ -46,7 +46,7 @@ def diagonal_preconditioner(diagonal: T, damping: float | Tensor = 0.0) -> MatVe
     Raises:
         ValueError: the diagonal is no vector, is not finite, or is zero without damping.
 
-    Source: Jacobi (1845); for indefinite systems, the magnitude: Wathen (2015).
+    Source: Wathen (2015), who has what is known of it.
 
     >>> diagonal_preconditioner(torch.tensor([3.0, -1.0]), damping=1.0)(torch.ones(2))
     tensor([0.2500, 0.5000])

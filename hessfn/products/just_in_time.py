@@ -7,9 +7,9 @@ from typing import Any, get_args
 import torch
 
 from hessfn.core import tree
-from hessfn.core.errors import InvalidInput, Untraceable
+from hessfn.core.errors import InvalidInput, NoDerivative, Untraceable
 from hessfn.core.torch_private import under_functorch
-from hessfn.core.torch_state import is_differentiated, is_observed, known, recorded
+from hessfn.core.torch_state import carries_derivative, is_differentiated, is_observed, known, recorded
 from hessfn.core.tree import Tree
 from hessfn.core.warn import warn
 from hessfn.products.first_check import are_close
@@ -25,6 +25,10 @@ PATIENCE = 3  # a trace costs as much as some products
 _NOT_TRACED = ("double_backward", "forward", "reverse", "difference")
 _AT_FIRST = (*_NOT_TRACED[:3], "traced", "difference")
 _OF_PLAIN_AUTOGRAD = ("double_backward", "difference")
+_CUT = (
+    "a product in mode {mode!r} has no derivative by the parameters or the data, and one requires gradients: take mode "
+    "'auto'; or, where no such derivative is wanted, detach them or use torch.no_grad()"
+)
 
 
 def product_of(loss: Loss, mode: ModeName, check: bool = True, trace_after: int = PATIENCE) -> Product:
@@ -45,6 +49,8 @@ def product_of(loss: Loss, mode: ModeName, check: bool = True, trace_after: int 
         if torch.compiler.is_compiling():
             with math_attention():
                 return OF_LOSS["forward" if mode in ("auto", "traced") else mode](loss, params, args, v)
+        if mode in _OF_PLAIN_AUTOGRAD and carries_derivative(params, args):
+            raise NoDerivative(_CUT.format(mode=mode))
         differentiated = is_differentiated(params, args)
         key = (mode, check, trace_after, differentiated, *shapes_of((params, args)))
         found, stale = _known(memory, key, loss, params, args)
