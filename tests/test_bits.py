@@ -198,6 +198,29 @@ def test_no_other_choice_of_that_size_is_better(seed: int) -> None:
         assert value <= enumerated(costs, list(own.values()), limit) * (1 + 1e-6)
 
 
+def test_a_choice_that_takes_one_bit_too_many_is_none() -> None:
+    """Of ten billion bits one is below the tolerance of the solver."""
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        layers = [f"layer{i}" for i in range(int(random.integers(2, 6)))]
+        numel = {layer: int(10 ** random.uniform(0, 11)) for layer in layers}
+        traces = {layer: float(10 ** random.uniform(-3, 3)) for layer in layers}
+        costs = [{bits: traces[layer] * (2 / (2**bits - 2)) ** 2 / 24 for bits in (2, 3, 4, 8)} for layer in layers]
+        some = sum(n * int(random.choice([2, 3, 4, 8])) for n in numel.values())
+        size = max(2 * sum(numel.values()), some - 1)
+        found = hf.allocate_bits(table(traces, numel), choices=(2, 3, 4, 8), total_bits=size)
+        assert sum(numel[layer] * bits for layer, bits in found.items()) <= size
+        value = sum(cost[found[layer]] for layer, cost in zip(layers, costs, strict=True))
+        assert value <= enumerated(costs, list(numel.values()), size) * (1 + 1e-6)
+
+
+def test_without_weights_an_error_is_uniform_between_two_levels() -> None:
+    """From 2 to 3 bits a layer gains 1 - 1/9, from 3 to 4 1/9 - 1/49: as much where its trace is 9.8 times as large."""
+    numel = {"a": 1, "b": 1}
+    for ratio, expected in ((9.7, {"a": 3, "b": 3}), (9.9, {"a": 2, "b": 4})):
+        assert hf.allocate_bits(table({"a": 1.0, "b": ratio}, numel), choices=(2, 3, 4), total_bits=6) == expected
+
+
 def test_a_trace_of_noise_counts_as_what_it_may_be() -> None:
     for mean, stderr in ((3.0, 1.0), (0.1, 1.0), (0.0, 2.0), (-0.5, 1.0), (-4.0, 0.5), (50.0, 1.0)):
         exact = scipy.stats.truncnorm(-mean / stderr, np.inf, mean, stderr).mean()

@@ -40,22 +40,29 @@ def _solved(
     owner = np.repeat(np.arange(len(costs)), [len(cost) for cost in costs])
     one_each = (owner == np.arange(len(costs))[:, None]).astype(float)
     flat_sizes, scale = np.concatenate(sizes).astype(float), float(np.gcd.reduce(np.concatenate(sizes)))
-    limit = float(size)
-    while True:
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(flat_sizes[None] / scale, -np.inf, np.floor(size / scale)),
+    ]
+    for _ in range(_MOST_CUTS):
         found = milp(
             np.where(np.concatenate(allowed), np.concatenate(costs), 0.0),
             integrality=np.ones(len(owner)),
             bounds=Bounds(0, np.concatenate(allowed).astype(float)),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(flat_sizes[None] / scale, -np.inf, np.floor(limit / scale)),
-            ],
+            constraints=constraints,
             options={"mip_rel_gap": gap, "presolve": False},  # which takes longer than the programme
         )
         if found.x is None:
             raise HessfnError(f"SciPy's milp finds no bits: {found.message}")
         chosen = [int(found.x[owner == i].argmax()) for i in range(len(costs))]
-        taken = sum(int(own[i]) for own, i in zip(sizes, chosen, strict=True))
-        if taken <= size:
+        if sum(int(own[i]) for own, i in zip(sizes, chosen, strict=True)) <= size:
             return chosen
-        limit -= taken - size  # a whole number that is whole to the solver's tolerance only, times a large size
+        # Of a large size the solver lets some entries more pass, by its tolerance: this choice is cut off.
+        one = np.concatenate([np.arange(len(cost)) == i for cost, i in zip(costs, chosen, strict=True)]).astype(float)
+        constraints.append(LinearConstraint(one[None], -np.inf, len(costs) - 1))
+    raise HessfnError(
+        f"SciPy's milp lets {_MOST_CUTS} choices pass that take more than the {size} bits there are: ask for a few less"
+    )
+
+
+_MOST_CUTS = 100
