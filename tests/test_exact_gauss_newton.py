@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from nets import NETS, classes, conv_net, normal, seeded
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import hessfn as hf
 from hessfn.core import tree
@@ -126,6 +127,77 @@ def test_a_batch_of_one_mapping() -> None:
     found = hf.ggn_diagonal(forward, lambda out, batch: of_tokens(out, batch["ids"]), params, [batch])
     wanted = exact(forward, lambda out, batch: of_tokens(out, batch["ids"]), params, batch, lambda x: x["logits"])
     agree(found, wanted)
+
+
+def branching(p: Any, x: Tensor) -> Tensor:
+    """What vmap refuses."""
+    return x @ p["w"] if float(x.sum()) > 0 else -(x @ p["w"])
+
+
+def nested(p: Any, x: Tensor) -> Tensor:
+    return torch.tanh(x @ p["a"][0]) @ p["b"]["w"] + p["b"]["c"]
+
+
+@pytest.mark.parametrize(
+    ("forward", "params"),
+    [
+        (branching, {"w": normal(4, 3, seed=5)}),
+        (nested, {"a": [normal(4, 5), None], "b": {"w": normal(5, 3, seed=7), "c": normal(3, seed=8)}}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["tensors", "arrays", "a loader", "one sample"])
+def test_any_forward_any_tree_and_any_batches(forward: Any, params: Any, kind: str) -> None:
+    batch = normal(6, 4).abs(), classes(6, 3)
+    if kind == "one sample":
+        batch = batch[0][:1], batch[1][:1]
+    batches: Any = {
+        "arrays": [tuple(x.numpy() for x in batch)],
+        "a loader": DataLoader(TensorDataset(*batch), batch_size=4),
+    }.get(kind, [batch])
+    agree(hf.ggn_diagonal(forward, F.cross_entropy, params, batches), exact(forward, F.cross_entropy, params, batch))
+
+
+def test_several_outputs_and_complex_ones() -> None:
+    params, batch = {"w": normal(4, 3, seed=5)}, (normal(6, 4), classes(6, 3))
+
+    def several(p: Any, x: Tensor) -> Any:
+        return {"u": x @ p["w"], "v": [(x @ p["w"]).sin()], "n": 3}
+
+    def of_both(out: Any, y: Tensor) -> Tensor:
+        return F.cross_entropy(out["u"], y) + out["v"][0].square().mean()
+
+    wanted = exact(
+        lambda p, x: torch.cat([several(p, x)["u"], several(p, x)["v"][0]], 1),
+        lambda out, y: of_both({"u": out[:, :3], "v": [out[:, 3:]]}, y),
+        params,
+        batch,
+    )
+    agree(hf.ggn_diagonal(several, of_both, params, [batch]), wanted)
+    # The mean square of the entries of a real Fourier transform, by the real matrix that it is.
+    parts = torch.view_as_real(torch.fft.rfft(torch.eye(3).double())).permute(1, 2, 0).reshape(4, 3)
+    wanted = exact(lambda p, x: x @ p["w"] @ parts.T, lambda out, y: out.square().sum() / (2 * len(y)), params, batch)
+    transformed = hf.ggn_diagonal(
+        lambda p, x: torch.fft.rfft(x @ p["w"]), lambda out, y: out.abs().square().mean(), params, [batch]
+    )
+    agree(transformed, wanted)
+
+
+@pytest.mark.slow
+def test_a_model_of_hugging_face() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 8}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    forward, params = hf.stateless(seeded(lambda: transformers.GPT2LMHeadModel(config)), params="*attn.c_attn.*")
+    ids = classes(12, 11).view(3, 4)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def next_token(out: Any, batch: Any) -> Tensor:
+        logits = out["logits"] if isinstance(out, dict) else out.logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+    found = hf.ggn_diagonal(forward, next_token, params, [batch])
+    as_dict = hf.stateless(seeded(lambda: transformers.GPT2LMHeadModel(config)), params="*attn.c_attn.*")[0]
+    agree(found, exact(lambda p, b: {"logits": as_dict(p, b).logits}, next_token, params, batch, lambda x: x["logits"]))
 
 
 def test_how_many_samples_at_a_time_changes_nothing() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.core.arguments import kind, require_batches, require_forward
+from hessfn.core.arrays import as_tensors
 from hessfn.core.dtensor import layout
 from hessfn.core.errors import InvalidInput
 from hessfn.core.torch_state import recorded
@@ -50,8 +51,9 @@ def ggn_diagonal(
         under ``vmap``.
 
     Cost: for D outputs a sample (classes times positions) D backward passes of every sample, and a forward pass: about
-    D gradients of the batch, on ResNet20 with ten classes 8 to 11. Where the D gradients of one sample take more than
-    256 MB, twice as many backward passes, some of them at a time. In memory is one forward pass of a batch, and the
+    D gradients of the batch, on ResNet20 with ten classes 8 to 11. Where the D gradients of one sample, or the Hessians
+    of all by their outputs, take more than 256 MB, it is twice as many backward passes, some of them at a time, with a
+    forward pass for each time. In memory is one forward pass of a batch, and the
     gradients and intermediate results of ``chunk_size`` samples for as many outputs.
 
     Raises:
@@ -132,13 +134,15 @@ def _mean(
 def _diagonal(forward: Any, criterion: Criterion, params: T, batch: Any, chunk_size: int | None, call: str) -> T:
     """In float64: the sum over samples, a few at a time."""
     inputs, targets = sides(batch, call)
+    inputs = as_tensors(inputs)
     samples = Samples(inputs)
     curved = curvature_of(forward, criterion, params, inputs, targets, samples.number, call)
     total = tree.map(lambda p: torch.zeros_like(tree.wide(p)), params)
     if not curved.width:  # the criterion is linear in its outputs
         return total
     size = max(sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(params)), 1)
-    rows = min(curved.width, max(_MOST_BYTES // (2 * size), 1))
+    row = max(2 * size, curved.outputs.numel() * curved.outputs.element_size())  # in gradients, and in the Hessians
+    rows = min(curved.width, max(_MOST_BYTES // row, 1))
     chunk = chunk_size or max(min(_MOST_PASSES // rows, _MOST_BYTES // (2 * size * rows)), 1)
     for first in range(0, curved.width, rows):
         group = range(first, min(first + rows, curved.width))
@@ -167,18 +171,20 @@ def _squares(
             return tree.leaves(out.pullback(curved.apart(row, out.parts)))
 
         unit = torch.eye(curved.width, dtype=rows.dtype, device=rows.device)[group.start : group.stop]
-        left = torch.func.vmap(pull)(unit)
+        left = torch.func.vmap(pull, chunk_size=_MOST_PASSES)(unit)
         if len(group) == curved.width:
             right = [torch.tensordot(rows.to(x.dtype), x, 1) for x in left]
         else:
-            right = torch.func.vmap(pull)(rows)
+            right = torch.func.vmap(pull, chunk_size=_MOST_PASSES)(rows)
         return [(a * b).sum(0) for a, b in zip(left, right, strict=True)], curved.joined(out.parts)
 
     some = [x[each] for x in samples.tensors]
-    try:
-        return torch.func.vmap(of_sample)(some, hessian)
-    except (RuntimeError, NotImplementedError, ValueError):  # what vmap has no rule for may do sample by sample
-        return _one_by_one(of_sample, some, hessian, call)
+    if not samples.one_by_one:
+        try:
+            return torch.func.vmap(of_sample)(some, hessian)
+        except (RuntimeError, NotImplementedError, ValueError):  # what vmap has no rule for may do sample by sample
+            samples.one_by_one = True
+    return _one_by_one(of_sample, some, hessian, call)
 
 
 def _one_by_one(of_sample: Any, some: list[Tensor], hessian: Tensor, call: str) -> tuple[list[Tensor], Tensor]:

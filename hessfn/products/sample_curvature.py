@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hessfn.core import tree
-from hessfn.core.arrays import as_tensors
 from hessfn.core.errors import InvalidInput
 from hessfn.core.flatten import flatten
 from hessfn.core.func import gradient, vjp
@@ -32,13 +31,13 @@ class Samples:
     """The inputs of a batch, cut into samples; what has no axis of samples is the same for all."""
 
     def __init__(self, inputs: Any) -> None:
-        inputs = as_tensors(inputs)
         self.number = length(inputs)
         self._flat, self._structure = flatten(inputs)
         self._where = [
             i for i, x in enumerate(self._flat) if isinstance(x, Tensor) and x.dim() and len(x) == self.number
         ]
         self.tensors = [self._flat[i] for i in self._where]
+        self.one_by_one = False  # whether vmap has failed on them
 
     def whole(self, sample: list[Tensor]) -> Any:
         """One sample as a batch of one."""
