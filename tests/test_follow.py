@@ -74,6 +74,15 @@ def test_a_new_top_orthogonal_to_all_that_was_followed_is_found(n: int, new: flo
         assert abs(blind.values[0] - 10) < 1e-9 and blind.converged.all() and blind.outside is None
 
 
+def test_a_fixed_number_of_products_finds_a_new_top_that_no_power_of_the_matrix_leads_to() -> None:
+    first, second = list(drifting(SPECTRA["decaying"], 2, 0.01))
+    before = torch.block_diag(first, torch.zeros(20, 20, dtype=torch.float64))
+    after = torch.block_diag(second, 60 * torch.diag(torch.linspace(0, 1, 20, dtype=torch.float64)))
+    _, state = hf.follow(lambda v: before @ v, like=before[0], rtol=1e-12)
+    pairs, _ = hf.follow(lambda v: after @ v, state, rtol=None, max_matvecs=15)
+    assert abs(pairs.values[0] - 60) <= 0.6
+
+
 def test_where_little_has_changed_a_call_is_a_few_products() -> None:
     for k in (1, 3):
         plain: list[int] = []
