@@ -142,6 +142,8 @@ def test_a_loss_is_traced_once_and_follows_whatever_changes() -> None:
     assert top(model) == pytest.approx(float(torch.linalg.eigvalsh(dense_hessian(model))[-1]), rel=1e-3)
     model.net[4].weight.data = torch.randn(3, 8)
     assert top(model) == pytest.approx(float(torch.linalg.eigvalsh(dense_hessian(model))[-1]), rel=1e-3)
+    model.double()  # as trainers do, and with the batch
+    assert top(model) == pytest.approx(float(torch.linalg.eigvalsh(dense_hessian(model))[-1]), rel=1e-4)
     model.net[0].weight.requires_grad_(False)
     _, params, _, live = loss.at(model)
     assert set(params) == set(live) == {name for name, p in model.named_parameters() if p.requires_grad}

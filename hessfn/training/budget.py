@@ -32,6 +32,10 @@ class Budget:
         if self._since is None:
             self._since = self._clock()
 
+    def stop(self) -> None:
+        """It ends, or is interrupted: what comes until the next start is none of its time."""
+        self._before, self._since = self.elapsed(), None
+
     def elapsed(self) -> float:
         return self._before + (0.0 if self._since is None else self._clock() - self._since)
 

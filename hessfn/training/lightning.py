@@ -132,6 +132,9 @@ class CurvatureCallback(_Callback):
             if measured.density is not None:
                 log_figure(logger, self._prefix + "density", density_figure(measured.density, step), step)
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._monitor.stop()
+
     def state_dict(self) -> dict[str, Any]:
         return self._monitor.state_dict()
 

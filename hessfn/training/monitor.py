@@ -68,6 +68,9 @@ class Monitor:
     def start(self) -> None:
         self.budget.start()
 
+    def stop(self) -> None:
+        self.budget.stop()
+
     def is_due(self, step: int) -> bool:
         """Whether to measure after so many steps of the optimizer: at a multiple of ``every``, once, in the budget."""
         return step > 0 and step != self._last_step and step % self._every == 0 and self.budget.allows()

@@ -57,8 +57,7 @@ class PresentLoss:
         with evaluating(model):
             forward, params = stateless(model, params=self._choice)
         buffers = {name: x.detach() for name, x in model.named_buffers()}
-        device = next(iter(params.values())).device
-        batch = tree.map(lambda x: x.to(device) if isinstance(x, Tensor) else x, self._batch)
+        batch = beside(params, self._batch)
         fresh = loss_of(forward, self._criterion, buffers)
         with torch.no_grad():
             value = fresh(params, batch, buffers)
@@ -92,6 +91,20 @@ def loss_of(forward: Callable[..., Any], criterion: Criterion, buffers: Params) 
 
     loss.closes_over = closes_over  # type: ignore[attr-defined]
     return loss
+
+
+def beside(params: Params, batch: Any) -> Any:
+    """The batch where the parameters are and, as trainers do, in their floating-point type if they have one."""
+    device = next(iter(params.values())).device
+    dtypes = {p.dtype for p in params.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+    return tree.map(moved, batch)
 
 
 @contextmanager

@@ -110,6 +110,9 @@ class CurvatureCallback(_Callback):
             for callback in trainer.callback_handler.callbacks:
                 log_figure(callback, self._prefix + "density", figure, state.global_step)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._monitor.stop()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = _checkpoint(args, state)
         if state.is_world_process_zero and folder.is_dir():
