@@ -182,6 +182,14 @@ def test_with_a_tolerance_it_stays_within_the_most(spectrum, basis_size):
         assert found.residual <= 1
 
 
+@dtypes
+def test_where_the_krylov_space_ends_so_does_the_search(dtype):
+    """Eight eigenvalues and one that is repeated: nine steps, of which rounding may ask once more."""
+    matvec, _, _ = system("rank-deficient", dtype=dtype)
+    found = hf.solve(matvec, B.to(dtype), damping=0.1, rtol=1e-30)
+    assert not found.converged and found.num_matvecs <= 2 * 10
+
+
 def test_a_short_basis_costs_products_and_not_the_solution():
     A = outliers()
     whole, short = (hf.solve(lambda v: A @ v, WIDE, damping=0.1, rtol=1e-4, basis_size=size) for size in (100, 15))
@@ -209,7 +217,7 @@ def test_of_nothing_there_is_nothing(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stated", "options"), [(6 + 8, {}), (2 * 6 + 11, {"precondition": lambda v: v})])
+@pytest.mark.parametrize(("stated", "options"), [(6 + 8, {}), (2 * 6 + 12, {"precondition": lambda v: v})])
 def test_the_peak_is_as_stated(stated, options):
     size = 1 << 20
     diagonal = torch.linspace(0, 1, size) ** 8
@@ -417,6 +425,19 @@ def test_a_diagonal_mends_a_matrix_whose_entries_are_of_unlike_sizes(dtype):
         assert helped.converged
         assert helped.num_matvecs <= plain.num_matvecs / 2
         assert relative(A, helped.x, b.double()) <= 1.1 * rtol
+
+
+def test_it_stops_by_the_residual_itself_and_not_by_its_norm_in_the_preconditioner():
+    """Where the two are orders of magnitude apart, few products more than the fewest that do."""
+    A, rtol = scaled_badly(), 1e-5
+    b, precondition = A @ B, hf.diagonal_preconditioner(A.diagonal())
+    found = hf.solve(lambda v: A @ v, b, rtol=rtol, precondition=precondition)
+
+    def residual(num):
+        return hf.solve(lambda v: A @ v, b, rtol=None, max_matvecs=num, precondition=precondition).residual
+
+    fewest = next(num for num in range(2, 2 * N) if residual(num) <= rtol)
+    assert found.converged and found.num_matvecs == fewest
 
 
 @pytest.mark.parametrize(("sign", "share"), [(1, 0.7), (-1, 0.9)])

@@ -55,13 +55,13 @@ def correction(
     of the residual is at most so much, or there is no way further down.
     """
     v, z, beta = _unit(rest, precondition, torch.zeros_like(tree.norm(rest)))
-    euclidean = tree.norm(rest)
+    left = rest.clone() if goal is not None and precondition is not None else None  # of the residual, step by step
     basis = Rows(v, num_matvecs + 1)
     images = basis if precondition is None else Rows(z, num_matvecs + 1)  # by the preconditioner
     del v, z, rest
     alphas, betas = [], [beta]
     scale = torch.zeros_like(beta)
-    fit = None if goal is None else _Fit(_definite(beta), float(euclidean), goal)
+    fit = None if goal is None else _Fit(_definite(beta), goal)
     for count in range(1, num_matvecs + 1):
         product = matvec(images.matrix[-1])
         if fit is not None:
@@ -78,21 +78,17 @@ def correction(
         basis.add(v)
         if images is not basis:
             images.add(z)
-        del v, z  # before the next product
         if fit is not None:
             fit.add(float(alphas[-1]), _definite(beta))
-            if fit.has_ended(10 * eps * float(scale)):
+            if left is not None:
+                fit.proceed(left, v)
+            size = fit.size if left is None else float(tree.norm(left))
+            if size <= fit.goal or fit.has_ended(10 * eps * float(scale)):
                 break
-            if fit.is_there():
-                if precondition is None:
-                    break
-                left = _solved(alphas, betas, eps)[1]
-                if fit.is_near(float(tree.norm(left.to(basis.matrix) @ basis.matrix))):
-                    break
+        del v, z  # before the next product
     if known(torch.stack(betas).isnan().any()):
         _definite(torch.stack(betas).sum())
-    y = _solved(alphas, betas, eps)[0]
-    x = y.to(images.matrix) @ images.matrix[: len(alphas)]
+    x = _solved(alphas, betas, eps).to(images.matrix) @ images.matrix[: len(alphas)]
     return Correction(x, len(alphas), 0.0 if fit is None else fit.norm)
 
 
@@ -100,8 +96,8 @@ def _definite(size: Tensor) -> float:
     """A norm by the preconditioner, to decide on."""
     if math.isnan(size):
         raise InvalidInput(
-            "precondition is not positive definite, v'Mv < 0 for some v: diagonal_preconditioner and "
-            "spectral_preconditioner make one that is"
+            "precondition is not positive definite, v'Mv is negative or no number for some v: diagonal_preconditioner "
+            "and spectral_preconditioner make one that is"
         )
     return float(size)
 
@@ -133,8 +129,8 @@ def _unit(v: Tensor, precondition: FlatMatVec | None, floor: Tensor) -> tuple[Te
     return unit, unit if precondition is None else z / by, torch.where(size <= floor, 0.0, size)
 
 
-def _solved(alphas: list[Tensor], betas: list[Tensor], eps: float) -> tuple[Tensor, Tensor]:
-    """Of the tridiagonal problem the shortest solution ``(m,)`` of least squares, and what it leaves ``(m + 1,)``."""
+def _solved(alphas: list[Tensor], betas: list[Tensor], eps: float) -> Tensor:
+    """Of the tridiagonal problem the shortest solution ``(m,)`` of least squares."""
     alpha, beta = torch.stack(alphas), torch.stack(betas)
     off = torch.diag_embed(beta[1:-1], 1)
     square = torch.diag_embed(alpha) + off + off.mT
@@ -144,18 +140,15 @@ def _solved(alphas: list[Tensor], betas: list[Tensor], eps: float) -> tuple[Tens
     left, values, right = torch.linalg.svd(torch.where(bad, 0.0, matrix), full_matrices=False)
     kept = values > 10 * eps * values[:1]
     shares = torch.where(kept, beta[0] * left[0] / torch.where(kept, values, 1.0), 0.0)
-    y = torch.where(bad, torch.nan, shares @ right)
-    target = torch.cat([beta[:1], torch.zeros_like(alpha)])
-    return y, target - matrix @ y
+    return torch.where(bad, torch.nan, shares @ right)
 
 
 class _Fit:
-    """The norm of the residual, step by step, by the rotations of a QR factorisation of the tridiagonal matrix."""
+    """The residual, step by step, by the rotations of a QR factorisation of the tridiagonal matrix."""
 
-    def __init__(self, size: float, euclidean: float, goal: float) -> None:
+    def __init__(self, size: float, goal: float) -> None:
+        self.size, self.goal = size, goal  # of the residual; the size is in the norm of the preconditioner
         self.norm = 0.0  # of the matrix, as far as its products show
-        self._size, self._goal = size, goal
-        self._enough = size * goal / euclidean  # in the norm of the preconditioner, as far as one knows
         self._cosine, self._sine, self._delta_bar, self._beta = -1.0, 0.0, 0.0, 0.0
         self._image = math.inf
 
@@ -170,16 +163,12 @@ class _Fit:
         gamma = math.hypot(gamma_bar, beta)
         if gamma > 0:
             self._cosine, self._sine = gamma_bar / gamma, beta / gamma
-            self._size *= self._sine
+            self.size *= self._sine
+
+    def proceed(self, left: Tensor, v: Tensor) -> None:
+        """Writes over a residual what it is after the step that led to the basis vector ``v``."""
+        left.mul_(self._sine**2).add_(v, alpha=-self.size * self._cosine)
 
     def has_ended(self, floor: float) -> bool:
         """Whether the space has ended, or the matrix takes what is left of the residual to zero."""
         return self._beta <= 0 or self._image <= floor
-
-    def is_there(self) -> bool:
-        return self._size <= self._enough
-
-    def is_near(self, euclidean: float) -> bool:
-        """Whether the residual is small in the Euclidean norm too; if not, it is asked again further down."""
-        self._enough *= 0.7 * min(1.0, self._goal / euclidean)
-        return euclidean <= self._goal

@@ -67,7 +67,7 @@ def solve(
         and ``x0`` have none, nor has the residual, and a second derivative is refused.
 
     Cost: ``num_matvecs`` products: one for the residual of every cycle, and with ``x0`` one for the first; at its peak
-        ``basis_size`` + 8 vectors, with a preconditioner twice ``basis_size`` + 11 (where fewer products are made,
+        ``basis_size`` + 8 vectors, with a preconditioner twice ``basis_size`` + 12 (where fewer products are made,
         fewer are kept). The preconditioner is applied once for each.
 
     Raises:
@@ -129,8 +129,10 @@ def _flat(precondition: MatVec[T], like: T, space: Space[T]) -> FlatMatVec:
     """On flat vectors, without a derivative: it changes the way to the solution alone."""
 
     def product(v: Tensor) -> Tensor:
-        image = tree.aligned(precondition(space.unravel(v)), like, "what precondition returns")
-        return space.ravel(tree.require_finite(image, "what precondition returns")).detach()
+        image = space.ravel(tree.aligned(precondition(space.unravel(v)), like, "what precondition returns"))
+        if image.device.type == "cpu":  # elsewhere to ask is to wait, and what is not finite is found at the end
+            tree.require_finite(image, "what precondition returns")
+        return image.detach()
 
     return product
 
