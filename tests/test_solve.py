@@ -206,6 +206,15 @@ def test_a_solution_to_start_from_saves_the_products_that_led_to_it():
     assert there.num_matvecs == 1 and torch.equal(there.x, x)
 
 
+@spectra
+def test_no_search_ends_with_more_than_it_began_with(spectrum):
+    """Asked for more than float32 has, from a solution that is as good as that."""
+    matvec, _, x = system(spectrum, dtype=torch.float32)
+    for start in (x.float(), *(x.float() * (1 + 1e-7 * noise) for noise in gaussian(B.float(), 5, seed=1))):
+        began, ended = (hf.solve(matvec, B.float(), damping=0.1, x0=start, rtol=rtol) for rtol in (1.0, 1e-12))
+        assert torch.equal(began.x, start) and ended.residual <= began.residual
+
+
 @pytest.mark.parametrize("options", [{}, {"rtol": None, "max_matvecs": 5}])
 def test_of_nothing_there_is_nothing(options):
     zero = torch.zeros(4).double()
@@ -253,6 +262,20 @@ def test_several_matrices_and_dampings_at_once_under_vmap():
         exact = np.linalg.solve((A + c * EYE).numpy(), B.numpy())
         torch.testing.assert_close(x, torch.from_numpy(exact), rtol=1e-8, atol=1e-8)
         assert float(residual) == pytest.approx(relative(A + c * EYE, x), rel=0.5, abs=1e-13)
+
+
+@pytest.mark.slow
+def test_it_compiles_as_a_whole():
+    A = symmetric(SPECTRA["indefinite"])
+
+    def solution(b, damping):
+        return hf.solve(lambda v: A @ v, b, damping=damping, rtol=None, max_matvecs=12, basis_size=6)
+
+    c = torch.tensor(0.1).double()
+    found = torch.compile(solution, fullgraph=True, backend="aot_eager")(B, c)
+    torch.testing.assert_close(found.x, solution(B, c).x, rtol=1e-9, atol=1e-9)
+    with pytest.raises(Exception, match="pass rtol=None"):
+        torch.compile(lambda b: hf.solve(lambda v: A @ v, b).x, fullgraph=True, backend="aot_eager")(B)
 
 
 # Derivatives.
