@@ -193,6 +193,16 @@ def test_a_fixed_number_of_products_runs_under_vmap_and_has_derivatives() -> Non
     torch.testing.assert_close(torch.func.vmap(twice)(matrices)[:, 0], exact[:, 0], rtol=1e-6, atol=0)
 
 
+def test_the_zero_matrix_is_followed_too() -> None:
+    state = None
+    for factor in (1.0, 0.0, 0.0, 2.0):
+        matrix = factor * symmetric(SPECTRA["decaying"])
+        pairs, state = hf.follow(lambda v: matrix @ v, state, like=LIKES["tensor"], k=2)  # noqa: B023
+        exact = torch.linalg.eigvalsh(matrix).flip(0)
+        torch.testing.assert_close(pairs.values, exact[:2], rtol=0.01, atol=0)
+        assert pairs.converged.all() and pairs.outside[1] >= exact[2] and pairs.outside[0] <= exact[-1]
+
+
 def test_one_dimension_and_all_dimensions() -> None:
     state = None
     for value in (2.0, 3.0):

@@ -79,6 +79,9 @@ class Chain:
         found = []
         for edge, sign in ((float(ritz[0]), -1.0), (float(ritz[-1]), 1.0)):
             step = max(self._floor, float(ritz[-1] - ritz[0]))
+            if step == 0:  # of the zero matrix, whose only eigenvalue a random direction is sure to see
+                found.append(edge + sign * self._coupling)
+                continue
             while self._log_size(edge + sign * step) < self._needed(CHANCE / 2):
                 step *= 2
             low, high = 0.0, step

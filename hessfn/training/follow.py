@@ -30,7 +30,7 @@ def follow(
     rtol: float | None = 1e-2,
     max_matvecs: int | None = None,
     search: bool = True,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> tuple[EigenPairs[T], FollowState[T]]:
     """k eigenpairs at the ends of the spectrum of a matrix that changes, call by call, and the state for the next call.
 
@@ -80,7 +80,7 @@ def follow(
     if state is None:
         if like is None:
             raise InvalidInput(f"{_CALL}: the first call needs like=params, a tree like the vectors")
-        vectors, now = None, torch.tensor(_checked_seed(seed) + _APART)
+        vectors, now = None, torch.as_tensor(_checked(seed)) + _APART
         start = gaussian(like, 1, seed=now)[0]
     else:
         vectors, now = _of(state, like, k)
@@ -124,7 +124,7 @@ def _mixed(vectors: T, direction: T) -> T:
     return tree.map(lambda x, r: x.sum(0) + (size * r).to(r.dtype), vectors, direction)
 
 
-def _checked_seed(seed: int) -> int:
-    if seed < 0:
+def _checked(seed: int | Tensor) -> int | Tensor:
+    if not isinstance(seed, Tensor) and seed < 0:
         raise InvalidInput(f"seed={seed} must not be negative")
     return seed
