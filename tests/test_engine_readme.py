@@ -37,6 +37,7 @@ small compiler, with the usual parts under their usual names:
 | `rewrites.py` | passes that rewrite a graph in place: folding of BatchNorm, layouts, reassociation |
 | `linearize.py` | forward-over-reverse, constant folding |
 | `memory_plan.py` | alias analysis, out-variant rewrite, liveness: where results go |
+| `fused/` | attention by tiles and cross-entropy in chunks: one node each, with both derivatives |
 | `conv3x3/` | a guest: compiled convolutions by 3 x 3; hessfn works when this folder is deleted |
 
 A new operation without a forward rule goes into `op_definitions.py` (a definition of it) or into the list at the end of

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from hessfn.core.torch_private import weight_norm
 from hessfn.engine import geometry_definitions
+from hessfn.engine.fused.attention import is_fused as has_many_scores
+from hessfn.engine.fused.attention import scaled_dot_product_attention
+from hessfn.engine.fused.cross_entropy import cross_entropy
+from hessfn.engine.fused.cross_entropy import is_fused as has_many_logits
 
 
 def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -29,8 +32,7 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     - Means of squares, Huber's loss, the soft margin and ``hardsigmoid`` have no rule in forward mode.
     - Distances and samples of a grid are elementary operations, and leaky ReLUs with a random slope are in eval mode
       those with the mean slope: the fused ones have no forward rule.
-    - Attention divides by the sum of its weights last, so that only one matrix of its size comes into the derivatives
-      for two.
+    - Attention, and cross-entropy of many classes, are the operations of ``fused/``.
 
     >>> loss = by_definition(lambda w, x: torch.nn.functional.layer_norm(w * x, (3,)).square().sum())
     >>> loss(torch.tensor(2.0), torch.arange(3.0))
@@ -44,23 +46,27 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return defined
 
 
-@contextmanager
-def noting_definitions() -> Iterator[list[Any]]:
-    """The operations that are called meanwhile and that :func:`by_definition` may replace."""
-    noting = _Noting()
-    with noting:
-        yield noting.called
+def noting_fused(loss: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], set[Any]]:
+    """The same loss, and which operations of its it has called that :func:`by_definition` fuses."""
+    found: set[Any] = set()
+
+    def noted(*args: Any) -> Tensor:
+        with _Noting(found):
+            return loss(*args)
+
+    return noted, found
 
 
 class _Noting(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, found: set[Any]) -> None:
         super().__init__()
-        self.called: list[Any] = []
+        self.found = found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _DEFINITIONS:
-            self.called.append(func)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _FUSED and _FUSED[func](*args, **kwargs):
+            self.found.add(func)
+        return func(*args, **kwargs)
 
 
 class _Replacing(TorchFunctionMode):
@@ -161,34 +167,6 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    wide = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
-    if dropout_p or enable_gqa or not wide or (is_causal and attn_mask is not None):
-        options: Any = {"scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        # Added, a mask is nothing to differentiate; where the weights are zero, so is all that follows from them.
-        added = torch.where(attn_mask, 0.0, -math.inf) if attn_mask.dtype == torch.bool else attn_mask
-        scores = scores + added.to(scores.dtype)
-    highest = scores.detach().amax(-1, keepdim=True)
-    weights = (scores - highest.masked_fill(highest == -math.inf, 0.0)).exp()
-    total = weights.sum(-1, keepdim=True)
-    return (weights @ value) * total.masked_fill(total == 0, 1.0).reciprocal()  # who attends to nothing gets zeros
-
-
 def _cholesky_inverse(L: Tensor, upper: bool = False, **options: Any) -> Tensor:
     if options:
         return torch.cholesky_inverse(L, upper, **options)
@@ -248,6 +226,10 @@ def _rrelu(
     return F.leaky_relu(input, (lower + upper) / 2, inplace)
 
 
+_FUSED: dict[Any, Callable[..., bool]] = {
+    F.scaled_dot_product_attention: has_many_scores,
+    F.cross_entropy: has_many_logits,
+}
 _DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
@@ -256,7 +238,8 @@ _DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
-    F.scaled_dot_product_attention: _attention,
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    F.cross_entropy: cross_entropy,
     F.mse_loss: _mse_loss,
     F.huber_loss: _huber_loss,
     F.soft_margin_loss: _soft_margin_loss,

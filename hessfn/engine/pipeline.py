@@ -18,6 +18,7 @@ from hessfn.core.locks import Lock
 from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import Tree
 from hessfn.engine import decisions, linearize, memory_plan, rewrites, symmetric_map
+from hessfn.engine.fused.head import fuse_heads
 from hessfn.engine.graph_module import without_collections
 from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
 
@@ -84,6 +85,12 @@ LOSS: tuple[Stage, ...] = (
         _rewrite(rewrites.drop_same_views),
     ),
     Stage("drop_dead", "Dead code elimination: what the loss does not depend on goes.", _rewrite(rewrites.drop_dead)),
+    Stage(
+        "fuse_heads",
+        "Cross-entropy of many classes takes the matrix product that makes its logits into itself.",
+        _rewrite(fuse_heads),
+    ),
+    Stage("drop_dead", "Dead code elimination, again.", _rewrite(rewrites.drop_dead)),
     Stage(
         "refuse_other_functions",
         "A graph that would be another function than the loss, or have other derivatives, is refused.",

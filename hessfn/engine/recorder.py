@@ -70,7 +70,7 @@ class Recorder(TorchDispatchMode):
         given = [self.graph.placeholder(f"in{i}") for i in range(len(inputs))]
         for tensor, node in zip(inputs, given, strict=True):
             node.meta["val"] = on_meta(tensor)
-            self._keep(tensor, Alias(self, node, is_fake=not is_known(tensor), is_own=False))
+            self.keep(tensor, Alias(self, node, is_fake=not is_known(tensor), is_own=False))
         try:
             with self:
                 outputs = function(*inputs)
@@ -84,7 +84,7 @@ class Recorder(TorchDispatchMode):
 
     # What is known of a tensor lies on the tensor, and goes with it.
 
-    def _keep(self, tensor: Tensor, alias: Alias) -> Alias:
+    def keep(self, tensor: Tensor, alias: Alias) -> Alias:
         tensor._hessfn_alias = alias  # type: ignore[attr-defined]
         return alias
 
@@ -106,7 +106,7 @@ class Recorder(TorchDispatchMode):
         alias = self.alias(tensor)
         if alias.node is None:
             alias.node = self._constant(tensor.detach())
-        return alias.current(self._call)
+        return alias.current(self.call)
 
     def _constant(self, value: Tensor) -> fx.Node:
         name = f"constant{len(self.constants)}"
@@ -150,40 +150,40 @@ class Recorder(TorchDispatchMode):
             return out
         parent = self.alias(args[0]) if kind.view else None
         if func is aten.lift_fresh.default and isinstance(out, Tensor) and not fake:  # of numbers, and made in here
-            self._keep(out, Alias(self, self._constant(out.clone())))
+            self.keep(out, Alias(self, self._constant(out.clone())))
             return out
 
-        def keep(part: Tensor, node: fx.Node, index: int | None = None) -> Alias:
+        def kept(part: Tensor, node: fx.Node, index: int | None = None) -> Alias:
             alias = Alias(self, node, is_fake=fake)
             if parent is not None:
                 alias.of(parent, args[0].shape, (func, (None, *args[1:]), kwargs), index)
             if "val" not in node.meta:
                 node.meta["val"] = on_meta(part)
-            return self._keep(part, alias)
+            return self.keep(part, alias)
 
         if self.lean and isinstance(out, Tensor):
             same = args[func is aten.copy.default] if func in _MAY_HAND_ON else None
             if same is not None and looks(same) == looks(out):
-                keep(out, self.node_of(same))
+                kept(out, self.node_of(same))
                 return out
             is_zero = zero_propagation.is_zero(func, args, self.is_zero)
             if is_zero or func is aten._new_zeros_with_same_feature_meta.default:  # it would keep what it is like
                 options: Any = {"dtype": out.dtype, "device": out.device}
-                keep(out, self._call(aten.zeros.default, (list(out.shape),), options)).note_zero()
+                kept(out, self.call(aten.zeros.default, (list(out.shape),), options)).note_zero()
                 return out
         plain = aten.reshape.default if func in _VIEWS else func  # under vmap the layout may be another
-        call = self._call(plain, *with_tensors((args, kwargs), self.node_of))
+        call = self.call(plain, *with_tensors((args, kwargs), self.node_of))
         if isinstance(out, Tensor):
-            alias = keep(out, call)
+            alias = kept(out, call)
             if func in zero_propagation.MAKERS:
                 alias.note_zero()
             return out
         for i, part in enumerate(out):
             if isinstance(part, Tensor):
-                keep(part, self._call(operator.getitem, (call, i), {}), i)
+                kept(part, self.call(operator.getitem, (call, i), {}), i)
         return out
 
-    def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
+    def call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         """The node of a call: in a lean graph the one that is there already (derivative rules repeat themselves)."""
         if not self.lean:
             node = self._new(func, args, kwargs)
@@ -227,25 +227,25 @@ class Recorder(TorchDispatchMode):
         if kind_of(plain).view:  # another view of the same memory, which takes the target's place
             before, shape, node = self.alias(target), target.shape, self.node_of(target)
             func(*args, **kwargs)
-            node = self._call(plain, (node, *args[1:]), kwargs)
+            node = self.call(plain, (node, *args[1:]), kwargs)
             node.meta.setdefault("val", on_meta(target))
-            self._keep(target, Alias(self, node).of(before, shape, (plain, args, kwargs), None))
+            self.keep(target, Alias(self, node).of(before, shape, (plain, args, kwargs), None))
             return target
         given = tensors((args, kwargs))
         fake = any(map(self.is_fake, given))
         if plain is aten.copy.default and looks(args[1]) == looks(target):
             node = self.node_of(args[1])
         else:
-            node = self._call(plain, *with_tensors((args, kwargs), self.node_of))
+            node = self.call(plain, *with_tensors((args, kwargs), self.node_of))
             if any(t.dtype != target.dtype for t in given) and plain is not aten.copy.default:
                 node.meta.setdefault("val", self._look(plain, args, kwargs))
                 if node.meta["val"].dtype != target.dtype:  # the plain operation promotes
-                    node = self._call(aten._to_copy.default, (node,), {"dtype": target.dtype})
+                    node = self.call(aten._to_copy.default, (node,), {"dtype": target.dtype})
             node.meta.setdefault("val", on_meta(target))
         if not fake:
             func(*args, **kwargs)
         alias = self.alias(target)
-        alias.write(node, self._call)
+        alias.write(node, self.call)
         alias.root.is_fake = fake
         return target
 
@@ -263,7 +263,7 @@ class Recorder(TorchDispatchMode):
         """Another tensor of the same node."""
         fake, was_zero = self.is_fake(tensor), self.is_zero(tensor)
         out = like(tensor, device=tensor.device) if fake else tensor.clone()
-        alias = self._keep(out, Alias(self, self.node_of(tensor), is_fake=fake))
+        alias = self.keep(out, Alias(self, self.node_of(tensor), is_fake=fake))
         if was_zero:
             alias.note_zero()
         return out

@@ -26,6 +26,7 @@ from hessfn.core.torch_private import (
 from hessfn.core.tree import Tree
 from hessfn.engine import reference
 from hessfn.engine.explain import READS_VALUES, explain
+from hessfn.engine.fused.operation import is_own
 from hessfn.engine.recorder import Recorder, Unsupported
 from hessfn.engine.reference import marked
 
@@ -157,7 +158,7 @@ def _refuse_custom_derivatives(value: Tensor) -> None:
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:
-            if isinstance(node, torch.autograd.function.BackwardCFunction):
+            if isinstance(node, torch.autograd.function.BackwardCFunction) and not is_own(node):
                 raise Untraceable(
                     f"it has an autograd.Function ({type(node).__name__.removesuffix('Backward')}), whose own "
                     "derivative a trace would lose"

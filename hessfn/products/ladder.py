@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
+
 from hessfn.core import tree
 from hessfn.core.errors import NoDerivative, Untraceable
 from hessfn.core.probes import gaussian
@@ -14,7 +16,7 @@ from hessfn.core.results import Mode
 from hessfn.core.torch_state import is_differentiated, is_observed, recorded
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
-from hessfn.engine.op_definitions import by_definition, noting_definitions
+from hessfn.engine.op_definitions import by_definition, noting_fused
 from hessfn.losses.model_inputs import taken
 from hessfn.products.first_check import AT_A_KINK, Evidence, disagreement, evidence, is_generic, not_finite, verdict
 from hessfn.products.loss_checks import Inspected, Loss, inspect, refuse_once_differentiable, two_differences
@@ -97,14 +99,18 @@ def climb(
     Of one mode alone, which was asked for, it is said what is wrong with it. ``reasons`` are why modes that were tried
     before are not taken.
     """
-    with differentiating(), noting_definitions() as defined:
-        inspected = inspect(loss, params, args)
-    # Where no operation is replaced, the graph of this evaluation is that of the product, which can go on from there.
-    graphs = [inspected.graph] if order[0] == "double_backward" and inspected.graph and not defined else []
+    noted, fused = noting_fused(loss)
+    with differentiating():
+        inspected = inspect(by_definition(noted), params, args)
+    # The graph of this evaluation is that of the product, which can go on from there.
+    graphs = [inspected.graph] if order[0] == "double_backward" and inspected.graph else []
     inspected = inspected._replace(graph=None)
+    if F.cross_entropy in fused and "traced" in order:  # the logits of many classes are more memory than all else
+        graphs.clear()
+        order = ("traced", *(mode for mode in order if mode != "traced"))
     shapes = shapes_of((params, args))
     is_checked = check and not is_observed(*tree.leaves((params, args, v)))
-    judge = Judge(loss, params, args, v, inspected)
+    judge = Judge(loss, params, args, v, inspected, memory if fused else None)
     finding, reasons = "", list(reasons)
     for name in order:
         if name != "double_backward":
@@ -157,11 +163,16 @@ class Judged(NamedTuple):
 class Judge:
     """Holds products against gradients of the loss, which it asks for once, and only if it is asked.
 
-    Some of the samples are asked first. What is right there is right; all samples are asked of the rest.
+    Some of the samples are asked first. What is right there is right; all samples are asked of the rest. A trace holds
+    for one shape of arguments, so that of all samples its product is held against that by plain autograd; where this
+    takes much more memory (``traces``: where traces are kept), that of a second trace is asked, for some samples.
     """
 
-    def __init__(self, loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, inspected: Inspected) -> None:
+    def __init__(
+        self, loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, inspected: Inspected, traces: Memory | None
+    ) -> None:
         self.loss, self.params, self.args, self.v, self.inspected = loss, params, args, v, inspected
+        self.traces = traces
         self.of_part: PartCheck | None = None
         self.of_all: list[Evidence | None] = []
 
@@ -171,7 +182,8 @@ class Judge:
             along = self.v if is_generic(self.v) else gaussian(self.params, 1)[0]
             custom = self.inspected.has_custom_backward
             self.of_part = PartCheck(self.loss, self.params, self.args, along, custom)
-            if not (self.of_part.ask_with_plain() if name == "traced" else self.of_part.ask()):
+            by_plain = name == "traced" and self.traces is None
+            if not (self.of_part.ask_with_plain() if by_plain else self.of_part.ask()):
                 self.ask_all(along)
         return self.of_part
 
@@ -187,7 +199,7 @@ class Judge:
         along = of_part.v
         stated = min(10 * found.mode.error, 0.1)  # of differences, which say it themselves
         is_finite = math.isfinite(float(tree.norm(result)))
-        if name != "traced" and is_finite and of_part.agrees(found.product(self.loss), stated):
+        if is_finite and self._agrees_in_part(name, found, of_part, stated):
             return Judged(True, "")
         if of_part.plain is None and self.ask_all(along) is None:
             return Judged(True, "")
@@ -207,6 +219,16 @@ class Judge:
         if self.inspected.has_custom_backward:
             return Judged(True, "" if name == "difference" else f"{message}. {_CUSTOM}")
         return Judged(True, f"{message}. {AT_A_KINK}") if said == "kink" else Judged(False, message)
+
+    def _agrees_in_part(self, name: str, found: Found, of_part: PartCheck, stated: float) -> bool:
+        if name == "traced":
+            if of_part.seen is None or self.traces is None:
+                return False
+            try:
+                found = made(name, self.loss, self.params, of_part.part, self.traces)
+            except Untraceable:
+                return False
+        return of_part.agrees(found.product(self.loss), stated)
 
 
 _WRONG = "not what gradients of the loss say"

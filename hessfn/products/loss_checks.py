@@ -16,6 +16,7 @@ from hessfn.core.errors import InvalidInput, NoDerivative
 from hessfn.core.torch_private import under_functorch
 from hessfn.core.torch_state import is_differentiated, known
 from hessfn.core.tree import Tree
+from hessfn.engine.fused.operation import is_own
 
 Loss = Callable[..., Tensor]
 
@@ -66,7 +67,7 @@ def inspect(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Inspected:
         raise InvalidInput(f"the loss is {value.item()} at these parameters: curvature needs a finite one")
     if leaves:
         _require_dependence(value, leaves, tree.names(params))
-    customs = [node for node in _nodes(value) if isinstance(node, torch.autograd.function.BackwardCFunction)]
+    customs = [n for n in _nodes(value) if isinstance(n, torch.autograd.function.BackwardCFunction) and not is_own(n)]
     if any(_function_of(node) is CheckpointFunction for node in customs):
         raise InvalidInput(
             "the loss is checkpointed with use_reentrant=True, and torch.autograd.grad has no gradients of that, or "

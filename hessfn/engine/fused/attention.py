@@ -1,0 +1,268 @@
+"""Attention as a fused operation, with both derivatives of it: by tiles, or by definition where others are to see."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hessfn.engine.fused import tiles
+from hessfn.engine.fused.operation import Fused, call, is_followed, of_tangents, sees_operations
+
+Pair = tuple[Tensor, Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
+WORTH = 1 << 18  # scores of a head: with fewer, the matrix of them all is faster
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """As ``torch.nn.functional.scaled_dot_product_attention``; where sequences are long, by tiles.
+
+    It divides by the sum of the weights last, so that only one matrix of its size comes into the derivatives for two.
+    """
+    wide = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
+    if dropout_p or not wide or (is_causal and attn_mask is not None):
+        options: Any = {"scale": scale, "enable_gqa": enable_gqa}
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # Added, a mask is nothing to differentiate; where the weights are zero, so is all that follows from them.
+        attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
+    if is_fused(query, key):
+        leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+        query, key, value = (x.expand(*leading, *x.shape[-2:]) for x in (query, key, value))
+        return attention(query, key, value, attn_mask, is_causal, scale)[0]
+    scores = (query * scale) @ key.transpose(-2, -1)
+    if is_causal:
+        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        attn_mask = torch.where(below, 0.0, -math.inf)
+    if attn_mask is not None:
+        scores = scores + attn_mask.to(scores.dtype)
+    highest = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - highest.masked_fill(highest == -math.inf, 0.0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ value) * total.masked_fill(total == 0, 1.0).reciprocal()  # who attends to nothing gets zeros
+
+
+def is_fused(query: Tensor, key: Tensor, *_: Any, **__: Any) -> bool:
+    """Whether attention has so many scores that it is by tiles."""
+    return query.shape[-2] * key.shape[-2] >= WORTH
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Pair:
+    """``o = P v`` and the log-sum-exp of the scores by row, ``P = softmax(scale q k' + mask)``.
+
+    Args:
+        q, k, v: (..., n, d), (..., m, d), (..., m, e), of the same leading axes.
+        mask: added to the scores, of a shape that expands to (..., n, m); not to be differentiated.
+        causal: row i sees columns up to i.
+    """
+    if sees_operations() or is_followed(mask):
+        return _by_definition(q, k, v, mask, causal, scale)
+    if is_followed(q, k, v):
+        return _Attention.apply(q, k, v, mask, causal, scale)
+    return call(attention, _kernel, _look, q, k, v, mask, causal, scale)
+
+
+def tangent(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> Pair:  # fmt: skip
+    """Those of the results of :func:`attention`."""
+    args = q, k, v, mask, causal, scale, out, lse, dq, dk, dv
+    if sees_operations() or is_followed(*args):
+        return _tangent_by_definition(*args)
+    return call(tangent, _tangent_kernel, _tangent_look, *args)
+
+
+def gradient(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    out: Tensor, lse: Tensor, g: Tensor,
+) -> Triple:  # fmt: skip
+    """The derivatives of ``<g, o>`` by queries, keys and values."""
+    args = q, k, v, mask, causal, scale, out, lse, g
+    if sees_operations():
+        return _gradient_by_definition(*args)
+    if is_followed(*args):
+        return _Gradient.apply(*args)
+    return call(gradient, _gradient_kernel, _gradient_look, *args)
+
+
+def tangent_of_gradient(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    out: Tensor, lse: Tensor, g: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, dlse: Tensor, dg: Tensor,
+) -> Triple:  # fmt: skip
+    """Those of the results of :func:`gradient`."""
+    args = q, k, v, mask, causal, scale, out, lse, g, dq, dk, dv, dout, dlse, dg
+    if sees_operations() or is_followed(*args):
+        return _tangent_of_gradient_by_definition(*args)
+    return call(tangent_of_gradient, _tangent_of_gradient_kernel, _gradient_look, *args)
+
+
+class _Attention(Fused):
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> Any:
+        out, lse = call(attention, _kernel, _look, q, k, v, mask, causal, scale)
+        ctx.how = mask, causal, scale
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_forward(q, k, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        given = (*_given(ctx), *tangents[:3])
+        with of_tangents():
+            return tangent(*given)
+
+    @staticmethod
+    def backward(ctx: Any, g: Any, _: Any) -> Any:
+        given = (*_given(ctx), g)
+        return *gradient(*given), None, None, None
+
+
+class _Gradient(Fused):
+    """Output and log-sum-exp are no variables of their own here: what they depend on is counted with q, k and v."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float, *rest: Any) -> Any:
+        ctx.how = mask, causal, scale
+        ctx.save_for_backward(q, k, v, *rest)
+        ctx.save_for_forward(q, k, v, *rest)
+        return call(gradient, _gradient_kernel, _gradient_look, q, k, v, mask, causal, scale, *rest)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        given = (*_given(ctx), *tangents[:3], *tangents[-3:])
+        with of_tangents():
+            return tangent_of_gradient(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        # The Hessian of <g, o> by q, k and v is symmetric, and its derivative by g is the tangent of o.
+        *given, g = _given(ctx)
+        along = (*given, *cotangents)
+        dout, dlse = tangent(*along)
+        along = (*given, g, *cotangents, dout, dlse, torch.zeros_like(g))
+        return *tangent_of_gradient(*along), None, None, None, None, None, dout
+
+
+def _given(ctx: Any) -> Any:
+    q, k, v, *rest = ctx.saved_tensors
+    return q, k, v, *ctx.how, *rest
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    scores = (q * scale) @ k.mT
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores + torch.where(below, 0.0, -math.inf).to(scores.dtype)
+    return scores
+
+
+def _by_definition(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Pair:
+    scores = _scores(q, k, mask, causal, scale)
+    highest = scores.detach().amax(-1, keepdim=True)
+    highest = highest.masked_fill(highest == -math.inf, 0.0)
+    weights = (scores - highest).exp()
+    total = weights.sum(-1, keepdim=True)
+    lse = torch.where(total > 0, highest + total.log(), math.inf)
+    return (weights @ v) * total.masked_fill(total == 0, 1.0).reciprocal(), lse
+
+
+def _tangent_by_definition(
+    q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float, out: Any, lse: Any, dq: Any, dk: Any, dv: Any
+) -> Pair:
+    weights = (_scores(q, k, mask, causal, scale) - lse).exp()
+    change = weights * (dq @ k.mT + q @ dk.mT) * scale
+    dlse = change.sum(-1, keepdim=True)
+    return change @ v + weights @ dv - dlse * out, dlse
+
+
+def _gradient_by_definition(
+    q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float, out: Any, lse: Any, g: Any
+) -> Triple:
+    weights = (_scores(q, k, mask, causal, scale) - lse).exp()
+    by_scores = weights * (g @ v.mT - (g * out).sum(-1, keepdim=True)) * scale
+    return by_scores @ k, by_scores.mT @ q, weights.mT @ g
+
+
+def _tangent_of_gradient_by_definition(
+    q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float, out: Any, lse: Any, g: Any,
+    dq: Any, dk: Any, dv: Any, dout: Any, dlse: Any, dg: Any,
+) -> Triple:  # fmt: skip
+    weights = (_scores(q, k, mask, causal, scale) - lse).exp()
+    dweights = weights * ((dq @ k.mT + q @ dk.mT) * scale - dlse)
+    apart = g @ v.mT - (g * out).sum(-1, keepdim=True)
+    dapart = dg @ v.mT + g @ dv.mT - (dg * out + g * dout).sum(-1, keepdim=True)
+    by_scores, dby_scores = weights * apart * scale, (dweights * apart + weights * dapart) * scale
+    return (
+        dby_scores @ k + by_scores @ dk,
+        dby_scores.mT @ q + by_scores.mT @ dq,
+        dweights.mT @ g + weights.mT @ dg,
+    )
+
+
+# Kernels: leading axes are one.
+
+
+def _flat(x: Any) -> Any:
+    return None if x is None else x.flatten(0, -3) if x.dim() > 3 else x if x.dim() == 3 else x[None]
+
+
+def _of(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tiles.Scores:
+    if mask is not None:
+        mask = mask.expand(*q.shape[:-1], k.shape[-2])
+    return tiles.Scores(_flat(q), _flat(k), mask, causal, scale)
+
+
+def _shaped(found: tuple[Tensor, ...], *like: Tensor) -> Any:
+    return tuple(x.view(*y.shape[:-1], x.shape[-1]) for x, y in zip(found, like, strict=True))
+
+
+def _kernel(q: Any, k: Any, v: Any, *how: Any) -> Any:
+    return _shaped(tiles.attention(_of(q, k, *how), _flat(v)), q, q)
+
+
+def _tangent_kernel(q: Any, k: Any, v: Any, mask: Any, causal: Any, scale: Any, *rest: Any) -> Any:
+    return _shaped(tiles.tangent(_of(q, k, mask, causal, scale), _flat(v), *map(_flat, rest)), q, q)
+
+
+def _gradient_kernel(q: Any, k: Any, v: Any, mask: Any, causal: Any, scale: Any, *rest: Any) -> Any:
+    return _shaped(tiles.gradient(_of(q, k, mask, causal, scale), _flat(v), *map(_flat, rest)), q, k, v)
+
+
+def _tangent_of_gradient_kernel(q: Any, k: Any, v: Any, mask: Any, causal: Any, scale: Any, *rest: Any) -> Any:
+    return _shaped(tiles.tangent_of_gradient(_of(q, k, mask, causal, scale), _flat(v), *map(_flat, rest)), q, k, v)
+
+
+def _look(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+    return _meta(q, v.shape[-1]), _meta(q, 1)
+
+
+def _tangent_look(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+    return _look(q, k, v)
+
+
+def _gradient_look(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
+    return tuple(_meta(x, x.shape[-1]) for x in (q, k, v))
+
+
+def _meta(like: Tensor, last: int) -> Tensor:
+    return torch.empty(*like.shape[:-1], last, dtype=like.dtype, device="meta")
