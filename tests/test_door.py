@@ -49,6 +49,7 @@ WITH_VECTOR = {
     "power_iter": lambda m, v: hf.power_iter(m, v),
     "lanczos": lambda m, v: hf.lanczos(m, v, 2),
     "eigsh": lambda m, v: hf.eigsh(m, v),
+    "solve": lambda m, v: hf.solve(m, v),
 }
 WITH_LIKE = {
     "dense": lambda m, x: hf.dense(m, x),
@@ -156,7 +157,7 @@ def test_entries_must_be_floating_point(name):
     batch_norm = {"weight": FLAT, "num_batches_tracked": torch.tensor(0)}
     words = "leaf 'num_batches_tracked' of .* is torch.int64, not floating-point: convert it, or leave it out"
     refused(lambda: (WITH_VECTOR | WITH_LIKE)[name](mv, batch_norm), words)
-    refused(lambda: (WITH_VECTOR | WITH_LIKE)[name](mv, torch.arange(3)), r"(v0|like) is torch.int64, not floating")
+    refused(lambda: (WITH_VECTOR | WITH_LIKE)[name](mv, torch.arange(3)), r"(v0|like|b) is torch.int64, not floating")
 
 
 # Probes

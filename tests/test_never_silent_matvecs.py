@@ -37,6 +37,8 @@ CONSUMERS: dict[str, Callable[[Any], Any]] = {
     "lanczos": lambda m: hf.lanczos(m, START, 5)[:2],
     "eigsh": lambda m: hf.eigsh(m, START, 2).values,
     "eigsh, fixed": lambda m: pairs(m).values,
+    "solve": lambda m: hf.solve(m, START).x,
+    "solve, fixed": lambda m: hf.solve(m, START, rtol=None, max_matvecs=6)[:2],
     "hutchinson": lambda m: hf.hutchinson(m, SIGNS),
     "hutchinson, groups": lambda m: hf.hutchinson(m, SIGNS, batch_size=3),
     "hutchinson, rtol": lambda m: hf.hutchinson(m, SIGNS, rtol=0.1),

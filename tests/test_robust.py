@@ -46,6 +46,8 @@ CONSUMERS = {
         lambda A, x: hf.eigsh(hf.deflate(A, hf.eigsh(A, start(x), 2, rtol=1e-5).vectors), start(x), 1).values,
         1,
     ),
+    "solve": (lambda A, x: hf.solve(A, start(x), rtol=1e-3).x, -1),
+    "solve, fixed": (lambda A, x: hf.solve(A, start(x), rtol=None, max_matvecs=9).x, -1),
     "hutchinson": (lambda A, x: hf.hutchinson(A, signs(x))[:2], 1),
     "hutchinson, rtol": (lambda A, x: hf.hutchinson(A, signs(x, 30), rtol=0.5)[:2], 1),
     "hutchinson_per_leaf": (lambda A, x: hf.hutchinson_per_leaf(A, signs(x))[:2], 1),

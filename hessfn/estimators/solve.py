@@ -38,7 +38,7 @@ def solve(
     """``x`` with ``(A + damping I) x = b``, for a symmetric A, definite or indefinite, by minimal residuals (MINRES).
 
     The basis of the Krylov space is kept and orthogonal. The three-term recurrence alone needs half a dozen vectors,
-    but more than twice the products where some eigenvalues stand apart, as those of a network do.
+    but up to twice the products where some eigenvalues stand apart, as those of a network do.
 
     Args:
         b: the right-hand side; all is computed where its entries are.
