@@ -245,6 +245,40 @@ def test_intervals_hold_the_divergence_of_the_exact_spectra(which: str, num: int
     assert torch.isinf(hf.jensen_shannon(quadratures(A, 1, 0), quadratures(other, num, 1)).stderr)
 
 
+def test_the_error_and_the_bias_are_those_of_the_jackknife() -> None:
+    """By leaving out one probe after another, with integrals of their own; degrees of freedom as of Satterthwaite."""
+    sides, sigma = [quadratures(A, 3, 0), quadratures(2 * A, 4, 1)], 0.4
+    x = np.linspace(-4, 14, 20001)
+
+    def divergence(rows: list[list[int]]) -> float:
+        p, q = (
+            sum(
+                float(w) * smoothed(np.array([float(node)]), x, sigma)
+                for i in kept
+                for node, w in zip(side.nodes[i], side.weights[i], strict=True)
+            )
+            / len(kept)
+            + 1e-300
+            for side, kept in zip(sides, rows, strict=True)
+        )
+        m = (p + q) / 2
+        return float(np.trapezoid(p * np.log(p / m) + q * np.log(q / m), x) / 2)
+
+    both = [[0, 1, 2], [0, 1, 2, 3]]
+    whole = divergence(both)
+    corrected, squares = whole, []
+    for side, kept in enumerate(both):
+        without = np.array(
+            [divergence([[j for j in r if s != side or j != i] for s, r in enumerate(both)]) for i in kept]
+        )
+        corrected += (len(kept) - 1) * (whole - without.mean())
+        squares.append(without.var() * (len(kept) - 1))
+    found = hf.jensen_shannon(*sides, sigma=sigma)
+    assert float(found.mean) == pytest.approx(corrected, abs=1e-7)
+    assert float(found.stderr) == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
+    assert float(found.df) == pytest.approx(sum(squares) ** 2 / (squares[0] ** 2 / 2 + squares[1] ** 2 / 3), rel=1e-5)
+
+
 def test_pairs_are_the_pairs() -> None:
     three = {"a": quadratures(A, 4, 0), "b": quadratures(2 * A, 4, 1), "c": quadratures(A + 0.3, 4, 2)}
     found = hf.jensen_shannon_per_pair(three, sigma=0.3)
