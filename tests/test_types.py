@@ -80,6 +80,8 @@ TYPES = {
     "hf.dense(matvec, params)": "Tensor",
     "hf.eigsh(lambda v: 2 * v, w, which='BE').vectors": "Tensor",
     "hf.eigsh(matvec, params, warm_start=params)": "hf.EigenPairs[Params]",
+    "hf.follow(matvec, like=params)[0]": "hf.EigenPairs[Params]",
+    "hf.follow(matvec, hf.follow(matvec, like=params)[1])[1].vectors": "Params",
     "hf.power_iter(matvec, params).vector": "Params",
     "hf.lanczos(matvec, params, 3)": "hf.Tridiagonal[Params]",
     "hf.hutchinson(lambda v: 2 * v, hf.rademacher(w, 3))": "hf.Estimate[Tensor]",
