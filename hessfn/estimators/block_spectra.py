@@ -56,13 +56,14 @@ def eigsh_per_block(
     Cost: for each block what :func:`eigsh` takes; one block's product and basis at a time. A product of the block alone
     is the cheaper the nearer to the output it lies: on ResNet20 0.36 of a whole one at the first layer, 0.015 at the
     last convolution, on a GPT of four layers 0.5 to 0.005; ``restrict`` costs a whole one. A linearized product is made
-    anew for each block, at the price of some products: from about ten products a block on it is the fastest.
+    anew for each block, which takes as long as some whole products: where these are costly (ResNet20, from
+    four products a block on) it is the fastest, and of small nets ``restrict`` is.
 
     Raises:
         ValueError: a pattern matches no leaf, ``make`` returns no matvec, or as :func:`eigsh` does; with the block's
             name.
 
-    Source: Zhang et al. (2024) for what the blocks of transformers have, and those of convolutional nets have not.
+    Source: as :func:`eigsh`; Zhang et al. (2024) for what the blocks of transformers and convolutional nets tell.
 
     >>> import torch
     >>> scale = {"a.weight": 2.0, "a.bias": 5.0, "b.weight": 3.0}
