@@ -149,7 +149,8 @@ def _fixed(system: _System[T], b: Tensor, x0: Tensor | None, num_matvecs: int) -
     space = system.space
 
     def constant(v: Tensor) -> Tensor:
-        return system.matvec(v).detach()
+        with torch.no_grad():  # so that no product keeps a graph that nothing asks for
+            return system.matvec(v).detach()
 
     fixed = b.detach()
     x, rest = (torch.zeros_like(fixed), fixed) if x0 is None else (x0, fixed - constant(x0))
