@@ -45,7 +45,7 @@ class CurvatureCallback(_Callback):
         criterion: ``criterion(outputs, batch)``, a mean over the batch; by default the loss that the model computes.
         every, max_share, params, k, rtol, num_probes, density_matvecs, prefix: as for Lightning's.
 
-    Cost: some 20 products each time; see Lightning's.
+    Cost: as of Lightning's.
 
     Raises:
         ModuleNotFoundError: ``transformers`` is not installed.
