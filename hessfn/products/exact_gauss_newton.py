@@ -127,7 +127,8 @@ def _mean(
             return tree.owned(tree.map(reduced, diagonal))
 
     device = next((leaf.device for leaf in tree.leaves(params)), None)
-    found: T = mean(of_batch, batches, weights=weights, microbatch=microbatch, device=device)(params)
+    averaged = mean(of_batch, batches, weights=weights, microbatch=microbatch, device=device, state=params)
+    found: T = averaged(params)
     return found
 
 
