@@ -10,8 +10,12 @@ from torch import Tensor
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
-from hessfn.core.torch_state import known
 from hessfn.estimators.krylov import FlatMatVec, is_private, number
+
+NOT_DEFINITE = (
+    "precondition is not positive definite, v'Mv is negative or no number for some v: diagonal_preconditioner and "
+    "spectral_preconditioner make one that is"
+)
 
 
 class Rows:
@@ -52,7 +56,8 @@ def correction(
     Lanczos with full orthogonalisation, for without it eigenvalues far from the others come again and again, and each
     copy costs products. What the projected problem says of ``x`` is solved by singular values, so that a singular
     matrix has the shortest solution; where the space ends early, the rest is zeros. With a goal it stops once the norm
-    of the residual is at most so much, or there is no way further down.
+    of the residual is at most so much, or there is no way further down. Without one nothing is asked: where a product
+    is not finite, or the preconditioner is not positive definite, x is NaN.
     """
     v, z, beta = _unit(rest, precondition, torch.zeros_like(tree.norm(rest)))
     left = rest.clone() if goal is not None and precondition is not None else None  # of the residual, step by step
@@ -86,19 +91,14 @@ def correction(
             if size <= fit.goal or fit.has_ended(10 * eps * float(scale)):
                 break
         del v, z  # before the next product
-    if known(torch.stack(betas).isnan().any()):
-        _definite(torch.stack(betas).sum())
     x = _solved(alphas, betas, eps).to(images.matrix) @ images.matrix[: len(alphas)]
     return Correction(x, len(alphas), 0.0 if fit is None else fit.norm)
 
 
 def _definite(size: Tensor) -> float:
-    """A norm by the preconditioner, to decide on."""
+    """A norm by the preconditioner, to decide on; the products are known to be finite."""
     if math.isnan(size):
-        raise InvalidInput(
-            "precondition is not positive definite, v'Mv is negative or no number for some v: diagonal_preconditioner "
-            "and spectral_preconditioner make one that is"
-        )
+        raise InvalidInput(NOT_DEFINITE)
     return float(size)
 
 

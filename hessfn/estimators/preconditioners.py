@@ -107,12 +107,13 @@ def spectral_preconditioner(eigenpairs: EigenPairs[T], damping: float | Tensor =
     rest = sizes.min()
     if known(rest > 0) is False:
         raise InvalidInput(f"{call}: an eigenvalue is zero and there is no damping: nothing can be divided by it")
-    shares = (1 / sizes - 1 / rest).to(rows.dtype)
+    # Eigenvalues are not always where their vectors are.
+    shares, inverse = (1 / sizes - 1 / rest).to(rows), (1 / rest).to(rows)
 
     def precondition(v: T) -> T:
         flat, unravel = tree.ravel(tree.matched(v, one, "the vector", "the eigenvectors"))
         flat = flat.to(rows.dtype)
-        image = flat / rest.to(rows.dtype) + (shares * (rows @ flat)) @ rows
+        image = inverse * flat + (shares * (rows @ flat)) @ rows
         return tree.matched(unravel(image), v, "the preconditioned vector", "the vector")
 
     return precondition

@@ -12,12 +12,13 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_function, require_matvec, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Solution
+from hessfn.core.torch_state import known
 from hessfn.core.tree import MatVec, T
 from hessfn.core.watched import refuse_derivative
 from hessfn.estimators import krylov
 from hessfn.estimators.implicit import with_derivative
 from hessfn.estimators.krylov import FlatMatVec, Space
-from hessfn.estimators.minimal_residual import correction
+from hessfn.estimators.minimal_residual import NOT_DEFINITE, correction
 from hessfn.estimators.preconditioners import one_number
 
 _RTOL = 1e-6  # what `converged` means where no tolerance was asked for
@@ -160,6 +161,9 @@ def _fixed(system: _System[T], b: Tensor, x0: Tensor | None, num_matvecs: int) -
         steps -= left - steps - 1 == 1  # one product alone makes no cycle
         left -= steps + 1
         x = x + correction(constant, system.precondition, rest, steps, space.eps).x
+        if known(x.isnan().any()):
+            space.finished(torch.zeros(()))  # where it was a product, its number
+            raise InvalidInput(NOT_DEFINITE)
         x = _returned(space, x)
         rest = b - system.matvec(x) if left == 0 else fixed - constant(x)
     residual = space.finished(_relative(rest.detach(), fixed))
