@@ -31,6 +31,10 @@ V = hf.gaussian(PARAMS, 1)[0]
 CRITERION = nn.CrossEntropyLoss()
 
 
+def gradient() -> Any:
+    return torch.func.grad(LOSS)(PARAMS, BATCH)
+
+
 def forms(v: Any) -> Any:
     return hf.Forms(torch.ones(2, 1).double(), torch.ones(2).double())
 
@@ -47,6 +51,9 @@ RESULTS: dict[str, Any] = {
     "solve, from there": lambda: hf.solve(lambda v: v, SIGNS[0]["b"], x0=SIGNS[0]["b"]),
     "diagonal_preconditioner": lambda: hf.diagonal_preconditioner(SIGNS[0])(V0),
     "spectral_preconditioner": lambda: hf.spectral_preconditioner(hf.eigsh(MATVEC, V0, 2), 0.1)(V0),
+    "follow": lambda: hf.follow(MATVEC, like=LIKE)[0],
+    "follow, state": lambda: hf.follow(MATVEC, like=LIKE)[1],
+    "critical_sharpness": lambda: hf.critical_sharpness(LOSS, PARAMS, tree.scale(-1, gradient()), BATCH),
     "quadrature_of": lambda: hf.quadrature_of(hf.eigsh(MATVEC, V0, 2, keep_all=True), V0),
     "hutchinson": lambda: hf.hutchinson(MATVEC, SIGNS),
     "hutchinson, eigenpairs": lambda: hf.hutchinson(MATVEC, SIGNS, eigenpairs=hf.eigsh(MATVEC, V0, 2)),

@@ -18,7 +18,7 @@ from hessfn.core.locks import Lock
 from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import Tree
 from hessfn.engine import decisions, linearize, memory_plan, rewrites, symmetric_map
-from hessfn.engine.fused.head import fuse_heads
+from hessfn.engine.fused import passes
 from hessfn.engine.graph_module import without_collections
 from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
 
@@ -55,8 +55,8 @@ class Stage(NamedTuple):
     when: Callable[[Job], bool] = lambda job: True
 
 
-def _rewrite(function: Callable[[fx.Graph], None] | None) -> Any:
-    return None if function is None else lambda module, job: function(module.graph)
+def _rewrite(*functions: Callable[[fx.Graph], None] | None) -> Any:
+    return None if None in functions else lambda module, job: [f(module.graph) for f in functions if f] and None
 
 
 def _differentiate(module: fx.GraphModule, job: Job) -> fx.GraphModule:
@@ -85,12 +85,7 @@ LOSS: tuple[Stage, ...] = (
         _rewrite(rewrites.drop_same_views),
     ),
     Stage("drop_dead", "Dead code elimination: what the loss does not depend on goes.", _rewrite(rewrites.drop_dead)),
-    Stage(
-        "fuse_heads",
-        "Cross-entropy of many classes takes the matrix product that makes its logits into itself.",
-        _rewrite(fuse_heads),
-    ),
-    Stage("drop_dead", "Dead code elimination, again.", _rewrite(rewrites.drop_dead)),
+    Stage("fuse_heads", "The product that makes many logits goes into their loss.", _rewrite(passes.fuse_heads)),
     Stage(
         "refuse_other_functions",
         "A graph that would be another function than the loss, or have other derivatives, is refused.",
@@ -129,8 +124,8 @@ PRODUCT: tuple[Stage, ...] = (
     ),
     Stage(
         "only_used_gradients",
-        "Gradients of convolutions that nobody takes are not computed.",
-        _rewrite(rewrites.only_used_gradients),
+        "Gradients of convolutions, and of fused cross-entropy, that nobody takes are not computed.",
+        _rewrite(rewrites.only_used_gradients, passes.only_wanted),
     ),
     Stage(
         "copies_under_vmap",
@@ -164,6 +159,12 @@ LOWERING: tuple[Stage, ...] = (
         "A result that has become a constant is copied.",
         _rewrite(rewrites.own_results),
         lambda job: job.linearized,
+    ),
+    Stage(
+        "with_tangents",
+        "The gradient of a fused operation and its tangent become one.",
+        _rewrite(passes.with_tangents),
+        lambda job: not job.linearized,
     ),
     Stage(
         "lower_to_kernel",

@@ -114,6 +114,16 @@ def tangent_of_gradient(
     return call(tangent_of_gradient, _tangent_of_gradient_kernel, _gradient_look, *args)
 
 
+def gradient_with_tangent(*args: Any) -> tuple[Tensor, ...]:
+    """Both in one pass: :func:`gradient`, then :func:`tangent_of_gradient`, of the latter's arguments."""
+    if sees_operations():
+        return *gradient(*args[:9]), *tangent_of_gradient(*args)
+    q, k, v, mask, causal, scale, *rest = args
+    given: Any = (_of(q, k, mask, causal, scale), _flat(v), *map(_flat, rest), True)
+    found = tiles.tangent_of_gradient(*given)
+    return _shaped(found, q, k, v, q, k, v)  # type: ignore[no-any-return]
+
+
 class _Attention(Fused):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float) -> Any:

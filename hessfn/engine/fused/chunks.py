@@ -1,20 +1,21 @@
 """Cross-entropy and its derivatives for some rows at a time: no more than two chunks of logits are there at once.
 
-Notation: ``z = x W' + b`` the logits (or x itself where there is no W), ``P`` their softmax, ``lse`` their
-log-sum-exp. The loss of row i is ``total_i lse_i - part_i z_iy - z_i s`` with y its target, ``part_i`` what it weighs,
-``s`` what all classes are given (label smoothing), ``total_i = part_i + sum(s)``. Tangents begin with d and are None
-where they are 0.
+Notation: ``z = x W' + b`` the logits (or x itself where there is no W), ``lse`` their log-sum-exp. The loss of row i is
+``total_i lse_i - part_i z_iy - z_i s`` with y its target, ``part_i`` what it weighs, ``s`` what all classes are given
+(label smoothing), ``total_i = part_i + sum(s)``. Tangents begin with d and are None where they are 0.
+
+A chunk is (c, rows): matrix products that make it, and that take it, are faster so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ENTRIES = 1 << 23  # of a chunk
+ENTRIES = 1 << 24  # of a chunk
 
 
 class Logits(NamedTuple):
@@ -29,7 +30,7 @@ class Labels(NamedTuple):
     """What they are held against."""
 
     target: Tensor  # (n,)
-    part: Tensor  # (n, 1)
+    part: Tensor  # (n,)
     smooth: Tensor | None  # (c,)
 
     @property
@@ -37,57 +38,60 @@ class Labels(NamedTuple):
         return self.part if self.smooth is None else self.part + self.smooth.sum()
 
 
-def losses(z: Logits, y: Labels) -> tuple[Tensor, Tensor]:
-    """Those of the rows, and their log-sum-exps, both (n, 1)."""
-    x = _of(z)
-    out, lse = x.new_empty(len(x), 1), x.new_empty(len(x), 1)
+def losses(z: Logits, y: Labels) -> Tensor:
+    """Those of the rows, (n,)."""
+    out = _of(z).new_empty(len(_of(z)))
     for rows in _chunks(z):
         logits = _logits(z, rows)
-        out[rows] = -_linear(logits, y, rows)
-        top = logits.amax(1, keepdim=True)
-        logits = logits.sub_(top) if z.weight is not None else logits - top
-        lse[rows] = top + logits.exp_().sum(1, keepdim=True).log_()
-    return out.addcmul_(y.total, lse), lse
+        linear = _linear(logits, y, rows)
+        weights, top, sums = _exponentials(logits, z)
+        del weights
+        out[rows] = y.total[rows] * (top + sums.log()) - linear
+    return out
 
 
-def tangents(z: Logits, y: Labels, lse: Tensor, d: Logits) -> tuple[Tensor, Tensor]:
-    """Those of the results of :func:`losses`."""
-    out, dlse = torch.zeros_like(lse), torch.zeros_like(lse)
+def tangents(z: Logits, y: Labels, d: Logits) -> Tensor:
+    """Those of :func:`losses`."""
+    out = _of(z).new_zeros(len(_of(z)))
     for rows in _chunks(z):
         change = _change(z, d, rows)
-        if change is None:
-            continue
-        out[rows] = -_linear(change, y, rows)
-        dlse[rows] = torch.linalg.vecdot(_softmax(z, lse, rows), change)[:, None]
-    return out.addcmul_(y.total, dlse), dlse
+        if change is not None:
+            linear = _linear(change, y, rows)
+            weights, _, sums = _exponentials(_logits(z, rows), z)
+            out[rows] = y.total[rows] * change.mul_(weights).sum(0) / sums - linear
+    return out
 
 
-def gradients(z: Logits, y: Labels, lse: Tensor, g: Tensor) -> tuple[Any, Any, Any]:
-    """Those of ``sum_i g_i loss_i`` by x, weight and bias; None of what is not there."""
-    found = _blank(z)
+def gradients(
+    z: Logits,
+    y: Labels,
+    g: Tensor,
+    wanted: Sequence[bool],
+    d: Logits | None = None,
+    dg: Tensor | None = None,
+    wanted_tangents: Sequence[bool] = (False,) * 3,
+) -> tuple[Any, ...]:
+    """Those of ``sum_i g_i loss_i`` by x, weight and bias, and their tangents in one pass; None where not wanted."""
+    found, dfound = (_blank(z, which) for which in (wanted, wanted_tangents))
     for rows in _chunks(z):
-        _add(found, _gradient(_softmax(z, lse, rows), y, g[rows], rows), z, rows)
-    return found
-
-
-def tangents_of_gradients(
-    z: Logits, y: Labels, lse: Tensor, g: Tensor, d: Logits, dlse: Tensor, dg: Tensor | None
-) -> tuple[Any, Any, Any]:
-    """Those of :func:`gradients`."""
-    found = _blank(z)
-    for rows in _chunks(z):
-        weights, change = _softmax(z, lse, rows), _change(z, d, rows)
-        if change is None:
-            change = torch.zeros_like(weights)
-        else:
-            change.sub_(dlse[rows]).mul_(weights).mul_(g[rows] * y.total[rows])
-        by_logits = _gradient(weights, y, None, rows)  # of g = 1, in place of the softmax
+        change = None if d is None else _change(z, d, rows)
+        weights, _, sums = _exponentials(_logits(z, rows), z)
+        scale = y.total[rows] / sums
+        if change is not None:
+            along = change.mul_(weights).sum(0) / sums
+            change.addcmul_(weights, along, value=-1).mul_(scale * g[rows])
+        by_logits = weights.mul_(scale).scatter_add_(0, y.target[None, rows], -y.part[None, rows])
+        if y.smooth is not None:
+            by_logits.sub_(y.smooth[:, None])
         if dg is not None:
-            change.addcmul_(by_logits, dg[rows])
-        _add(found, change, z, rows)
-        if z.weight is not None:
-            _add(found, by_logits.mul_(g[rows]), d, rows, z)
-    return found
+            change = by_logits * dg[rows] if change is None else change.addcmul_(by_logits, dg[rows])
+        by_logits.mul_(g[rows])
+        _add(found, by_logits, z, rows)
+        if change is not None:
+            _add(dfound, change, z, rows)
+        if d is not None and z.weight is not None:
+            _add(dfound, by_logits, d._replace(bias=None), rows)
+    return *found, *dfound
 
 
 def _of(z: Logits) -> Tensor:
@@ -103,61 +107,54 @@ def _chunks(z: Logits) -> Iterator[slice]:
 
 
 def _logits(z: Logits, rows: slice) -> Tensor:
-    x = _of(z)[rows]
+    x = _of(z)[rows].T
     if z.weight is None:
         return x
-    return x @ z.weight.T if z.bias is None else torch.addmm(z.bias, x, z.weight.T)
+    return z.weight @ x if z.bias is None else (z.weight @ x).add_(z.bias[:, None])
 
 
-def _softmax(z: Logits, lse: Tensor, rows: slice) -> Tensor:
-    logits = _logits(z, rows)
-    return (logits.sub_(lse[rows]) if z.weight is not None else logits - lse[rows]).exp_()
+def _exponentials(logits: Tensor, z: Logits) -> tuple[Tensor, Tensor, Tensor]:
+    """``exp(z - top)``, in place of the logits where these are the chunk's own, the top, and the sums."""
+    top = logits.amax(0)
+    weights = (logits - top if z.weight is None else logits.sub_(top)).exp_()
+    return weights, top, weights.sum(0)
 
 
 def _change(z: Logits, d: Logits, rows: slice) -> Tensor | None:
     """The tangent of the logits, in memory of its own."""
     if z.weight is None:
-        return None if d.x is None else d.x[rows].clone()
-    found = None if d.x is None else d.x[rows] @ z.weight.T
+        return None if d.x is None else d.x[rows].T.clone()
+    found = None if d.x is None else z.weight @ d.x[rows].T
     if d.weight is not None:
-        x = _of(z)[rows]
-        found = x @ d.weight.T if found is None else found.addmm_(x, d.weight.T)
+        x = _of(z)[rows].T
+        found = d.weight @ x if found is None else found.addmm_(d.weight, x)
     if d.bias is not None:
-        found = d.bias.expand(rows.stop - rows.start, -1).clone() if found is None else found.add_(d.bias)
+        bias = d.bias[:, None]
+        found = bias.repeat(1, rows.stop - rows.start) if found is None else found.add_(bias)
     return found
 
 
 def _linear(logits: Tensor, y: Labels, rows: slice) -> Tensor:
-    found = y.part[rows] * logits.gather(1, y.target[rows, None])
-    return found if y.smooth is None else found + logits @ y.smooth[:, None]
+    found = y.part[rows] * logits.gather(0, y.target[None, rows])[0]
+    return found if y.smooth is None else found + y.smooth @ logits
 
 
-def _gradient(weights: Tensor, y: Labels, g: Tensor | None, rows: slice) -> Tensor:
-    """By the logits, in place of their softmax."""
-    given = weights.mul_(y.total[rows])
-    given.scatter_add_(1, y.target[rows, None], -y.part[rows])
-    if y.smooth is not None:
-        given.sub_(y.smooth)
-    return given if g is None else given.mul_(g)
+def _blank(z: Logits, wanted: Sequence[bool]) -> list[Any]:
+    return [
+        torch.zeros(part.shape, dtype=part.dtype, device=part.device) if which and part is not None else None
+        for part, which in zip(z, wanted, strict=True)
+    ]
 
 
-def _blank(z: Logits) -> tuple[Any, Any, Any]:
-    return tuple(None if part is None else torch.zeros_like(part, memory_format=torch.contiguous_format) for part in z)  # type: ignore[return-value]
-
-
-def _add(found: tuple[Any, Any, Any], by_logits: Tensor, z: Logits, rows: slice, whole: Logits | None = None) -> None:
-    """Adds what a derivative by the logits of some rows is by what they are made of.
-
-    Args:
-        z: what is multiplied with; of tangents (``whole``: what these are of) the bias has no part.
-    """
+def _add(found: list[Any], by_logits: Tensor, z: Logits, rows: slice) -> None:
+    """Adds what a derivative by the logits of some rows is by what they are made of."""
     by_x, by_weight, by_bias = found
-    if (whole or z).weight is None:
-        by_x[rows] += by_logits
-        return
-    if z.weight is not None:
-        by_x[rows] += by_logits @ z.weight
-    if z.x is not None:
-        by_weight.addmm_(by_logits.T, z.x[rows])
-    if by_bias is not None and whole is None:
-        by_bias += by_logits.sum(0)
+    if by_x is not None:
+        if z.weight is not None:
+            by_x[rows].addmm_(by_logits.T, z.weight)
+        elif by_weight is None and z.x is not None:
+            by_x[rows] += by_logits.T
+    if by_weight is not None and z.x is not None:
+        by_weight.addmm_(by_logits, z.x[rows])
+    if by_bias is not None and z.bias is not None:
+        by_bias += by_logits.sum(1)

@@ -56,7 +56,7 @@ def call(function: Callable[..., Any], kernel: Callable[..., Any], look: Callabl
 
     Args:
         function: what a graph holds. It is called again wherever the graph is run, traced or differentiated.
-        look: from the arguments to tensors on the meta device that look like the results.
+        look: from the arguments to tensors on the meta device that look like the results; None for what is none.
     """
     mode = current_dispatch_mode()
     if not isinstance(mode, Recorder):
@@ -73,4 +73,6 @@ def call(function: Callable[..., Any], kernel: Callable[..., Any], look: Callabl
     found = look(*args)
     if isinstance(found, Tensor):
         return kept(found, node)
-    return tuple(kept(part, mode.call(operator.getitem, (node, i), {})) for i, part in enumerate(found))
+    return tuple(
+        None if part is None else kept(part, mode.call(operator.getitem, (node, i), {})) for i, part in enumerate(found)
+    )

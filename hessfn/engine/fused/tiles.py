@@ -101,8 +101,10 @@ def tangent_of_gradient(
     dout: Tensor,
     dlse: Tensor,
     dg: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of :func:`gradient`."""
+    both: bool = False,
+) -> tuple[Tensor, ...]:
+    """Those of :func:`gradient`; with ``both``, the gradient's own results before them."""
+    gq, gk, gv = (torch.zeros_like(x) for x in (s.q, s.k, v)) if both else (s.q, s.k, v)
     dgq, dgk, dgv = torch.zeros_like(s.q), torch.zeros_like(s.k), torch.zeros_like(v)
     along = (g * out).sum(-1, keepdim=True)
     dalong = (dg * out).sum(-1, keepdim=True) + (g * dout).sum(-1, keepdim=True)
@@ -123,7 +125,11 @@ def tangent_of_gradient(
             dgq[:, rows].baddbmm_(by_scores, dk[:, columns], alpha=s.scale)
             dgk[:, columns].baddbmm_(dby_scores.mT, s.q[:, rows], alpha=s.scale)
             dgk[:, columns].baddbmm_(by_scores.mT, dq[:, rows], alpha=s.scale)
-    return dgq, dgk, dgv
+            if both:
+                gq[:, rows].baddbmm_(by_scores, s.k[:, columns], alpha=s.scale)
+                gk[:, columns].baddbmm_(by_scores.mT, s.q[:, rows], alpha=s.scale)
+                gv[:, columns].baddbmm_(weights.mT, g[:, rows])
+    return (gq, gk, gv, dgq, dgk, dgv) if both else (dgq, dgk, dgv)
 
 
 def _by_rows(s: Scores) -> Iterator[tuple[slice, list[_Tile]]]:

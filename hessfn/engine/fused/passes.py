@@ -1,0 +1,116 @@
+"""Passes over graphs that have fused operations."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from hessfn.engine.fused import attention, cross_entropy
+
+aten = torch.ops.aten
+
+
+def fuse_heads(graph: fx.Graph) -> None:
+    """Cross-entropy of a matrix product, seen through views and choices of rows, takes the product's factors."""
+    for node in graph.find_nodes(op="call_function", target=cross_entropy.losses):
+        logits, weight, *rest = node.args
+        chain: list[fx.Node] = []
+        while weight is None and len(logits.users) == 1 and _keeps_rows(logits):
+            chain.append(logits)
+            logits = logits.args[0]
+        factors = _factors(logits) if weight is None and len(logits.users) == 1 else None
+        if factors is None:
+            continue
+        x, weight, bias = factors
+        with graph.inserting_before(node):
+            for step in reversed(chain):
+                x = _applied(graph, step, x)
+            weight = graph.call_function(aten.t.default, (weight,))
+            weight.meta["val"] = weight.args[0].meta["val"].t()  # type: ignore[union-attr]
+        node.args = (x, weight, bias, *rest[1:])
+
+
+def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """x, the transposed weight and the bias of a matrix product."""
+    args: Any = node.args
+    if node.target is aten.mm.default:
+        return args[0], args[1], None
+    if node.target is aten.addmm.default and not node.kwargs and args[0].meta["val"].dim() == 1:
+        return args[1], args[2], args[0]
+    return None
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    """Whether the last axis stays what it is, whole and alone."""
+    if node.op != "call_function" or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    if node.target in _VIEWS:
+        return bool(before.shape[-1] == after.shape[-1])
+    if node.target in _COPIES:
+        return bool(before.dtype == after.dtype)
+    return node.target in _ROWS and node.args[1] % before.dim() != before.dim() - 1
+
+
+def _applied(graph: fx.Graph, step: fx.Node, x: fx.Node) -> fx.Node:
+    """The same step, of x in place of the logits."""
+    target, args = step.target, step.args[1:]
+    shape = [*step.meta["val"].shape[:-1], x.meta["val"].shape[-1]]
+    if target in _VIEWS:
+        target, args = aten.reshape.default, (shape,)
+    new = graph.call_function(target, (x, *args), step.kwargs)  # type: ignore[arg-type]
+    new.meta = {**step.meta, "val": step.meta["val"].new_empty(shape)}
+    return new
+
+
+def only_wanted(graph: fx.Graph) -> None:
+    """Gradients of cross-entropy that nobody takes are not computed."""
+    for function in (cross_entropy.gradients, cross_entropy.tangents_of_gradients):
+        for node in graph.find_nodes(op="call_function", target=function):
+            taken = {user.args[1] for user in node.users}
+            node.update_arg(7, tuple(i in taken for i in range(3)))
+
+
+def with_tangents(graph: fx.Graph) -> None:
+    """A gradient and its tangent, of the same arguments, are one operation: what both need is computed once."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for of_gradient, of_tangent, of_both in _TOGETHER:
+        gradients = {_key(node): node for node in graph.find_nodes(op="call_function", target=of_gradient)}
+        for tangent in graph.find_nodes(op="call_function", target=of_tangent):
+            gradient = gradients.get(_key(tangent))
+            if gradient is None or any(order[user] < order[tangent] for part in gradient.users for user in part.users):
+                continue
+            with graph.inserting_before(tangent):
+                args = (*gradient.args, *tangent.args[_NUM_SHARED[of_gradient] :], *_wanted(of_gradient, tangent))
+                both = graph.call_function(of_both, args)
+            for node, shift in ((gradient, 0), (tangent, 3)):
+                for part in list(node.users):
+                    with graph.inserting_before(tangent):
+                        new = graph.call_function(operator.getitem, (both, part.args[1] + shift))  # type: ignore[operator]
+                    new.meta = dict(part.meta)
+                    part.replace_all_uses_with(new)
+                    graph.erase_node(part)
+                graph.erase_node(node)
+
+
+def _key(node: fx.Node) -> Any:
+    """What a gradient and its tangent have in common: all arguments of the gradient but what is wanted of it."""
+    return node.args[: 7 if node.target in _OF_ENTROPY else 9]
+
+
+def _wanted(of_gradient: Any, tangent: fx.Node) -> tuple[Any, ...]:
+    return (tangent.args[7],) if of_gradient is cross_entropy.gradients else ()
+
+
+_OF_ENTROPY = (cross_entropy.gradients, cross_entropy.tangents_of_gradients)
+_NUM_SHARED = {cross_entropy.gradients: 8, attention.gradient: 9}
+_TOGETHER = (
+    (cross_entropy.gradients, cross_entropy.tangents_of_gradients, cross_entropy.gradients_with_tangents),
+    (attention.gradient, attention.tangent_of_gradient, attention.gradient_with_tangent),
+)
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_COPIES = {aten.clone.default, aten._to_copy.default, aten.alias.default}
+_ROWS = {aten.slice.Tensor, aten.select.int, aten.index_select.default}
