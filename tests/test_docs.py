@@ -42,6 +42,7 @@ OF_THE_WORKSHOP = {"CONTRIBUTING.md", "docs/architecture.md", "docs/contract.md"
 
 # Run by a slow test, in test_callbacks.py: it needs packages of others, which warn.
 ELSEWHERE = {"docs/howto/callbacks.md"}
+SLOW = {"docs/howto/blocks.md", "docs/howto/layers.md", "docs/howto/vmap.md"}  # five seconds and more
 
 # Pages that are about what the reader has.
 NOT_ALONE = {"README.md", "docs/howto/many_processes.md"}
@@ -98,9 +99,11 @@ def run(
 
 @pytest.mark.parametrize(
     "page",
-    sorted(
-        page for page in PAGES if BLOCK.search(PAGES[page]) and page not in {"README.md", *OF_THE_WORKSHOP, *ELSEWHERE}
-    ),
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW))
+        for page in sorted(PAGES)
+        if BLOCK.search(PAGES[page]) and page not in {"README.md", *OF_THE_WORKSHOP, *ELSEWHERE}
+    ],
 )
 def test_a_page_runs_as_printed(page: str, run: Callable[[str], dict[str, Any]]) -> None:
     run(page)

@@ -73,7 +73,7 @@ def in_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "WORTH", 1)
     monkeypatch.setattr(cross_entropy, "WORTH", 1)
     monkeypatch.setattr(tiles, "COLUMNS", 5)
-    monkeypatch.setattr(tiles, "ENTRIES", 4 * 5 * 4)
+    monkeypatch.setattr(tiles, "ENTRIES", 2 * 5 * LENGTH)
     monkeypatch.setattr(chunks, "ENTRIES", 7 * CLASSES)
 
 
@@ -112,7 +112,12 @@ def require_right(problem: Any, fused: Any) -> None:
         assert torch.allclose(hf.dense(made[name], params, batch_size=32), expected, rtol=1e-10, atol=1e-12), name
 
 
-@pytest.mark.parametrize("how", ATTENTION.values(), ids=ATTENTION)
+SLOW = ("plain", "causal, fewer keys", "added mask, scale")
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, how in ATTENTION.items()]
+)
 def test_attention_by_tiles_is_attention(in_small: None, how: dict[str, Any]) -> None:
     require_right(attending(how), attention.attention)
 

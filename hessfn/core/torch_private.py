@@ -28,6 +28,7 @@ with warnings.catch_warnings():
     # torch imports this at the first forward-mode derivative, and then warns of its own use of torch.jit. Without:
     # that warning, in the user's first product.
     warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)  # on torch 2.11 to 2.13 it is one of these
     import torch._decomp.decompositions_for_jvp
 
 # The transforms of torch.func that are under way. Without: a graph made under vmap would hold one batch's values.
@@ -166,7 +167,8 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     if compiler is None or torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    return compiler._use_eager_on_nested_compile()
+    in_this_thread = getattr(compiler, "_use_eager_on_nested_compile", None)  # since torch 2.13 or so
+    return in_this_thread() if in_this_thread is not None else torch.compiler.set_stance("force_eager")
 
 
 def set_scripted(module: torch.jit.ScriptModule, name: str, value: torch.Tensor) -> None:

@@ -118,10 +118,8 @@ def gradient_with_tangent(*args: Any) -> tuple[Tensor, ...]:
     """Both in one pass: :func:`gradient`, then :func:`tangent_of_gradient`, of the latter's arguments."""
     if sees_operations():
         return *gradient(*args[:9]), *tangent_of_gradient(*args)
-    q, k, v, mask, causal, scale, *rest = args
-    given: Any = (_of(q, k, mask, causal, scale), _flat(v), *map(_flat, rest), True)
-    found = tiles.tangent_of_gradient(*given)
-    return _shaped(found, q, k, v, q, k, v)  # type: ignore[no-any-return]
+    q, k, v = args[:3]
+    return _run(tiles.tangent_of_gradient, args, q, k, v, q, k, v, both=True)  # type: ignore[no-any-return]
 
 
 class _Attention(Fused):
@@ -236,30 +234,35 @@ def _flat(x: Any) -> Any:
     return None if x is None else x.flatten(0, -3) if x.dim() > 3 else x if x.dim() == 3 else x[None]
 
 
-def _of(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tiles.Scores:
+def _run(kernel: Any, args: Any, *like: Tensor, **options: Any) -> Any:
+    """A kernel's results, of some of the first axis at a time, shaped as these but for the last axis."""
+    q, k, v, mask, causal, scale, *rest = args
     if mask is not None:
-        mask = mask.expand(*q.shape[:-1], k.shape[-2])
-    return tiles.Scores(_flat(q), _flat(k), mask, causal, scale)
-
-
-def _shaped(found: tuple[Tensor, ...], *like: Tensor) -> Any:
+        leading = q.shape[:-2] if mask.shape[:-2].numel() > 1 else ()
+        mask = mask.expand(*leading, q.shape[-2], k.shape[-2])
+    flat = [_flat(x) for x in (q, k, v, *rest)]
+    parts = []
+    for group in tiles.in_groups(tiles.Scores(flat[0], flat[1], mask, causal, scale)):
+        q, k, v, *rest = (x[group] for x in flat)
+        parts.append(kernel(tiles.Scores(q, k, mask, causal, scale, group), v, *rest, **options))
+    found = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     return tuple(x.view(*y.shape[:-1], x.shape[-1]) for x, y in zip(found, like, strict=True))
 
 
-def _kernel(q: Any, k: Any, v: Any, *how: Any) -> Any:
-    return _shaped(tiles.attention(_of(q, k, *how), _flat(v)), q, q)
+def _kernel(q: Any, *args: Any) -> Any:
+    return _run(tiles.attention, (q, *args), q, q)
 
 
-def _tangent_kernel(q: Any, k: Any, v: Any, mask: Any, causal: Any, scale: Any, *rest: Any) -> Any:
-    return _shaped(tiles.tangent(_of(q, k, mask, causal, scale), _flat(v), *map(_flat, rest)), q, q)
+def _tangent_kernel(q: Any, *args: Any) -> Any:
+    return _run(tiles.tangent, (q, *args), q, q)
 
 
-def _gradient_kernel(q: Any, k: Any, v: Any, mask: Any, causal: Any, scale: Any, *rest: Any) -> Any:
-    return _shaped(tiles.gradient(_of(q, k, mask, causal, scale), _flat(v), *map(_flat, rest)), q, k, v)
+def _gradient_kernel(q: Any, k: Any, v: Any, *args: Any) -> Any:
+    return _run(tiles.gradient, (q, k, v, *args), q, k, v)
 
 
-def _tangent_of_gradient_kernel(q: Any, k: Any, v: Any, mask: Any, causal: Any, scale: Any, *rest: Any) -> Any:
-    return _shaped(tiles.tangent_of_gradient(_of(q, k, mask, causal, scale), _flat(v), *map(_flat, rest)), q, k, v)
+def _tangent_of_gradient_kernel(q: Any, k: Any, v: Any, *args: Any) -> Any:
+    return _run(tiles.tangent_of_gradient, (q, k, v, *args), q, k, v)
 
 
 def _look(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Notation: ``S = scale q k' + mask``, ``lse`` its log-sum-exp by row, ``P = exp(S - lse)`` the weights, ``o = P v``.
 Tangents begin with d. With the log-sum-exp known, no tile needs another one: nothing is rescaled on the way.
-Queries, keys and values are (b, n, d), (b, m, d) and (b, m, e). A mask (..., n, m) is added, its leading axes b in all.
+Queries, keys and values are (b, n, d), (b, m, d) and (b, m, e). A mask (..., n, m) is added, its leading axes b or 1.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ENTRIES = 1 << 18  # of a tile, for all b together: several of them fit into a processor's cache
-COLUMNS = 512  # of a tile at most
+ENTRIES = 1 << 18  # of a tile: several of them fit into a processor's cache
+ENTRIES_ON_DEVICE = 1 << 26  # each operation there is a launch, which costs as much as 10^6 entries
+COLUMNS = 512  # of a tile at most, on a processor
 
 
 class Scores(NamedTuple):
@@ -26,6 +27,25 @@ class Scores(NamedTuple):
     mask: Tensor | None
     causal: bool
     scale: float
+    group: slice = slice(None)  # of the first axis, which part q and k are
+
+
+def in_groups(s: Scores) -> Iterator[slice]:
+    """Parts of the first axis, so that a tile of one has rows enough."""
+    size = max(1, _entries(s) // (min(s.q.shape[1], _LEAST_ROWS) * _wide(s)))
+    for start in range(0, len(s.q), size):
+        yield slice(start, start + size)
+
+
+def _entries(s: Scores) -> int:
+    return ENTRIES if s.q.is_cpu else ENTRIES_ON_DEVICE
+
+
+def _wide(s: Scores) -> int:
+    return min(s.k.shape[1], COLUMNS if s.q.is_cpu else s.k.shape[1])
+
+
+_LEAST_ROWS = 64
 
 
 class _Tile(NamedTuple):
@@ -134,8 +154,8 @@ def tangent_of_gradient(
 
 def _by_rows(s: Scores) -> Iterator[tuple[slice, list[_Tile]]]:
     (b, n, _), m = s.q.shape, s.k.shape[1]
-    wide = min(m, COLUMNS)
-    high = max(1, min(n, ENTRIES // (b * wide)))
+    wide = _wide(s)
+    high = max(1, min(n, _entries(s) // (b * wide)))
     for start in range(0, n, high):
         stop = min(start + high, n)
         seen = min(m, stop) if s.causal else m
@@ -150,7 +170,8 @@ def _scores(s: Scores, tile: _Tile) -> Tensor:
     q, k = s.q[:, tile.rows], s.k[:, tile.columns]
     scores = torch.bmm(q * s.scale, k.mT)
     if s.mask is not None:
-        scores += s.mask[..., tile.rows, tile.columns].reshape(scores.shape)
+        mask = s.mask[..., tile.rows, tile.columns].reshape(-1, *scores.shape[1:])
+        scores += mask if len(mask) == 1 else mask[s.group]
     if tile.is_cut:
         rows = torch.arange(tile.rows.start, tile.rows.stop, device=q.device)
         columns = torch.arange(tile.columns.start, tile.columns.stop, device=q.device)
