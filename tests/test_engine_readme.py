@@ -34,6 +34,7 @@ small compiler, with the usual parts under their usual names:
 | `zero_propagation.py` | what derivative rules do with zeros, left out |
 | `op_definitions.py` | operations by their definitions, where torch's derivatives are wrong or cost more |
 | `geometry_definitions.py` | distances and samples of a grid, among these |
+| `recurrent_cells.py` | cells of recurrent layers, which GPUs have fused |
 | `rewrites.py` | passes that rewrite a graph in place: folding of BatchNorm, layouts, reassociation |
 | `linearize.py` | forward-over-reverse, constant folding |
 | `memory_plan.py` | alias analysis, out-variant rewrite, liveness: where results go |

@@ -37,6 +37,8 @@ def there(net: str) -> tuple[Any, Any, Any, Tensor]:
 @pytest.mark.parametrize("mode", ["traced", "forward", "reverse", "double_backward", "linearized"])
 @pytest.mark.parametrize("net", NETS)
 def test_products_are_those_of_the_cpu(net: str, mode: Any) -> None:
+    if (net, mode) == ("lstm", "forward"):
+        pytest.skip("torch has no rule for it in forward mode there; a trace defines it")
     loss, params, batch, expected = there(net)
     made = {"linearized": lambda: hf.linearized_hvp(loss, params, batch)}
     matvec = made.get(mode, lambda: hf.hvp(loss, params, batch, mode=mode))()
@@ -66,12 +68,13 @@ def test_every_consumer_gives_what_it_gives_on_the_cpu() -> None:
     def all_of(a: Tensor, v: Any, z: Any) -> list[Any]:
         matvec = lambda x: a @ x  # noqa: E731
         pairs = hf.eigsh(matvec, v[0], 4, second_start=v[1], keep_all=True)
+        known: Any = {"eigenpairs": pairs}
         return [
             pairs._replace(vectors=None), hf.power_iter(matvec, v[0])._replace(vector=None),
-            hf.hutchinson(matvec, z), hf.hutchinson(matvec, z, eigenpairs=pairs), hf.hutchinson_diag(matvec, z),
-            hf.hutchpp(matvec, z), hf.xtrace(matvec, z), hf.xdiag(matvec, z), hf.slq(matvec, v[2:], 12),
-            hf.density(hf.slq(matvec, v[2:], 12)), hf.squared_frobenius(matvec, z),
-            hf.solve(matvec, v[3], damping=3.0), hf.dense(matvec, v[0]),
+            hf.hutchinson(matvec, z), hf.hutchinson(matvec, z, **known), hf.hutchinson_diag(matvec, z, **known),
+            hf.hutchpp(matvec, z), hf.xtrace(matvec, z), hf.xdiag(matvec, z), hf.slq(matvec, v[2:], 12, **known),
+            hf.density(hf.slq(matvec, v[2:], 12)), hf.squared_frobenius(matvec, z, **known),
+            hf.squared_row_norms(matvec, z, **known), hf.solve(matvec, v[3], damping=3.0), hf.dense(matvec, v[0]),
         ]  # fmt: skip
 
     here, moved = (
@@ -112,12 +115,10 @@ def test_routines_of_fixed_cost_wait_for_nothing(request: pytest.FixtureRequest)
     def matvec(v: Tensor) -> Tensor:
         return matrix @ v
 
-    (v,) = list(hf.gaussian(torch.zeros(n).cuda(), 1))
     signs = list(hf.rademacher(torch.zeros(n).cuda(), 4))
     request.getfixturevalue("without_synchronisation")
     hf.hutchinson(matvec, signs)
     hf.hutchinson_diag(matvec, signs)
-    hf.lanczos(matvec, v, 8)
 
 
 @pytest.fixture
@@ -148,12 +149,12 @@ def test_the_rounding_of_float32_and_of_tf32_is_found_out(tf32: bool) -> None:
     try:
         narrow = hf.hvp(loss, params, (x, y))
         exact = hf.hvp(wide_loss, wide, (x.double(), y))
-        pairs = hf.eigsh(narrow, hf.gaussian(params, 1)[0], 3, rtol=1e-2)
+        pairs = hf.eigsh(narrow, hf.gaussian(params, 1)[0], 3, rtol=1e-2, max_matvecs=80)
         rounding = hf.rounding_of_pairs(narrow, exact, pairs)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    truth = hf.eigsh(exact, hf.gaussian(wide, 1)[0], 3, rtol=1e-6)
-    apart = (pairs.values.cpu() - truth.values.cpu()).abs()
+    truth = hf.eigsh(exact, hf.gaussian(wide, 1)[0], 8, rtol=1e-6)
+    apart = (pairs.values.cpu()[:, None] - truth.values.cpu()).abs().amin(1)  # a residual says that one is near
     assert (apart <= (pairs.residuals + rounding).cpu()).all()
     assert (float((rounding / pairs.values.abs()).max()) > 1e-5) is tf32
 

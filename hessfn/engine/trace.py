@@ -24,7 +24,7 @@ from hessfn.core.torch_private import (
     without_onednn,
 )
 from hessfn.core.tree import Tree
-from hessfn.engine import reference
+from hessfn.engine import recurrent_cells, reference
 from hessfn.engine.explain import READS_VALUES, explain
 from hessfn.engine.fused.operation import is_own
 from hessfn.engine.recorder import Recorder, Unsupported
@@ -264,4 +264,9 @@ def _pack_padded_sequence(x: Tensor, lengths: Tensor, batch_first: bool) -> tupl
     return x[:longest][present.to(x.device)], present.sum(1)
 
 
-_RULES = {aten.masked_select.default: _masked_select, aten._pack_padded_sequence.default: _pack_padded_sequence}
+_RULES = {
+    aten.masked_select.default: _masked_select,
+    aten._pack_padded_sequence.default: _pack_padded_sequence,
+    aten._thnn_fused_lstm_cell.default: recurrent_cells.lstm_cell,  # of GPUs, without a rule in forward mode
+    aten._thnn_fused_gru_cell.default: recurrent_cells.gru_cell,
+}

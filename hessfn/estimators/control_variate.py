@@ -54,6 +54,9 @@ class ControlVariate(Generic[T]):
             )
         # Half precision is widened; everything else is a view of the caller's vectors.
         self._rows = [_float(x.reshape(len(x), -1)) for x in leaves]
+        home = self._rows[0]
+        if self.values.device != home.device:  # eigenvalues lie on the CPU, wherever their vectors do
+            self.values = self.values.to(home.device, tree.wide(home[:0]).dtype)
 
     def image(self, z: T) -> T:
         """``B z``, by two products with the (k, n) matrix of the vectors; in float32 at least."""
@@ -61,7 +64,7 @@ class ControlVariate(Generic[T]):
         components = self.components(z)
 
         def back(rows: Tensor, part: Tensor, leaf: Tensor) -> Tensor:
-            image = (self.values * components).to(rows.dtype) @ rows
+            image = (self.values * components).to(rows) @ rows
             return place(image.to(_float(part).dtype).reshape(part.shape), layout(leaf))
 
         parts = zip(self._rows, flat, tree.leaves(self._matched(z)), strict=True)
@@ -96,14 +99,14 @@ class ControlVariate(Generic[T]):
         return self._per_leaf(lambda rows, like: (self.values * tree.wide(rows).square().sum(1).to(self.values)).sum())
 
     def diagonal(self) -> T:
-        return self._per_leaf(lambda rows, like: (self.values.to(rows.dtype) @ rows.square()).reshape(like.shape))
+        return self._per_leaf(lambda rows, like: (self.values.to(rows) @ rows.square()).reshape(like.shape))
 
     def squared_row_norms(self) -> T:
         """``sum_j b_ij^2`` of every row i."""
         weights = self.values[:, None] * self._gram() * self.values
 
         def norms(rows: Tensor, like: Tensor) -> Tensor:
-            return (rows * (weights.to(rows.dtype) @ rows)).sum(0).reshape(like.shape)
+            return (rows * (weights.to(rows) @ rows)).sum(0).reshape(like.shape)
 
         return self._per_leaf(norms)
 

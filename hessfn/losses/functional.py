@@ -16,6 +16,7 @@ from hessfn.core.torch_private import Dropout, uncompiled
 from hessfn.core.torch_state import carries_derivative, recorded_as
 from hessfn.losses.fsdp import is_fully_sharded, sharded_loss
 from hessfn.losses.model_inputs import arguments, pair, signature_of
+from hessfn.losses.recurrent import WithoutCudnn
 from hessfn.losses.samples import length
 from hessfn.losses.skeleton import bare, empty, registered, skeleton, unwrapped
 from hessfn.losses.weights import MeanOver, mean_over, sum_refused
@@ -131,6 +132,7 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
     parameters = [name for name, _ in model.named_parameters()]
     buffers = [name for name in tensors if name not in set(parameters)]
     everything = {name: as_real(tensors[name]) for name in parameters}
+    is_recurrent = any(isinstance(part, nn.RNNBase) for part in own.module.modules())
 
     def run(
         params: Params, inputs: Any, within: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
@@ -152,7 +154,7 @@ def private(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
             with within(own.module):
                 return torch.func.functional_call(own.module, state, args, kwargs, tie_weights=False)
         module = own.with_tensors(values)
-        with uncompiled(), within(module):
+        with uncompiled(), within(module), WithoutCudnn() if is_recurrent else nullcontext():
             outputs = module(*args, **kwargs)
         if all(isinstance(x, Tensor) for x in tree.leaves(outputs)) and not carries_derivative(outputs):
             empty(module)  # nothing will run it again

@@ -118,8 +118,7 @@ def gradient_with_tangent(*args: Any) -> tuple[Tensor, ...]:
     """Both in one pass: :func:`gradient`, then :func:`tangent_of_gradient`, of the latter's arguments."""
     if sees_operations():
         return *gradient(*args[:9]), *tangent_of_gradient(*args)
-    q, k, v = args[:3]
-    return _run(tiles.tangent_of_gradient, args, q, k, v, q, k, v, both=True)  # type: ignore[no-any-return]
+    return _run(tiles.tangent_of_gradient, args, *args[:3], *args[:3], both=True)  # type: ignore[no-any-return]
 
 
 class _Attention(Fused):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 ENTRIES = 1 << 18  # of a tile: several of them fit into a processor's cache
-ENTRIES_ON_DEVICE = 1 << 26  # each operation there is a launch, which costs as much as 10^6 entries
+ENTRIES_ON_DEVICE = 1 << 25  # each operation there is a launch, which costs as much as 10^6 entries
 COLUMNS = 512  # of a tile at most, on a processor
 
 
