@@ -102,6 +102,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
+    if not torch.cuda.is_available():
+        print("no CUDA device here")
+        return
     head = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     head["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     print(head)
