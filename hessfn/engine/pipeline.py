@@ -151,7 +151,7 @@ LOWERING: tuple[Stage, ...] = (
     Stage(
         "fold_constants",
         "Constant folding: all that does not depend on the vector is computed now, once.",
-        lambda module, job: linearize.fold_constants(module, job.values),
+        lambda module, job: linearize.fold_constants(passes.keep_softmax(module), job.values),
         lambda job: job.linearized,
     ),
     Stage(

@@ -1,4 +1,4 @@
-"""Cross-entropy and its derivatives for some rows at a time: no more than two chunks of logits are there at once.
+"""Cross-entropy and its derivatives for some rows at a time, two chunks of logits at most.
 
 Notation: ``z = x W' + b`` the logits (or x itself where there is no W), ``lse`` their log-sum-exp. The loss of row i is
 ``total_i lse_i - part_i z_iy - z_i s`` with y its target, ``part_i`` what it weighs, ``s`` what all classes are given
@@ -92,6 +92,33 @@ def gradients(
         if d is not None and z.weight is not None:
             _add(dfound, by_logits, d._replace(bias=None), rows)
     return *found, *dfound
+
+
+def softmax(z: Logits) -> Tensor:
+    """Of all logits, (c, n): what a linearized product keeps."""
+    parts = [_exponentials(_logits(z, rows), z) for rows in _chunks(z)]
+    return torch.cat([weights.div_(sums) for weights, _, sums in parts], 1)
+
+
+def tangents_with(weights: Tensor, z: Logits, y: Labels, g: Tensor, d: Logits, wanted: Sequence[bool]) -> list[Any]:
+    """The tangents of :func:`gradients` where the softmax is known, through a matrix product."""
+    found = by_x, by_weight, _ = _blank(z, wanted)
+    for rows in _chunks(z):
+        known, change, scale = weights[:, rows], _change(z, d, rows), g[rows] * y.total[rows]
+        if change is not None:
+            along = change.mul_(known).sum(0)
+            _add(found, change.addcmul_(known, along, value=-1).mul_(scale), z, rows)
+        # By the logits the gradient is scale P - g part at the target - g s: of it only products are taken.
+        target, part = y.target[rows], (g[rows] * y.part[rows])[:, None]
+        if by_x is not None and d.weight is not None:
+            by_x[rows] += scale[:, None] * (known.T @ d.weight) - part * d.weight[target]
+            if y.smooth is not None:
+                by_x[rows] -= g[rows, None] * (y.smooth @ d.weight)
+        if by_weight is not None and d.x is not None:
+            by_weight.addmm_(known, d.x[rows] * scale[:, None]).index_add_(0, target, part * d.x[rows], alpha=-1)
+            if y.smooth is not None:
+                by_weight.addr_(y.smooth, g[rows] @ d.x[rows], alpha=-1)
+    return found
 
 
 def _of(z: Logits) -> Tensor:

@@ -6,9 +6,10 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from hessfn.engine.fused import attention, cross_entropy
+from hessfn.engine.fused import attention, chunks, cross_entropy
+from hessfn.engine.fused.operation import sees_operations
 
 aten = torch.ops.aten
 
@@ -72,6 +73,35 @@ def only_wanted(graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=function):
             taken = {user.args[1] for user in node.users}
             node.update_arg(7, tuple(i in taken for i in range(3)))
+
+
+def softmax(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of the logits of all rows, (c, n)."""
+    return chunks.softmax(chunks.Logits(x, weight, bias))
+
+
+def tangents_with(weights: Tensor, *args: Any) -> Any:
+    """As ``cross_entropy.tangents_of_gradients``, the softmax being known."""
+    if sees_operations():
+        return cross_entropy.tangents_of_gradients(*args)
+    x, weight, bias, target, part, smooth, g, wanted, dx, dweight, dbias, _ = args
+    z, labels = chunks.Logits(x, weight, bias), chunks.Labels(target, part, smooth)
+    return tuple(chunks.tangents_with(weights, z, labels, g, chunks.Logits(dx, dweight, dbias), wanted))
+
+
+def keep_softmax(module: fx.GraphModule) -> fx.GraphModule:
+    """A linearized product keeps the softmax of its classes, which no vector changes."""
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=cross_entropy.tangents_of_gradients):
+        x, weight, bias = node.args[:3]
+        if weight is None or node.args[-1] is not None:
+            continue
+        with graph.inserting_before(node):
+            kept = graph.call_function(softmax, (x, weight, bias))
+        shape = weight.meta["val"].shape[0], x.meta["val"].shape[0]  # type: ignore[union-attr]
+        kept.meta["val"] = x.meta["val"].new_empty(shape)  # type: ignore[union-attr]
+        node.target, node.args = tangents_with, (kept, *node.args)
+    return module
 
 
 def with_tangents(graph: fx.Graph) -> None:
