@@ -42,7 +42,8 @@ OF_THE_WORKSHOP = {"CONTRIBUTING.md", "docs/architecture.md", "docs/contract.md"
 
 # Run by a slow test, in test_callbacks.py: it needs packages of others, which warn.
 ELSEWHERE = {"docs/howto/callbacks.md"}
-SLOW = {"docs/howto/blocks.md", "docs/howto/layers.md", "docs/howto/vmap.md"}  # five seconds and more
+# Some seconds each.
+SLOW = {f"docs/{page}.md" for page in ("report", "howto/blocks", "howto/layers", "howto/solving", "howto/vmap")}
 
 # Pages that are about what the reader has.
 NOT_ALONE = {"README.md", "docs/howto/many_processes.md"}

@@ -112,7 +112,7 @@ def require_right(problem: Any, fused: Any) -> None:
         assert torch.allclose(hf.dense(made[name], params, batch_size=32), expected, rtol=1e-10, atol=1e-12), name
 
 
-SLOW = ("plain", "causal, fewer keys", "added mask, scale")
+SLOW = ("plain", "causal, fewer keys", "added mask, scale", "boolean mask")
 
 
 @pytest.mark.parametrize(
