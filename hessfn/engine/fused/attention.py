@@ -42,20 +42,11 @@ def scaled_dot_product_attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         # Added, a mask is nothing to differentiate; where the weights are zero, so is all that follows from them.
         attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
-    if is_fused(query, key):
-        leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
-        query, key, value = (x.expand(*leading, *x.shape[-2:]) for x in (query, key, value))
-        return attention(query, key, value, attn_mask, is_causal, scale)[0]
-    scores = (query * scale) @ key.transpose(-2, -1)
-    if is_causal:
-        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-        attn_mask = torch.where(below, 0.0, -math.inf)
-    if attn_mask is not None:
-        scores = scores + attn_mask.to(scores.dtype)
-    highest = scores.detach().amax(-1, keepdim=True)
-    weights = (scores - highest.masked_fill(highest == -math.inf, 0.0)).exp()
-    total = weights.sum(-1, keepdim=True)
-    return (weights @ value) * total.masked_fill(total == 0, 1.0).reciprocal()  # who attends to nothing gets zeros
+    if not is_fused(query, key):
+        return _by_definition(query, key, value, attn_mask, is_causal, scale)[0]
+    leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+    query, key, value = (x.expand(*leading, *x.shape[-2:]) for x in (query, key, value))
+    return attention(query, key, value, attn_mask, is_causal, scale)[0]
 
 
 def is_fused(query: Tensor, key: Tensor, *_: Any, **__: Any) -> bool:
@@ -86,7 +77,7 @@ def tangent(
     args = q, k, v, mask, causal, scale, out, lse, dq, dk, dv
     if sees_operations() or is_followed(*args):
         return _tangent_by_definition(*args)
-    return call(tangent, _tangent_kernel, _tangent_look, *args)
+    return call(tangent, _tangent_kernel, _look, *args)
 
 
 def gradient(
@@ -176,7 +167,7 @@ def _given(ctx: Any) -> Any:
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     scores = (q * scale) @ k.mT
     if mask is not None:
-        scores = scores + mask
+        scores = scores + mask.to(scores.dtype)
     if causal:
         below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores + torch.where(below, 0.0, -math.inf).to(scores.dtype)
@@ -266,10 +257,6 @@ def _tangent_of_gradient_kernel(q: Any, k: Any, v: Any, *args: Any) -> Any:
 
 def _look(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
     return _meta(q, v.shape[-1]), _meta(q, 1)
-
-
-def _tangent_look(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
-    return _look(q, k, v)
 
 
 def _gradient_look(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:

@@ -44,8 +44,7 @@ def losses(z: Logits, y: Labels) -> Tensor:
     for rows in _chunks(z):
         logits = _logits(z, rows)
         linear = _linear(logits, y, rows)
-        weights, top, sums = _exponentials(logits, z)
-        del weights
+        _, top, sums = _exponentials(logits, z)
         out[rows] = y.total[rows] * (top + sums.log()) - linear
     return out
 
