@@ -49,6 +49,7 @@ def test_a_tenth_of_the_old_error_is_seen_by_paired_probes() -> None:
     assert not other.paired and not other.differs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("comparisons", [1, 4])
 def test_intervals_of_differences_cover(comparisons: int) -> None:
     """Of 400 pairs of reports, each with other probes, 95 % hold the difference; so do those of all layers at once."""

@@ -269,6 +269,7 @@ def test_torchrun_gives_the_report_of_one_process_and_one_progress_bar(tmp_path:
     assert list(numbers(two)) == pytest.approx(list(numbers(one)), rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_of_torchrun_is_named_and_no_folder_is_left(victim: int, tmp_path: Path) -> None:
     (tmp_path / "small.py").write_text(

@@ -201,6 +201,7 @@ def mutated(x: Any, chance: random.Random) -> Any:
         return x
 
 
+@pytest.mark.slow
 def test_reports_with_a_wrong_value_anywhere_are_one_line_or_a_page(good: Path, tmp_path: Path) -> None:
     chance, messages = random.Random(0), []
     bad = written(tmp_path / "bad", REPORT)

@@ -114,6 +114,7 @@ def small():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by signal")
 def test_killed_at_random_and_resumed_it_is_the_undisturbed_report(tmp_path: Path) -> None:
     file = tmp_path / "problem.py"

@@ -5,7 +5,6 @@ import pytest
 import scipy.sparse.linalg
 import torch
 from nets import classes, normal
-from peaks import peak_in_vectors
 from spectra import LIKES, SPECTRA, N, on, symmetric
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -223,21 +222,6 @@ def test_of_nothing_there_is_nothing(options):
         assert torch.equal(found.x, zero) and found.residual == 0 and found.converged
     found = hf.solve(lambda v: 0 * v, zero + 1, **options)
     assert torch.equal(found.x, zero) and found.residual == 1 and not found.converged
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("stated", "options"), [(6 + 8, {}), (2 * 6 + 12, {"precondition": lambda v: v})])
-def test_the_peak_is_as_stated(stated, options):
-    size = 1 << 20
-    diagonal = torch.linspace(0, 1, size) ** 8
-    b, x0 = ({"a": x[: size // 2], "b": x[size // 2 :]} for x in gaussian(diagonal, 2))
-    parts = {"a": diagonal[: size // 2], "b": diagonal[size // 2 :]}
-
-    def run():
-        product = lambda v: tree.map(torch.mul, parts, v)  # noqa: E731
-        return hf.solve(product, b, x0=x0, damping=0.01, basis_size=6, max_matvecs=30, **options)
-
-    assert peak_in_vectors(run, *b.values(), *x0.values(), diagonal, vector=4 * size) == pytest.approx(stated, abs=0.6)
 
 
 # Several at once.
