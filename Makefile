@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow check bench notebooks docs clean
+.PHONY: demo test slow check bench notebooks docs dist release nightly clean
 .DELETE_ON_ERROR:
 
 # The net is so small that threads would mostly wait for each other.
@@ -42,7 +42,22 @@ endif
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
-	@echo "documentation: build/docs/index.html"
+	@echo "documentation: build/docs/index.html, or served: $(PYTHON) -m http.server --directory build/docs"
+
+# The source distribution and the wheel of this folder in dist/, checked and tried; `release` tests them, too (RELEASING.md).
+dist: $(READY)
+	$(BIN)/python -m pip install --quiet -e ".[release]"
+	$(BIN)/python tools/release.py --draft --skip-tests
+
+release: $(READY)
+	$(BIN)/python -m pip install --quiet -e ".[release]"
+	$(BIN)/python tools/release.py
+
+# What the next torch will change: make nightly VENV=.venv-nightly keeps it out of the usual environment.
+TORCH_NIGHTLY ?= https://download.pytorch.org/whl/nightly/cpu
+nightly: $(READY)
+	$(BIN)/python -m pip install --quiet --upgrade --pre torch torchvision --index-url $(TORCH_NIGHTLY)
+	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
 
 clean:
 	rm -rf demo-report build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -44,6 +45,8 @@ OF_THE_WORKSHOP = {"CONTRIBUTING.md", "docs/architecture.md", "docs/contract.md"
 ELSEWHERE = {"docs/howto/callbacks.md"}
 # Some seconds each.
 SLOW = {f"docs/{page}.md" for page in ("report", "howto/blocks", "howto/layers", "howto/solving", "howto/vmap")}
+
+TABLE_OF_PACKAGES = "docs/architecture.md", "| package | extra | for |"
 
 # Pages that are about what the reader has.
 NOT_ALONE = {"README.md", "docs/howto/many_processes.md"}
@@ -139,8 +142,28 @@ def test_commands_are_ones_that_there_are() -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    described = re.findall(r"^\.\. (?:auto\w+|py:data):: (?:hessfn\.)?([\w.]+)$", PAGES["docs/api.md"], re.MULTILINE)
+    described = re.findall(r"^(?:   |\.\. py:data:: )([\w.]+)$", PAGES["docs/api.md"], re.MULTILINE)
+    assert len(described) == len(set(described))
     assert {*hf.__all__, *STUBS} - {*described, *(name.split(".")[0] for name in described)} == set()
+
+
+# The site.
+
+
+def test_every_notebook_is_among_the_tutorials_and_the_introduction_is_the_first() -> None:
+    told = re.findall(r"<notebooks/(\w+)>", PAGES["docs/tutorials.md"])
+    assert told[0] == "hessian_tutorial"
+    assert sorted(told) == sorted(notebook.stem for notebook in ROOT.glob("notebooks/*.ipynb"))
+    assert re.findall(r"^notebooks/(\w+)$", PAGES["docs/tutorials.md"], re.MULTILINE) == told
+
+
+def test_pictures_of_the_front_page_are_in_the_notebooks() -> None:
+    asked = re.findall(r"^```\{from-notebook\} (\w+), (.*)$", PAGES["docs/index.md"], re.MULTILINE)
+    assert len(asked) >= 6
+    for name, words in asked:
+        cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text("utf-8"))["cells"]
+        told = [cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "") for cell in cells]
+        assert sum(words in alt for alt in told) == 1, f"{words!r} in {name}"
 
 
 def rows(page: str, head: str) -> list[list[str]]:
@@ -185,11 +208,20 @@ def test_files_and_names_that_are_told_of_are_there(page: str) -> None:
             assert re.search(rf"\b{word}\b", source), word
 
 
-def test_the_dependencies_are_those_of_the_package() -> None:
-    listed = re.search(r"^dependencies = \[(.*)\]$", (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
-    assert listed
-    wanted = re.findall(r'"([\w-]+)', listed[1])
-    assert [quoted(name)[0] for name, _ in rows("docs/architecture.md", "| package | for |")] == wanted
+def test_every_dependency_is_explained() -> None:
+    """Of the package, of its extras and of its build: each once, under where it is asked for first."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    lists = re.findall(r"^(requires|dependencies) = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
+    extras = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    lists += re.findall(r"^(\w+) = \[(.*?)\]$", extras, re.MULTILINE | re.DOTALL)
+    wanted: dict[str, set[str]] = {}
+    for extra, listed in lists:
+        of = {"requires": "build", "dependencies": "core"}.get(extra, extra)
+        for package in re.findall(r'"([\w-]+)', listed):
+            wanted.setdefault(package, set()).add(of)
+    told = [(name, extra.strip("`")) for names, extra, _ in rows(*TABLE_OF_PACKAGES) for name in quoted(names)]
+    assert sorted(name for name, _ in told) == sorted(wanted)
+    assert [(name, extra) for name, extra in told if extra not in wanted[name]] == []
 
 
 # The contract.

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from hessfn.core.notes import notes
 
 # No more than the words of the command line: what computes, and torch with it, is loaded by the functions that do.
+from hessfn.reporting.completion import SHELLS, PrintCompletion
 from hessfn.reporting.options import DATA, OUTPUT, WORK, Options
 from hessfn.reporting.terminal import ended_in_order, in_one_line, printable, rank, say
 
@@ -122,10 +123,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def command_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="hessfn", description="What the curvature of a PyTorch loss looks like, and how sure one can be."
-    )
+    parser = _Parser(prog="hessfn", description="The curvature of a PyTorch loss, with an error for every number.")
     parser.add_argument("--version", action="version", version=f"hessfn {importlib.metadata.version('hessfn')}")
+    text = "print the script that completes this command in a shell (needs shtab)"
+    parser.add_argument("--print-completion", action=PrintCompletion, choices=SHELLS, help=text)
     commands = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
     _add_compare(commands)
     _add_report(commands)
