@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow check bench notebooks docs dist release nightly clean
+.PHONY: demo test slow check versions versions-oldest versions-newest bench notebooks docs dist release nightly clean
 .DELETE_ON_ERROR:
 
 # The net is so small that threads would mostly wait for each other.
@@ -23,6 +23,23 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --doctest-modules hessfn
+
+# The core of the suite (tests/conftest.py) on the oldest versions that pyproject.toml allows, and on the newest, each in an
+# environment of its own. On Linux the index has torch with CUDA alone, gigabytes of it. Where it can be reached,
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu has it without.
+TORCH_INDEX ?=
+versions: versions-oldest versions-newest
+
+versions-oldest versions-newest: versions-%: .venv-%/.ready
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto -m core
+
+.venv-%/.ready: pyproject.toml tools/versions.py
+	$$($(PYTHON) tools/versions.py python $*) -m venv --clear .venv-$*
+	$(PYTHON) tools/versions.py constraints $* > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-$*/constraints.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e ".[demo,dev]"
+	.venv-$*/bin/python -m pip list | grep -iwE "torch|numpy|scipy"
+	touch $@
 
 # Peers are compared where they are installed: .venv/bin/pip install -e ".[bench]"
 bench: $(READY)

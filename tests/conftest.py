@@ -1,3 +1,19 @@
+import pytest
 import torch
 
 torch.set_num_threads(1)  # the nets of the tests are small: threads only wait for each other
+
+# What `make versions` runs on other versions of torch, numpy and SciPy: every make, transform and consume, in small.
+CORE = {
+    "activation", "bits", "block_spectra", "compose", "eigen", "follow", "functional", "gauss_newton_datasets",
+    "hutchinson", "journal", "known_truths", "landscape", "matvec", "models", "op_definitions", "operations", "package",
+    "probes", "products", "recorder", "report", "rounding", "scaling", "sensitivity", "solve", "spectrum",
+    "trace_graph", "tree", "versions",
+}  # fmt: skip
+CORE = {f"test_{name}" for name in CORE}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in CORE and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.core)

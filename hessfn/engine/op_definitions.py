@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hessfn.core.torch_private import weight_norm
-from hessfn.engine import geometry_definitions
+from hessfn.engine import geometry_definitions, norm_definitions
 from hessfn.engine.fused.attention import is_fused as has_many_scores
 from hessfn.engine.fused.attention import scaled_dot_product_attention
 from hessfn.engine.fused.cross_entropy import cross_entropy
@@ -25,8 +25,9 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     - The padding row of an embedding is a constant, as torch's gradient has it: the forward rule knows nothing of
       ``padding_idx``, so the Hessian would not be symmetric. Bags are sums: they have no second derivative.
     - Weight normalisation is a quotient: the second derivative of the fused operation is wrong in reverse mode.
-    - LayerNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary operations: the third
-      derivatives of the fused ones are wrong in every mode, and the second ones compute much of the first ones again.
+    - LayerNorm, RMSNorm, GroupNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary
+      operations: torch's versions differ in the rules of the fused ones, third derivatives of which may be wrong, and
+      second ones compute much of the first ones again.
     - The inverse from a Cholesky factor is a solve: its forward rule is wrong (pytorch#196682).
     - The likelihood of a Gaussian asks whether its variances are positive, which is a branch on values.
     - Means of squares, Huber's loss, the soft margin and ``hardsigmoid`` have no rule in forward mode.
@@ -108,65 +109,6 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g * squares.sum([i for i in range(v.dim()) if i != dim], keepdim=True).rsqrt())
 
 
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    if torch.is_autocast_enabled(input.device.type):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # each device has its own dtype for this
-    return _affine(_standardized(input, list(range(-len(normalized_shape), 0)), eps), weight, bias).to(input.dtype)
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not training or torch.is_autocast_enabled(input.device.type):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _per_channel(_standardized(input, [0, *range(2, input.dim())], eps), weight, bias).to(input.dtype)
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not use_input_stats or torch.is_autocast_enabled(input.device.type):
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return _per_channel(_standardized(input, list(range(2, input.dim())), eps), weight, bias).to(input.dtype)
-
-
-def _standardized(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    n = math.prod(x.shape[i] for i in dims)
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # as the fused ones compute
-    centred = x - x.sum(dims, keepdim=True) / n
-    return centred * torch.rsqrt((centred * centred).sum(dims, keepdim=True) / n + eps)
-
-
-def _per_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    trailing = [1] * (x.dim() - 2)
-    return _affine(x, *(None if c is None else c.reshape(-1, *trailing) for c in (weight, bias)))
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
-
-
 def _cholesky_inverse(L: Tensor, upper: bool = False, **options: Any) -> Tensor:
     if options:
         return torch.cholesky_inverse(L, upper, **options)
@@ -235,9 +177,11 @@ _DEFINITIONS: dict[Any, Callable[..., Tensor]] = {
     F.embedding_bag: _embedding_bag,
     weight_norm: _weight_norm,
     torch.cholesky_inverse: _cholesky_inverse,
-    F.layer_norm: _layer_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
+    F.layer_norm: norm_definitions.layer_norm,
+    F.rms_norm: norm_definitions.rms_norm,
+    F.group_norm: norm_definitions.group_norm,
+    F.batch_norm: norm_definitions.batch_norm,
+    F.instance_norm: norm_definitions.instance_norm,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.cross_entropy: cross_entropy,
     F.mse_loss: _mse_loss,
