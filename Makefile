@@ -25,9 +25,8 @@ check: $(READY)
 	$(BIN)/python -m pytest --doctest-modules hessfn
 
 # The core of the suite (tests/conftest.py) on the oldest versions that pyproject.toml allows, and on the newest, each in an
-# environment of its own. On Linux the index has torch with CUDA alone, gigabytes of it. Where it can be reached,
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu has it without.
-TORCH_INDEX ?=
+# environment of its own. On Linux the package index has torch with CUDA alone, gigabytes of it; where it can be reached,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has it without.
 versions: versions-oldest versions-newest
 
 versions-oldest versions-newest: versions-%: .venv-%/.ready
@@ -36,8 +35,7 @@ versions-oldest versions-newest: versions-%: .venv-%/.ready
 .venv-%/.ready: pyproject.toml tools/versions.py
 	$$($(PYTHON) tools/versions.py python $*) -m venv --clear .venv-$*
 	$(PYTHON) tools/versions.py constraints $* > .venv-$*/constraints.txt
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-$*/constraints.txt \
-	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e ".[demo,dev]"
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt -e ".[demo,dev]"
 	.venv-$*/bin/python -m pip list | grep -iwE "torch|numpy|scipy"
 	touch $@
 

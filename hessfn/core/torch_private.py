@@ -1,7 +1,7 @@
 """The one file that imports what torch keeps private: each name, what it is for, and what there is without it.
 
-Seen on torch 2.14.1. Where torch has a public way, it is taken elsewhere, under its own name. A version that lacks one
-of these names fails here, at ``import hessfn``, and not in the middle of a product.
+Seen on torch 2.9 to 2.14. Where torch has a public way, it is taken elsewhere, under its own name. A version that lacks
+one of these names fails here, at ``import hessfn``, and not in the middle of a product.
 """
 
 from __future__ import annotations
@@ -150,6 +150,17 @@ def without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(enabled)
 
 
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """cuDNN's kernels off. ``torch.backends.cudnn.flags`` also asks for TF32, by names that torch 2.9 warns of."""
+    enabled = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(enabled)
+
+
 def uncompiled_part(x: Any) -> Any:
     """The module or function that ``torch.compile`` made x from, or None. Without: its names, and its compiler."""
     if isinstance(x, types.FunctionType):  # a wrapper around it has its attributes, and another id
@@ -217,5 +228,6 @@ __all__ = [
     "under_functorch",
     "under_vmap_within_derivative",
     "weight_norm",
+    "without_cudnn",
     "without_onednn",
 ]

@@ -21,6 +21,7 @@ from hessfn.core.torch_private import (
     is_mutable,
     pad_packed_sequence,
     under_functorch,
+    without_cudnn,
     without_onednn,
 )
 from hessfn.core.tree import Tree
@@ -224,8 +225,7 @@ _READ_INTEGERS = (*_RECURRENT, pad_packed_sequence, torch.ctc_loss, torch.tensor
 @contextmanager
 def _traceable(gpus: set[torch.device]) -> Iterator[None]:
     """Kernels that can be differentiated twice, derivatives on, and the user's random state put back."""
-    kernels = sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False)
-    with kernels[0], kernels[1], torch.enable_grad(), torch.random.fork_rng(devices=list(gpus)):
+    with sdpa_kernel(SDPBackend.MATH), without_cudnn(), torch.enable_grad(), torch.random.fork_rng(devices=list(gpus)):
         yield
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from hessfn.core.torch_private import without_cudnn
+
 
 class WithoutCudnn(TorchFunctionMode):
     """Within it recurrent layers, and only these, are computed by torch's own kernels."""
@@ -14,7 +16,7 @@ class WithoutCudnn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _RECURRENT:
             return func(*args, **(kwargs or {}))
-        with torch.backends.cudnn.flags(enabled=False):
+        with without_cudnn():
             return func(*args, **(kwargs or {}))
 
 
