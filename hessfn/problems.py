@@ -25,9 +25,9 @@ _SHIPPED = {"seed": 0, "epochs": 12}  # with which tools/train_digits.py has tra
 def digits(*, seed: int = 0, epochs: int = 12, num_images: int = 500, batch_size: int = 250) -> Problem:
     """A small residual convolutional net with BatchNorm, trained on scikit-learn's handwritten digits.
 
-    The net of the defaults comes with the library, trained: its curvature is the same on every machine and number of
-    threads, but for rounding. Another ``seed`` or number of ``epochs`` is trained here, for some seconds, in float64:
-    two machines then differ by as much as training makes of its rounding errors, which is little as a rule.
+    With the default ``seed`` and ``epochs`` the trained net comes with the library, so that its curvature is the same
+    on every machine, up to rounding. For others the net is trained here, for some seconds, in float64; two machines
+    then differ by what training makes of rounding errors, usually little.
 
     Args:
         seed: of the weights and of the order of the data in training; the same seed gives the same net.
@@ -38,11 +38,17 @@ def digits(*, seed: int = 0, epochs: int = 12, num_images: int = 500, batch_size
     Returns:
         The model in eval mode, cross-entropy, and the batches: ``(images (B, 1, 8, 8), labels (B,))``, in float32.
 
+    Cost: reading the data; for another ``seed`` or ``epochs`` the training, some seconds.
+
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
         ValueError: ``epochs``, ``num_images`` or ``batch_size`` is out of range.
 
-    Source of the data: Alpaydin and Kaynak (1998), UCI Machine Learning Repository.
+    Source: the data are those of Alpaydin and Kaynak (1998), UCI Machine Learning Repository.
+
+    >>> model, criterion, batches = digits(num_images=100, batch_size=60)
+    >>> [tuple(images.shape) for images, labels in batches]
+    [(60, 1, 8, 8), (40, 1, 8, 8)]
     """
     images, labels = _digits()
     batches = _batches(images, labels, num_images, batch_size)
@@ -132,7 +138,7 @@ def cifar10_resnet20(
     num_images: int = 200,
     batch_size: int = 200,
 ) -> Problem:
-    """pytorchcv's ``resnet20_cifar10``, pretrained, with cross-entropy on the first images of CIFAR-10's training set.
+    """The pretrained ``resnet20_cifar10`` of pytorchcv, with cross-entropy on images of CIFAR-10's training set.
 
     Args:
         weights: a file with a ``state_dict`` for the net; by default pytorchcv downloads its own.
@@ -145,10 +151,14 @@ def cifar10_resnet20(
         The model in eval mode, cross-entropy, and the batches: ``(images (B, 3, 32, 32), labels (B,))``, the images
         normalised by ImageNet's mean and standard deviation, as the net was trained.
 
+    Cost: reading the files; the first call downloads what is not given.
+
     Raises:
         ModuleNotFoundError: pytorchcv or torchvision is not installed.
         FileNotFoundError: a file is not there, or cannot be downloaded; the message says which one to put where.
         ValueError: a file holds something else, or ``num_images`` or ``batch_size`` is out of range.
+
+    Source: He, Zhang, Ren and Sun (2016), for the net; Krizhevsky (2009), for the data.
     """
     try:
         from pytorchcv.model_provider import get_model

@@ -45,9 +45,9 @@ def numerics() -> dict[str, str]:
 
 
 def show_config() -> None:
-    """Prints what computes here: versions, threads, processor, compiled kernels with their hash and compiler.
+    """Prints versions, threads, processor, and compiled kernels with their hash and compiler, for bug reports.
 
-    It may compile a kernel, once on a machine. Part of every report of a bug.
+    Cost: no product; the first call on a machine compiles the kernel, in about a second.
 
     >>> show_config()
     hessfn ...

@@ -2,7 +2,7 @@
 
 
 class HessfnError(Exception):
-    """What all errors of hessfn are, so that ``except HessfnError`` catches these and nothing else."""
+    """The base class of all errors of hessfn: ``except HessfnError`` catches these and nothing else."""
 
 
 class InvalidInput(HessfnError, ValueError):
@@ -10,11 +10,11 @@ class InvalidInput(HessfnError, ValueError):
 
 
 class Untraceable(HessfnError, RuntimeError):
-    """A graph of this loss would not be this loss; the message says why. Its products can still be had untraced."""
+    """The loss cannot be traced to one graph; the message says why. :func:`hessfn.hvp` still makes its products."""
 
 
 class NoDerivative(HessfnError, NotImplementedError):
-    """A second derivative cannot be had, in this mode or in any; the message says what stands in the way."""
+    """There is no second derivative, in this mode or in any; the message says why."""
 
 
 class RankError(HessfnError, RuntimeError):
@@ -22,7 +22,7 @@ class RankError(HessfnError, RuntimeError):
 
 
 class JournalError(HessfnError, ValueError):
-    """What is on the disk is damaged, or of something else."""
+    """A journal on disk is damaged, or belongs to another matrix."""
 
 
 class FolderInUse(HessfnError, BlockingIOError):
@@ -34,7 +34,7 @@ class CannotWrite(HessfnError, OSError):
 
 
 class NotThere(HessfnError, FileNotFoundError):
-    """A file is not there, and cannot be fetched."""
+    """A file does not exist, and cannot be downloaded."""
 
 
 class MissingExtra(HessfnError, ModuleNotFoundError):
@@ -42,7 +42,7 @@ class MissingExtra(HessfnError, ModuleNotFoundError):
 
 
 class WrongProduct(HessfnError, RuntimeError):
-    """A compiled product is not that of the uncompiled operations."""
+    """A compiled product differs from that of the uncompiled operations."""
 
 
 class OutOfMemory(HessfnError, MemoryError):

@@ -48,7 +48,7 @@ def _paired(other: Tree, tree: Tree) -> list[Any]:
 
 
 def names(tree: Tree) -> list[str]:
-    """Dotted path of every leaf, in leaf order.
+    """The dotted names of all leaves, in leaf order.
 
     >>> names({"conv.weight": torch.ones(2), "head": [torch.ones(1), torch.ones(1)]})
     ['conv.weight', 'head.0', 'head.1']
@@ -57,7 +57,7 @@ def names(tree: Tree) -> list[str]:
 
 
 def structure(tree: Tree) -> Hashable:
-    """What a tree is without its leaves: classes, keys, names of attributes, where ``None`` is. It holds no tensor."""
+    """The structure of a tree without its leaves: classes, keys, names of attributes, places of ``None``. No tensor."""
     return flatten(tree)[1].key
 
 
@@ -67,12 +67,16 @@ def is_object(x: Any) -> bool:
 
 
 def unflatten(new_leaves: Iterable[Any], like: T) -> T:
-    """The tree of ``like``'s structure with other leaves; of objects, copies."""
+    """A tree with the structure of ``like`` and other leaves, in the order of ``leaves(like)``; objects are copied."""
     return flatten(like)[1].unflatten(new_leaves)
 
 
 def numel(tree: Tree) -> int:
-    """Number of entries: the dimension n of the space the tree is a vector of."""
+    """The number of entries of a tree: its dimension n as a vector.
+
+    >>> numel({"weight": torch.ones(2, 3), "bias": torch.ones(2)})
+    8
+    """
     return sum(leaf.numel() for leaf in leaves(tree))
 
 
@@ -95,9 +99,9 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def dot(x: T, y: T) -> Tensor:
-    """Inner product of two trees of the same leaves: a scalar, multiplied and summed in float64, a block at a time.
+    """The inner product of two trees with the same leaves: a scalar, multiplied and summed in float64.
 
-    So no float32 can make it overflow or underflow. Leaves meet by name; other leaves or shapes are refused.
+    Values of float32 can therefore neither overflow nor underflow it. Leaves meet by name; others raise ``ValueError``.
 
     >>> dot({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(2), "b": 2 * torch.ones(1)})
     tensor(4., dtype=torch.float64)
@@ -120,7 +124,11 @@ _BLOCK = 1 << 18  # so much is widened at a time, or a 64th
 
 
 def norm(x: Tree) -> Tensor:
-    """Euclidean norm of a tree: a float64 scalar, which no float32 can make overflow or underflow."""
+    """The Euclidean norm of a tree: a float64 scalar, which values of float32 can neither overflow nor underflow.
+
+    >>> norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5., dtype=torch.float64)
+    """
     if any(layout(leaf) for leaf in leaves(x)):
         return over_ranks(norm, torch.linalg.vector_norm, leaves(x))
     real = (torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf for leaf in leaves(x))
@@ -130,21 +138,28 @@ def norm(x: Tree) -> Tensor:
 
 
 def add(x: T, y: T, alpha: float | Tensor = 1.0) -> T:
-    """``x + alpha y``, each leaf in its own dtype; leaves meet by name."""
+    """``x + alpha y``, each leaf in the dtype of x. Leaves meet by name; different ones raise ``ValueError``.
+
+    >>> add({"a": torch.ones(2)}, {"a": torch.ones(2)}, -1.0)
+    {'a': tensor([0., 0.])}
+    """
     return map(lambda a, b: a + (alpha * b).to(a.dtype), x, matched(y, x, "the second tree", "the first"))
 
 
 def scale(c: float | Tensor, x: T) -> T:
-    """``c x``, each leaf in its own dtype."""
+    """``c x``, each leaf in its own dtype.
+
+    >>> scale(0.5, {"a": torch.ones(2)})
+    {'a': tensor([0.5000, 0.5000])}
+    """
     return map(lambda leaf: (c * leaf).to(leaf.dtype), x)
 
 
 def ravel(tree: T) -> tuple[Tensor, Callable[[Tensor], T]]:
-    """The entries of a tree as one flat vector ``(n,)``, and the function that goes back.
+    """The entries of a tree as one flat vector ``(n,)``, and the inverse function.
 
-    The way back also takes stacks of vectors ``(..., n)``: each leaf then carries the leading axes. Leaves of unlike
-    dtypes meet in the wider one and get their own back. Of sharded leaves the flat vector holds all, on every process.
-    Leaves and flat vector share no memory, unless the tree is a single tensor.
+    The inverse also takes stacks of vectors ``(..., n)``: each leaf then carries the leading axes. The dtype is the
+    widest of the leaves. For sharded leaves the flat vector is the whole one, on every process.
 
     >>> flat, unravel = ravel({"a": torch.zeros(2), "b": torch.ones(1, 2)})
     >>> flat
@@ -175,7 +190,7 @@ def owned(tree: T) -> T:
 
 
 def select(tree: Tree, patterns: str | Iterable[str]) -> dict[str, Tensor]:
-    """The leaves whose dotted names match any of the glob patterns, by name.
+    """The leaves whose dotted names match any of the glob patterns, by name; ``ValueError`` if a pattern matches none.
 
     >>> list(select({"conv.weight": torch.ones(2), "conv.bias": torch.ones(1)}, "*.bias"))
     ['conv.bias']

@@ -34,7 +34,7 @@ def eigsh_per_block(
     basis_size: int | None = None,
     second_start: Any = None,
 ) -> dict[str, EigenPairs[Part]]:
-    """k eigenpairs of every layer's diagonal block, as :func:`eigsh` finds those of the whole.
+    """The k eigenpairs of every layer's diagonal block, as :func:`eigsh` finds those of the whole.
 
     Args:
         make: from the parameters of a block, a dict by dotted name, to the matvec of that block. A loss of

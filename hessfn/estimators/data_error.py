@@ -18,7 +18,7 @@ from hessfn.estimators.eigen import eigsh
 
 
 def data_stderr(forms: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The standard error by the data of a mean over batches: what another draw of as many samples would change.
+    """The standard error by the data of a mean over batches: how much another sample of the same size would change it.
 
     With ``a_b = w_b / sum w`` and the mean ``m = sum_b a_b f_b`` it is the root of
     ``sum_b a_b^2 (f_b - m)^2 / (1 - a_b)``: unbiased where a batch is a mean over ``w_b`` independent samples, and for
@@ -31,7 +31,9 @@ def data_stderr(forms: Tensor, weights: Tensor | None = None) -> Tensor:
         weights: ``(b,)``, what each counts, such as its number of samples; by default all the same.
 
     Returns:
-        ``(...)``, float64, in the unit of ``forms``; inf of a single batch, of which there is no spread.
+        ``(...)``, float64, in the unit of ``forms``; inf for a single batch.
+
+    Cost: no product.
 
     Raises:
         ValueError: ``forms`` has no axis of batches, or ``weights`` are not one for each, negative, or all 0.
@@ -45,19 +47,21 @@ def data_stderr(forms: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def data_interval(forms: Tensor, weights: Tensor | None = None, *, level: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Where the mean over all data lies, with some confidence: both ends, at unlike distances from the mean.
+    """A confidence interval for the mean over all data, corrected for skewness: it is not symmetric about the mean.
 
-    Curvature differs between samples by orders of magnitude: most have little, some have much, and the mean of a draw
-    without those is too small, and so is its error. So the ends are those of Student's t after a transformation that
-    takes out the skewness: on digits, intervals of 95 % cover in 94 to 97 % of draws of 40 to 400 samples, where
-    ``mean +- t stderr`` covers in 89 to 94 %.
+    Curvature differs between samples by orders of magnitude: most have little, a few have much. A sample without those
+    few has a mean that is too small, and an error that is too small. So the interval is Student's t after a
+    transformation that removes the skewness. On the digits, intervals of 95 % cover in 94 to 97 % of samples of 40 to
+    400 images; ``mean +- t stderr`` covers in 89 to 94 %.
 
     Args:
         forms, weights: as for :func:`data_stderr`; 8 batches at least for what it says of its level.
         level: between 0 and 1.
 
     Returns:
-        ``(lower, upper)``, each ``(...)`` in float64; of one batch -inf and inf.
+        ``(lower, upper)``, each ``(...)`` in float64; for one batch -inf and inf.
+
+    Cost: no product.
 
     Raises:
         ValueError: as for :func:`data_stderr`, or ``level`` is out of range.
@@ -130,18 +134,20 @@ _LEAST_FOR_SKEWNESS = 4  # a third moment of fewer says nothing
 
 
 def trace_data_stderr(forms: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The standard error by the data of a trace, of quadratic forms of every batch with the same random probes.
+    """The standard error by the data of a trace, from quadratic forms of every batch with the same random probes.
 
-    The probes' own noise is in the spread over batches too: each batch has another matrix, of which a probe sees
-    another part. It is known from the spread over probes of what batch and probe have together (an analysis of variance
-    in two ways), and taken off, by fifteen sixteenths of the variance at most.
+    The spread over batches also contains noise of the probes, since a probe has another quadratic form with each batch.
+    A two-way analysis of variance estimates this part from the interaction of batch and probe, and subtracts it, at
+    most fifteen sixteenths of the variance.
 
     Args:
         forms: ``(b, p)``, or ``(b, p, ...)``: ``z'A_b z`` of b batches and p probes.
         weights: ``(b,)``, as for :func:`data_stderr`.
 
     Returns:
-        ``(...)``, float64; inf of a single batch. Of one probe it is that of :func:`data_stderr`.
+        ``(...)``, float64; inf for a single batch. For one probe it equals :func:`data_stderr`.
+
+    Cost: no product.
 
     Raises:
         ValueError: as for :func:`data_stderr`.
@@ -178,12 +184,12 @@ def cross_fitted(
     rtol: float = 1e-2,
     max_matvecs: int | None = None,
 ) -> CrossFitted:
-    """Between which ends the largest eigenvalue of all data lies, of which there is only a sample.
+    """A confidence interval for the largest eigenvalue of all data, from a sample, by cross-fitting.
 
-    The largest eigenvalue of a sample's matrix is too large: its vector is fitted to the sample (a tenth of the samples
-    may double it). So the data are halved. The vector of half A has, on half B, a Rayleigh quotient that is on average
-    at most the largest eigenvalue of all data, since it knows nothing of B; and the other way round. The mean of both
-    is the lower end, the eigenvalue of the whole sample the upper end, each moved outwards by its error by the data.
+    The largest eigenvalue of a sample is biased upwards, since its eigenvector is fitted to the sample: with a tenth of
+    the samples it may double. So the data are split into halves A and B. The eigenvector of A does not depend on B, and
+    its Rayleigh quotient on B is on average at most the largest eigenvalue of all data; and vice versa. The mean of the
+    two is the lower end, the eigenvalue of the whole sample the upper end, each widened by its error by the data.
 
     Args:
         matvec_a, matvec_b: products with the mean matrices of two halves, such as the batches of even and odd number.
@@ -198,8 +204,8 @@ def cross_fitted(
     Returns:
         The ends, what they are made of with its errors, and the number of products.
 
-    Cost: two runs of :func:`eigsh` on half of the data, about 10 to 20 products of all in sum, and two more; without
-    ``whole`` some 5 more. Vectors as for :func:`eigsh`.
+    Cost: two runs of :func:`eigsh` on half of the data each, together about 10 to 20 products with all data, and two
+    more; without ``whole`` about 5 more. Vectors as for :func:`eigsh`.
 
     Raises:
         ValueError: an argument is of another kind, ``level`` or ``which`` is out of range, or as for :func:`eigsh`.

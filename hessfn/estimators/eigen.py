@@ -132,7 +132,7 @@ def eigsh(
     second_start: T | None = None,
     keep_all: bool = False,
 ) -> EigenPairs[T]:
-    """k eigenpairs at the ends of the spectrum, by thick-restart Lanczos with full orthogonalisation.
+    """The k eigenpairs at the ends of the spectrum, by thick-restart Lanczos with full orthogonalisation.
 
     Args:
         v0: where to start, as ``gaussian(params, 1)[0]``; or the sum of the ``vectors`` found for a matrix that has

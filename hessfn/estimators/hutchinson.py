@@ -34,12 +34,13 @@ def hutchinson(
     A Rademacher probe has variance ``2 (||A||_F^2 - sum_i a_ii^2)``, a Gaussian one ``2 ||A||_F^2``.
 
     Args:
+        matvec: products with a symmetric A.
         probes: ``rademacher(params, num)``, or any iterable of independent trees with ``E zz' = I``.
         rtol: stop once half the width of the 95 % confidence interval (Student's t) is at most ``rtol |mean|``, after
             10 probes at least. None takes all probes, and then runs under ``vmap`` and autograd. With a tolerance
             there is no derivative: where the products have one, that is an error.
-        batch_size: so many products at a time, under ``vmap``: for GPUs that one product leaves idle. On a CPU nothing
-            is won by it.
+        batch_size: this many products at a time, under ``vmap``: for a GPU that one product does not fill. On a CPU
+            it saves nothing.
         eigenpairs: what ``eigsh`` found, as a control variate: with ``B = sum_i value_i q_i q_i'`` the samples are
             ``tr B + z'(A - B) z``, and the variance is that of A without its outliers. Unbiased for any values and
             vectors that do not depend on the probes, converged or not. Where the products have a derivative, it is
@@ -74,9 +75,12 @@ def hutchinson_per_leaf(
 ) -> Estimate[T]:
     """The trace of every leaf's diagonal block, all from the same products.
 
-    The blocks between leaves drop out in the mean, yet add to the variance: ``restrict`` the matvec to one leaf
-    where its own variance matters. Arguments as for :func:`hutchinson`; eigenpairs take out what they have of every
-    block, also of those between leaves.
+    The blocks between leaves have mean 0 and add to the variance. For a smaller variance of one leaf, ``restrict`` the
+    matvec to it.
+
+    Args:
+        matvec, probes, batch_size: as for :func:`hutchinson`.
+        eigenpairs: as for :func:`hutchinson`; they also remove variance that comes from the blocks between leaves.
 
     Returns:
         ``mean`` and ``stderr``, trees of float64 scalars, and ``num_matvecs``.
@@ -103,10 +107,10 @@ def hutchinson_per_leaf(
 
 
 def hutchinson_per_sample(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
-    """The trace of every sample's own matrix ``H_i``, where the matrix is their mean: block-diagonal, with ``H_i / B``.
+    """The trace of every sample's own matrix ``H_i``, where A is block-diagonal over B samples with blocks ``H_i / B``.
 
-    Such are activation Hessians in eval mode: ``B`` times the sum of ``z * Az`` over the entries of sample i. The mean
-    over the samples is the trace of the whole.
+    Activation Hessians in eval mode have this form. The trace of sample i is estimated by B times the sum of ``z * Az``
+    over its entries; the mean over the samples is the trace of A.
 
     Args:
         matvec: on trees whose leaves have the samples along their first axis.
@@ -180,9 +184,26 @@ def hutchinson_diag(
 
 
 def mean_traces(traces: Estimate[S], like: Tree) -> Estimate[S]:
-    """Traces per leaf divided by the leaf's number of entries: the mean curvature by which layers are given bits.
+    """The trace of every leaf divided by its number of entries: the mean curvature by which HAWQ-V2 gives layers bits.
+
+    Args:
+        traces: of :func:`hutchinson_per_leaf` or :func:`hessfn.activation_traces`: a tree of scalars.
+        like: the parameters or shifts that the traces belong to: a tree of tensors with the same leaves.
+
+    Returns:
+        ``traces`` with its mean and errors divided by the leaf's number of entries; a shift has those of all B samples.
+
+    Cost: no product.
+
+    Raises:
+        ValueError: ``traces`` is no estimate, or the leaves of ``like`` are others.
 
     Source: HAWQ-V2 (Dong et al., 2020).
+
+    >>> import torch
+    >>> traces = Estimate({"w": torch.tensor(6.0)}, {"w": torch.tensor(0.3)}, torch.tensor(10))
+    >>> mean_traces(traces, {"w": torch.zeros(3)}).mean
+    {'w': tensor(2.)}
     """
     require_estimate(traces, "traces", "mean_traces(traces, like)")
 
@@ -200,14 +221,13 @@ def mean_traces(traces: Estimate[S], like: Tree) -> Estimate[S]:
 def deflated_trace(
     matvec: MatVec[T], probes: Iterable[T], eigenpairs: EigenPairs[T], *, rtol: float | None = None
 ) -> Estimate[Tensor]:
-    """The trace from eigenpairs one has already: their sum, plus Hutchinson on what they leave.
+    """The trace from known eigenpairs: the sum of their values, plus Hutchinson's estimate on the complement.
 
     ``sum_i value_i + E z'(I - QQ') A (I - QQ') z``: unbiased for any symmetric A, as long as the probes and the start
-    of the eigenpairs are independent, however well the pairs have converged.
-
-    It is what ``hutchinson(matvec, probes, eigenpairs=...)`` gives, but that the span is taken out of the probe, not of
-    the sample: in half precision the large eigenvalues then leave no rounding, and pairs far from convergence less
-    variance. In return the values must be Rayleigh quotients, and derivatives must go through the pairs.
+    of the eigenpairs are independent, however well the pairs have converged. Unlike ``hutchinson`` with ``eigenpairs``
+    it projects the probe instead of correcting the sample: in half precision the large eigenvalues then add no
+    rounding, and unconverged pairs leave less variance. In return the values must be Rayleigh quotients, and
+    derivatives must go through the pairs.
 
     Args:
         probes: as for :func:`hutchinson`.
@@ -215,9 +235,9 @@ def deflated_trace(
         rtol: as for :func:`hutchinson`, of the whole trace.
 
     Returns:
-        ``mean``, ``stderr`` and ``num_matvecs``, which leaves out the products the eigenpairs took.
+        ``mean``, ``stderr`` and ``num_matvecs``, without the products that the eigenpairs took.
 
-    Cost: one product a probe; the k eigenvectors, once more as a matrix.
+    Cost: one product a probe; a copy of the k eigenvectors, three of them at first.
 
     Raises:
         ValueError: there is no probe, a product is not finite, or the products have a derivative and the eigenpairs

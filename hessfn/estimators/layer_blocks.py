@@ -214,15 +214,24 @@ def _widened(mean: Tensor, stderr: Tensor) -> Tensor:
 
 
 def stable_ranks(squares: Estimate[S], tops: BlockTops) -> Estimate[dict[str, Tensor]]:
-    """How many directions share a block's curvature: ``||A_ll||_F^2 / ||A_ll||_2^2``, from 1 to the rank.
+    """The stable rank of diagonal blocks, ``||A_ll||_F^2 / ||A_ll||_2^2``: from 1 to the rank.
+
+    It says how many directions share a block's curvature.
 
     Args:
         squares: of :func:`squared_frobenius_per_leaf`.
-        tops: of :func:`block_tops`; of its leaves the stable rank is had.
+        tops: of :func:`block_tops`; the stable ranks are those of its leaves.
 
     Returns:
-        ``mean`` and ``stderr``, dicts by leaf name of float64 scalars: of the error of the Frobenius norm, and of the
-        residual, that is.
+        ``mean`` and ``stderr``, dicts by leaf name of float64 scalars, without unit. The error is that of the Frobenius
+        norm and of the residual of the top together.
+
+    Cost: no product.
+
+    Raises:
+        ValueError: ``tops`` is of another kind.
+
+    Source: Rudelson and Vershynin (2007), for the stable rank.
 
     >>> a = {"a": torch.tensor(8.0)}
     >>> tops = BlockTops({"a": torch.tensor(2.0)}, {"a": torch.tensor(0.0)}, {"a": torch.tensor(True)}, torch.tensor(3))

@@ -13,14 +13,15 @@ from hessfn.estimators.running_mean import estimate
 
 
 def negative_share_of_squares(quadrature: Quadrature) -> NegativeShare:
-    """The share of the sum of squared eigenvalues that is of negative ones, ``sum of min(x, 0)^2 / sum of x^2``.
+    """The share of negative eigenvalues in the sum of squares, ``sum of min(x, 0)^2 / sum of x^2``.
 
-    Squares leave out the bulk at zero, of which a rule of m nodes knows the least. That of the sum of all ``|x|``
-    has a kink there and does not settle: on ResNet20 it is 26, 37, 44, 40 % at 30, 60, 120, 240 steps.
+    It is 0 for a convex loss and 1/2 where negative and positive curvature have the same size. Squares give the bulk
+    near zero, which m nodes resolve least, almost no weight. The share of ``|x|`` has a kink at zero and does not
+    converge: on ResNet20 it is 26, 37, 44, 40 % at 30, 60, 120, 240 steps.
 
     Args:
-        quadrature: of :func:`hessfn.slq`, better with ``eigenpairs``: the few largest are most of the sum, and each
-            probe sees too much or too little of them.
+        quadrature: of :func:`hessfn.slq`, preferably with ``eigenpairs``: the few largest make up most of the sum, and
+            a single probe has too much or too little of them.
 
     Returns:
         ``share``, an :class:`Estimate`: its mean, from 0 to 1 but for its error, is a ratio of means over the probes,
@@ -29,6 +30,9 @@ def negative_share_of_squares(quadrature: Quadrature) -> NegativeShare:
         has no such error from two steps on. It was above the true error for all spectra and step counts tried.
 
     Cost: no product; p rules of up to m nodes.
+
+    Raises:
+        ValueError: ``quadrature`` is of another kind.
 
     Source: the function is once differentiable at 0, so that a Gauss rule converges like ``1 / m^2`` or better; Golub
     and Meurant (2010) for the rules within a rule.

@@ -31,22 +31,26 @@ def one_number(x: float | Tensor, name: str, call: str) -> Tensor:
 
 
 def diagonal_preconditioner(diagonal: T, damping: float | Tensor = 0.0) -> MatVec[T]:
-    """``v -> v / (|d| + |damping|)``, entry by entry: what :func:`hessfn.solve` is helped by where entries differ much.
+    """The diagonal preconditioner ``v -> v / (|d| + |damping|)``, entry by entry, for :func:`hessfn.solve`.
 
-    It is positive definite whatever the diagonal: an entry counts by its magnitude, and at least 0.001 of the mean
-    magnitude, so that neither a zero nor a random estimate close to one makes an entry of the solution too large.
+    It saves products where the entries of the diagonal differ by orders of magnitude. It is always positive definite:
+    each entry counts by its magnitude, at least 0.001 of the mean magnitude, so that a zero, or a random estimate near
+    zero, makes no entry of the solution too large.
 
     Args:
         diagonal: a tree like the right-hand side, such as ``hutchinson_diag(matvec, probes).mean``. Half precision is
             widened.
         damping: that of the system.
 
+    Returns:
+        A function on trees like ``diagonal``, for ``solve(..., precondition=...)``.
+
     Cost: no product; one vector kept.
 
     Raises:
         ValueError: the diagonal is no vector, is not finite, or is zero without damping.
 
-    Source: Wathen (2015), who has what is known of it.
+    Source: Wathen (2015), a survey.
 
     >>> diagonal_preconditioner(torch.tensor([3.0, -1.0]), damping=1.0)(torch.ones(2))
     tensor([0.2500, 0.5000])
@@ -73,15 +77,19 @@ def diagonal_preconditioner(diagonal: T, damping: float | Tensor = 0.0) -> MatVe
 
 
 def spectral_preconditioner(eigenpairs: EigenPairs[T], damping: float | Tensor = 0.0) -> MatVec[T]:
-    """The inverse of ``|A| + |damping|`` where eigenpairs are known, and a multiple of the identity on the rest.
+    """A preconditioner from eigenpairs, for :func:`hessfn.solve`: it takes the outliers out of the spectrum.
 
-    ``v -> Q (|Theta| + |damping|)^-1 Q'v + (v - QQ'v) / (min |theta| + |damping|)``: the found eigenvalues of the
-    preconditioned system lie at +-1, and those of the rest within, so that :func:`hessfn.solve` sees no outliers. With
-    the k largest in magnitude, the condition number falls from ``|theta_1| / damping`` to ``|theta_k| / damping``.
+    ``v -> Q (|Theta| + |damping|)^-1 Q'v + (v - QQ'v) / (min |theta| + |damping|)`` is the inverse of
+    ``|A| + |damping|`` on the span of the eigenvectors, and a multiple of the identity on its complement. The known
+    eigenvalues of the preconditioned system are +-1, the others lie between. With the k largest in magnitude, the
+    condition number falls from ``|theta_1| / damping`` to ``|theta_k| / damping``.
 
     Args:
-        eigenpairs: of :func:`hessfn.eigsh`, ``which="LM"``, say; they need not be accurate, but must be orthonormal.
+        eigenpairs: of :func:`hessfn.eigsh` with ``which="LM"``. They need not be accurate, but must be orthonormal.
         damping: that of the system.
+
+    Returns:
+        A function on trees like one of the eigenvectors, for ``solve(..., precondition=...)``.
 
     Cost: no product; k vectors kept.
 

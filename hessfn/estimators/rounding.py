@@ -91,6 +91,8 @@ def rounding_of_products(matvec: MatVec[T], exact: MatVec[T], probe: T) -> Produ
     Raises:
         ValueError: an argument is of another kind, or a product is not finite.
 
+    Source: Higham (2002), for what rounding does to products.
+
     >>> d = torch.tensor([3.0, 1.0], dtype=torch.float64)
     >>> found = rounding_of_products(lambda v: (d * v).bfloat16().double(), lambda v: d * v, torch.ones(2).double())
     >>> found.relative, found.total
@@ -114,9 +116,21 @@ def _rounding(matvec: MatVec[T], exact: MatVec[T], probe: T, call: str) -> Produ
 
 
 def rounding_of_trace(matvec: MatVec[T], exact: MatVec[T], probe: T) -> T:
-    """The ``leaves`` of :func:`rounding_of_products`: how far rounding may move the trace of every leaf's block.
+    """How far rounding may move the trace of every leaf's block: ``leaves`` of :func:`rounding_of_products` alone.
 
-    The whole trace moves by no more than ``total`` there, which is less than their sum.
+    Args:
+        matvec, exact, probe: as for :func:`rounding_of_products`.
+
+    Returns:
+        A tree like ``probe`` of float64 scalars, at least 0, in the unit of the eigenvalues. The bound for the whole
+        trace, ``total`` there, is smaller than their sum.
+
+    Cost: one product of each; three vectors kept, in float64.
+
+    Raises:
+        ValueError: as for :func:`rounding_of_products`.
+
+    Source: as for :func:`rounding_of_products`.
 
     >>> d = torch.tensor([3.0, 1.0], dtype=torch.float64)
     >>> rounding_of_trace(lambda v: d * v, lambda v: d * v, torch.ones(2, dtype=torch.float64))
@@ -129,15 +143,23 @@ _NOISES = 2 * math.sqrt(2)
 
 
 def kind_of_rounding(relative: Tensor | float, dtype: torch.dtype) -> str:
-    """What products of this relative error compute with, in a few words; empty where it is what their dtype has.
+    """Names the arithmetic that products with this relative error were computed in, if it is not that of their dtype.
 
-    Products of a deep net lose some digits by themselves, in float32 down to about 1e-5. Far more is another
-    arithmetic: TF32, which multiplies with 10 bits after the point and is what float32 means on some GPUs by a setting
-    that a library cannot rely on. So it is told from the products.
+    Products of a deep net lose some digits by themselves: in float32 they are good to about 1e-5. A far larger error
+    means another arithmetic, such as TF32, which multiplies with 10 bits after the point and replaces float32 on some
+    GPUs. A library cannot rely on the settings, so the products tell.
 
     Args:
-        relative: as :func:`rounding_of_products` has it.
+        relative: the field ``relative`` of :func:`rounding_of_products`.
         dtype: of the vectors.
+
+    Returns:
+        A sentence with the remedy, or an empty string where the error is what ``dtype`` leads one to expect.
+
+    Cost: no product.
+
+    Raises:
+        ValueError: ``dtype`` is no dtype of torch.
 
     >>> kind_of_rounding(4e-6, torch.float32)
     ''

@@ -14,9 +14,10 @@ from hessfn.estimators.running_mean import estimate
 
 
 def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> Estimate[Tensor]:
-    """``tr fn(A)`` for a function of the eigenvalues, from a quadrature.
+    """``tr fn(A)``, the sum of a function over the eigenvalues, from a quadrature.
 
     Args:
+        quadrature: of :func:`hessfn.slq`.
         fn: elementwise, ``(p, m) -> (p, m)``. ``lambda x: (x + shift).log()`` gives the log-determinant of
             ``A + shift I``, ``lambda x: x / (x + alpha)`` the effective dimension, and ``lambda x: -x.clamp(max=0)``
             over ``torch.abs`` the fraction of curvature that is negative. Functions with a kink where most eigenvalues
@@ -25,8 +26,13 @@ def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> 
         n: the number of entries of a probe.
 
     Returns:
-        ``mean``; ``stderr``, the error by the probes, which knows nothing of the error of the rule itself (take more
-        steps and compare); and ``num_matvecs``. Differentiable.
+        ``mean`` and ``stderr``, scalars in the unit of ``fn``, and ``num_matvecs``. ``stderr`` is the error by the
+        probes; for the error of the rule itself, take more steps and compare. Differentiable.
+
+    Cost: no product; two calls of ``fn`` on the p m nodes.
+
+    Raises:
+        ValueError: ``quadrature`` or ``fn`` is of another kind.
 
     Source: Ubaru, Chen and Saad (2017).
 

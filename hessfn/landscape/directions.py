@@ -18,7 +18,19 @@ from hessfn.landscape.slices import Loss, require_kinds
 
 
 def random_direction(params: T, *, seed: int = 0) -> T:
-    """A direction of unit norm, uniform on the sphere, in the shape of ``params``; the same for the same seed.
+    """A random direction of unit norm, uniform on the sphere.
+
+    Args:
+        params: a tree of floating-point tensors.
+        seed: of the direction, which is ``gaussian(params, 1, seed=seed)[0]`` divided by its norm.
+
+    Returns:
+        A tree like ``params``.
+
+    Cost: no loss; one vector.
+
+    Raises:
+        ValueError: as for :func:`hessfn.gaussian`.
 
     >>> round(float(tree.norm(random_direction(torch.zeros(5)))), 6)
     1.0
@@ -29,10 +41,20 @@ def random_direction(params: T, *, seed: int = 0) -> T:
 
 @recorded
 def gradient_direction(loss: Loss, params: T, *args: Any) -> T:
-    """The gradient of the loss, at unit norm: the direction of steepest ascent.
+    """The gradient of the loss, divided by its norm: the direction of steepest ascent.
+
+    Args:
+        loss: ``loss(params, *args)`` to a scalar.
+        params: a tree of floating-point tensors.
+        args: what else the loss takes, such as a batch.
+
+    Returns:
+        A tree like ``params``, of unit norm.
+
+    Cost: one gradient.
 
     Raises:
-        ValueError: the gradient is zero or not finite, so there is no such direction.
+        ValueError: an argument is of another kind, or the gradient is zero or not finite.
 
     >>> gradient_direction(lambda w: w.square().sum(), torch.tensor([3.0, 4.0]))
     tensor([0.6000, 0.8000])
@@ -43,10 +65,19 @@ def gradient_direction(loss: Loss, params: T, *args: Any) -> T:
 
 
 def direction_to(params: T, other: T) -> T:
-    """What leads from the parameters (step 0) to another checkpoint's (step 1), at its full length.
+    """The difference ``other - params``: along it, step 0 is ``params`` and step 1 is another checkpoint.
 
-    Only parameters are interpolated. Buffers, such as the running statistics of BatchNorm, stay those of the model the
-    loss was made from, and need not suit the parameters in between.
+    Only parameters are interpolated. Buffers, such as the running statistics of BatchNorm, stay those of the model that
+    the loss was made from, and may not fit the parameters in between.
+
+    Args:
+        params: a tree of tensors.
+        other: another tree with the same leaves.
+
+    Returns:
+        A tree like ``params``, not normalised.
+
+    Cost: no loss; one vector.
 
     Raises:
         ValueError: ``other`` is not a tree like ``params``.
@@ -63,13 +94,21 @@ def direction_to(params: T, other: T) -> T:
 
 
 def filter_normalized(direction: T, params: T, *, keep_vectors: bool = False) -> T:
-    """The direction with every filter as long as the same filter of ``params``, so that nets of unlike scale compare.
+    """The direction with every filter scaled to the norm of the same filter of ``params``.
 
-    A filter is a slice along the first axis: of a convolution what makes one channel, of a matrix one row.
+    Slices of the loss along such directions can be compared between nets whose weights differ in scale. A filter is a
+    slice along the first axis: one output channel of a convolution, one row of a matrix.
 
     Args:
-        keep_vectors: scale leaves of fewer than two axes (biases, norm parameters) too, each as one filter: entry by
-            entry nothing of the direction would remain but its signs. By default they become zero.
+        direction: a tree like ``params``, such as :func:`random_direction` returns.
+        params: a tree of tensors.
+        keep_vectors: scale leaves of fewer than two axes (biases, parameters of norms) too, each as one filter. By
+            default they become zero.
+
+    Returns:
+        A tree like ``params``. A filter of the direction that is zero stays zero.
+
+    Cost: no loss; one vector.
 
     Raises:
         ValueError: the direction is not a tree like ``params``.

@@ -17,16 +17,23 @@ from hessfn.landscape.slices import Loss, line, require_kinds
 
 
 def slice_curvature(loss: Loss, params: T, direction: T, *args: Any) -> Curvature:
-    """The second derivative of the loss along a direction, from its values alone: what ``v'Hv`` must be equal to.
+    """The second derivative of the loss along a direction, from values of the loss alone: it must equal ``v'Hv``.
 
-    ``(f(h) - 2 f(0) + f(-h)) / h^2`` at the step h, between 0.1 and 0.1 sqrt(eps) of the parameters' norm, that is most
-    accurate: the largest one that no smaller one contradicts by more than its rounding.
+    ``(f(h) - 2 f(0) + f(-h)) / h^2`` at the most accurate step h between 0.1 and 0.1 sqrt(eps) of the parameters' norm:
+    the largest one that no smaller one contradicts by more than its rounding.
+
+    Args:
+        loss: ``loss(params, *args)`` to a scalar.
+        params: a tree of tensors.
+        direction: a tree like ``params``.
+        args: what else the loss takes.
 
     Returns:
-        ``value`` and ``error``. A loss with kinks (ReLU) bends at them too, where no Hessian sees it: over steps that
-        cross many the value is another one. Steps small enough to cross none take float64.
+        ``value`` and ``error``, in the unit of the loss over that of the step squared. A loss with kinks (ReLU) also
+        bends at the kinks, which a Hessian does not contain: over a step that crosses many of them the value is
+        different. Steps that cross none need float64.
 
-    There is no derivative of it: the errors of the differences, which cancel here, do not in theirs.
+    It has no derivative, since errors of the differences that cancel here would not cancel there.
 
     Cost: 39 forward passes.
 
@@ -63,16 +70,23 @@ def slice_curvature(loss: Loss, params: T, direction: T, *args: Any) -> Curvatur
 
 
 def check_slice(matvec: MatVec[T], loss: Loss, params: T, direction: T, *args: Any, rtol: float | None = None) -> None:
-    """Asks whether a matvec is the Hessian of this loss here, along one direction: ``v'Hv`` against the slice's bend.
+    """Checks a matvec against the loss along one direction: ``v'Hv`` against :func:`slice_curvature`.
 
     Args:
-        rtol: how much relative error is rounding; by default the cube root of the dtype's resolution.
+        matvec: products with the Hessian of the loss at ``params``.
+        loss, params, direction, args: as for :func:`slice_curvature`.
+        rtol: the largest relative error that counts as rounding; by default the cube root of the dtype's resolution.
+
+    Returns:
+        None, if the two agree.
 
     Cost: one product and 39 forward passes.
 
     Raises:
-        ValueError: it is not, or the loss has kinks within the smallest steps of its dtype (ReLU in float32); or the
-            slice is too flat, beside the error of differences, to tell.
+        ValueError: the two differ; or the loss has kinks within the smallest steps of its dtype (ReLU in float32); or
+            the error of the differences is too large beside the curvature to tell.
+
+    Source: as for :func:`slice_curvature`.
 
     >>> w = torch.ones(2).double()
     >>> check_slice(lambda v: 6 * v, lambda w: (w**3).sum(), w, w)

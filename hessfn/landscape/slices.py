@@ -23,19 +23,25 @@ Loss = Callable[..., Tensor]
 def line(
     loss: Loss, params: T, direction: T, steps: Iterable[float] | Tensor, *args: Any, batch_size: int = 1
 ) -> Tensor:
-    """The losses ``loss(params + s direction, *args)`` for every ``s`` in ``steps``: a tensor ``(len(steps),)``.
+    """The losses ``loss(params + s direction, *args)`` along a line, for every ``s`` in ``steps``.
 
     Args:
-        direction: any tree like ``params``. At unit norm, as eigenvectors, random and gradient directions here have
-            it, a step is a distance in parameter space.
+        loss: ``loss(params, *args)`` to a scalar.
+        params: a tree of tensors, where the line begins.
+        direction: any tree like ``params``. If its norm is 1, as for eigenvectors, :func:`random_direction` and
+            :func:`gradient_direction`, a step is a distance in parameter space.
+        steps: numbers, in any order.
         args: what else the loss takes. Over a data set, each batch read once:
             ``batches.mean(lambda batch: line(loss, params, direction, steps, batch), loader)()``.
-        batch_size: so many points at once, under ``vmap`` over the parameters: for small nets (a tanh net of 600
-            parameters on 50 samples: 64 at once take an eighth of the time) and for GPUs. Large ones on a CPU lose by
-            it (ResNet20: two at once take half as long again).
+        batch_size: this many points at once, under ``vmap`` over the parameters: for small nets (a tanh net of 600
+            parameters on 50 samples: 64 at once take an eighth of the time) and for GPUs. On a CPU large nets become
+            slower (ResNet20: two at once take half as long again).
+
+    Returns:
+        A tensor ``(len(steps),)``, in the unit and dtype of the loss.
 
     Cost: one forward pass a point; ``batch_size`` copies of the parameters. ``progress(loss, total=len(steps))`` in
-    place of the loss shows how far it is and the time left.
+    place of the loss shows the time left.
 
     Raises:
         ValueError: the direction is not a tree like ``params``, or there is no step.
@@ -57,9 +63,22 @@ def plane(
     *args: Any,
     batch_size: int = 1,
 ) -> Tensor:
-    """The losses ``loss(params + x directions[0] + y directions[1], *args)``: ``(len(steps_x), len(steps_y))``.
+    """The losses ``loss(params + x directions[0] + y directions[1], *args)`` over a plane.
 
-    Arguments, cost and errors as for :func:`line`.
+    Args:
+        loss, params, args, batch_size: as for :func:`line`.
+        directions: two trees like ``params``.
+        steps_x, steps_y: the steps along the first and the second direction.
+
+    Returns:
+        A tensor ``(len(steps_x), len(steps_y))``, in the unit and dtype of the loss.
+
+    Cost: one forward pass a point; ``batch_size`` copies of the parameters.
+
+    Raises:
+        ValueError: a direction is not a tree like ``params``, there are not two, or there is no step.
+
+    Source: Li, Xu, Taylor, Studer and Goldstein (2018).
 
     >>> flat = torch.eye(2)
     >>> plane(lambda w: w.square().sum(), torch.zeros(2), (flat[0], flat[1]), [0.0, 1.0], [0.0, 1.0, 2.0])

@@ -73,9 +73,19 @@ def activation_loss(
 def activation_shapes(
     model: nn.Module, inputs: Any, layers: Layers = "*", *, at: Edge = "input"
 ) -> dict[str, torch.Size]:
-    """The shapes of what enters (or leaves) the layers, in the order in which they are called; one forward pass.
+    """The shapes of what enters (or leaves) the layers, in the order in which they are called.
 
-    Arguments as for :func:`activation_loss`; the names are its names. Layers that are not reached are left out.
+    Args:
+        model, layers, at: as for :func:`activation_loss`.
+        inputs: what the model takes, as in the batches of :func:`hessfn.functionalize`, without the targets.
+
+    Returns:
+        A dict from the names of :func:`activation_loss` to ``torch.Size``. Layers that are not called are left out.
+
+    Cost: one forward pass.
+
+    Raises:
+        ValueError: an entry of ``layers`` is not in the model.
 
     >>> net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
     >>> for name, shape in activation_shapes(net, torch.ones(5, 3)).items():

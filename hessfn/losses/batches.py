@@ -36,20 +36,25 @@ def mean(
     device: torch.device | None = None,
     state: Tree = None,
 ) -> Callable[..., Tree]:
-    """``function(*args, batch)`` averaged over batches, as a function of ``args``.
+    """The weighted mean of ``function(*args, batch)`` over batches, as a function of ``args``.
 
     Args:
-        function: to a tensor or a tree of them.
-        batches: an iterable that gives the same batches each time; more than one pass must be possible. Of batches
-            dealt out to processes each takes its own, and all get the mean over all.
-        weights: one number a batch or a function of the batch; by default the length of its first tensor. What weighs
-            nothing is left out.
-        microbatch: at most so many samples at once: each batch is cut along the first axis of its tensors.
+        function: to a tensor or a tree of tensors.
+        batches: an iterable that gives the same batches each time; more than one pass must be possible. Of
+            :class:`hessfn.ShardedBatches` each process takes its own, and all get the mean over all.
+        weights: one number a batch, or a function of the batch; by default the length of its first tensor. A batch of
+            weight 0 is left out.
+        microbatch: cut each batch, along the first axis of its tensors, into parts of at most this many samples.
         device: where to move the batches.
-        state: what the function depends on besides, which processes that share the batches must have the same.
+        state: what else the function depends on; processes that share the batches must have the same.
+
+    Returns:
+        A function of ``args`` to what ``function`` returns.
+
+    Cost: one pass over the batches at each call; one batch and one result in memory at a time.
 
     Raises:
-        ValueError: there is no batch, only one pass is possible, or two passes differ, or processes do.
+        ValueError: at a call, there is no batch, only one pass is possible, two passes differ, or processes differ.
 
     >>> mean(lambda c, x: c * x.mean(), [torch.ones(3), torch.tensor([5.0])])(2.0)
     tensor(4.)

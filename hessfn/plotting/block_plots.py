@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 
 def density_rows_plot(densities: Mapping[str, Density], ax: Axes | None = None, *, floor: float = 1e-6) -> Axes:
-    """Several densities, a row each, top to bottom in the order of the dict: the darker, the more eigenvalues.
+    """Several spectral densities as rows of colours, in the order of the dict: the darker, the more eigenvalues.
 
-    Where lines would lie on one another, as those of all layers of a net do. Colours are logarithmic. Of densities made
-    with ``linthresh`` they tell the fraction of eigenvalues per unit of the axis as it is drawn.
+    For many densities, whose lines would cover each other. Colours are logarithmic. For densities made with
+    ``linthresh`` they show the fraction of eigenvalues per unit of the axis as it is drawn.
 
     Args:
         densities: a dict from name to ``hf.density(...)``, such as of the blocks of ``hf.slq_per_block(...)``.
-        floor: what is less than this part of the highest density is left blank.
+        floor: densities below this fraction of the highest one are left blank.
+
+    Returns:
+        The ``Axes``.
 
     Raises:
         ValueError: there is no density, or ``floor`` is not between 0 and 1.
@@ -68,15 +71,18 @@ def density_rows_plot(densities: Mapping[str, Density], ax: Axes | None = None, 
 def distance_plot(
     distances: Estimate[Tensor], names: Iterable[str], ax: Axes | None = None, *, furthest: float | None = None
 ) -> Axes:
-    """Distances of every two spectra, ``hf.jensen_shannon_per_pair(...)``, as a heat map: the darker, the further.
+    """Distances of every pair of spectra, of ``hf.jensen_shannon_per_pair``, as a heat map: the darker, the larger.
 
-    Up to eight names the numbers stand in the cells, with their standard errors below them.
+    For up to eight names, each cell shows its number with the standard error.
 
     Args:
         distances: ``mean`` and ``stderr``, each ``(b, b)``.
         names: of the b rows, such as the dict of quadratures, in the same order.
-        furthest: where the colours end; by default at the largest distance. Give it to compare several maps; log 2 is
-            the most that two densities are apart.
+        furthest: the distance of the darkest colour; by default the largest one. Give it to compare several maps; log
+            2 is the largest possible distance.
+
+    Returns:
+        The ``Axes``.
 
     Raises:
         ValueError: there are not b names, or ``furthest`` is not positive.

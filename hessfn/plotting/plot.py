@@ -37,17 +37,20 @@ def density_plot(
     band: Band | Mapping[str, Band] | None = None,
     floor: float | None = None,
 ) -> Axes:
-    """A spectral density, ``hf.density(...)``, or several, over the eigenvalues, on a logarithmic axis.
+    """One spectral density or several, of ``hf.density``, over the eigenvalues, on a logarithmic vertical axis.
 
-    Outliers are single eigenvalues among n, so their peaks are some n times lower than the bulk's. A density made with
-    ``linthresh`` has the axis of the eigenvalues symmetric-logarithmic beyond it.
+    An outlier is one eigenvalue of n, so its peak is up to n times lower than that of the bulk. A density made with
+    ``linthresh`` gets a symmetric-logarithmic horizontal axis.
 
     Args:
         density: a density, or a dict from label to density.
         band: ``hf.density_band(...)`` of the same quadrature, drawn behind it, or a dict from the same labels to bands.
             Where a band reaches down to zero, which a logarithmic axis does not have, its upper edge is drawn alone.
-        floor: where the axis ends, and what is smaller is cut off; by default nine orders of magnitude below the
-            highest peak. A hundredth of ``1 / n`` of that peak shows every eigenvalue of n, and little of the tails.
+        floor: the lower end of the vertical axis; by default nine orders of magnitude below the highest peak. A
+            hundredth of ``1 / n`` of that peak shows every one of n eigenvalues, and little of the tails.
+
+    Returns:
+        The ``Axes``; so for every function here.
 
     >>> import torch
     >>> from matplotlib.figure import Figure
@@ -81,14 +84,23 @@ def density_plot(
 
 
 def eigen_plot(eigenpairs: EigenPairs[Any] | Mapping[str, EigenPairs[Any]], ax: Axes | None = None) -> Axes:
-    """Eigenvalues, ``hf.eigsh(...)``, a row each in their order, by size on a logarithmic axis; negative are hollow.
+    """Eigenvalues of ``hf.eigsh``, one row each, by magnitude on a logarithmic axis; negative ones are hollow.
 
-    The narrow bar is where the eigenvalue of these data lies for sure, its residual and its rounding; the wide pale one
-    where that of other data, as many, lies with 95 % confidence, if ``data_stderr`` is known.
+    The narrow bar is the error for these data: residual and rounding. The wide pale bar is the 95 % interval for other
+    data of the same number, if ``data_stderr`` is known.
 
     Args:
-        eigenpairs: ``values``, ``residuals`` and what else is known, or a dict from label to such results, drawn side
-            by side.
+        eigenpairs: the result of ``hf.eigsh``, or a dict from label to such results, drawn side by side.
+
+    Returns:
+        The ``Axes``.
+
+    >>> import torch
+    >>> from hessfn import eigsh
+    >>> from matplotlib.figure import Figure
+    >>> pairs = eigsh(lambda v: torch.tensor([4.0, 2.0, 1.0]) * v, torch.ones(3), k=2)
+    >>> eigen_plot(pairs, Figure().subplots()).get_xlabel()
+    'size of the eigenvalue'
     """
     ax = style.axes(ax)
     results = style.labelled(eigenpairs)
@@ -107,13 +119,22 @@ def eigen_plot(eigenpairs: EigenPairs[Any] | Mapping[str, EigenPairs[Any]], ax: 
 
 
 def layer_plot(estimates: Estimate[Any] | Mapping[str, Estimate[Any]], ax: Axes | None = None) -> Axes:
-    """A row for each layer, top to bottom in the order of the net, by the size of its trace on a logarithmic axis.
+    """Traces of layers, one row each in the order of the net, by magnitude on a logarithmic axis; negative are hollow.
 
-    Negative traces are hollow. The narrow bar is one standard error, the wide pale one that of other data, if known.
+    The narrow bar is one standard error by the probes, the wide pale bar one by the data, if known.
 
     Args:
-        estimates: ``mean`` and ``stderr`` are trees of scalars, as of ``hf.hutchinson_per_leaf(...)``; or a dict from
-            label to such estimates, of the same layers, drawn side by side.
+        estimates: an estimate whose ``mean`` and ``stderr`` are trees of scalars, such as ``hf.hutchinson_per_leaf``
+            returns; or a dict from label to such estimates of the same layers, drawn side by side.
+
+    Returns:
+        The ``Axes``.
+
+    >>> import torch
+    >>> from matplotlib.figure import Figure
+    >>> traces = Estimate({"a": torch.tensor(2.0)}, {"a": torch.tensor(0.1)}, torch.tensor(10))
+    >>> [label.get_text() for label in layer_plot(traces, Figure().subplots()).get_yticklabels()]
+    ['a']
     """
     results = style.labelled(estimates if not isinstance(estimates, Estimate) else {"": estimates})
     first = next(iter(results.values()))
@@ -139,11 +160,19 @@ def layer_plot_height(num_layers: int) -> float:
 
 
 def line_plot(steps: Numbers, losses: Tensor | Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
-    """Losses along one line or several, ``hf.line(...)``, over the distance from the parameters.
+    """Losses along one line or several, of ``hf.line``, over the distance from the parameters.
 
     Args:
         steps: as given to ``hf.line``.
         losses: a tensor like ``steps``, or a dict from label to such tensors.
+
+    Returns:
+        The ``Axes``.
+
+    >>> import torch
+    >>> from matplotlib.figure import Figure
+    >>> line_plot([-1.0, 0.0, 1.0], torch.tensor([2.0, 1.0, 2.0]), Figure().subplots()).get_ylabel()
+    'loss'
     """
     ax = style.axes(ax)
     curves = style.labelled(losses)
@@ -156,7 +185,21 @@ def line_plot(steps: Numbers, losses: Tensor | Mapping[str, Tensor], ax: Axes | 
 
 
 def plane_plot(steps_x: Numbers, steps_y: Numbers, losses: Tensor, ax: Axes | None = None) -> Axes:
-    """Losses over a plane, ``hf.plane(...)``, as contours: ``losses[i, j]`` belongs to ``(steps_x[i], steps_y[j])``."""
+    """Losses over a plane, of ``hf.plane``, as contours; the cross marks the parameters.
+
+    Args:
+        steps_x, steps_y: as given to ``hf.plane``.
+        losses: ``(len(steps_x), len(steps_y))``. Where they span orders of magnitude, the colours are logarithmic.
+
+    Returns:
+        The ``Axes``.
+
+    >>> import torch
+    >>> from matplotlib.figure import Figure
+    >>> losses = torch.tensor([[0.0, 1.0], [1.0, 2.0]])
+    >>> plane_plot([0.0, 1.0], [0.0, 1.0], losses, Figure().subplots()).get_xlabel()
+    'distance along the first direction'
+    """
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
@@ -176,10 +219,13 @@ def plane_plot(steps_x: Numbers, steps_y: Numbers, losses: Tensor, ax: Axes | No
 
 
 def trajectory_plot(points: Iterable[Iterable[float]] | Tensor, ax: Axes | None = None) -> Axes:
-    """A path of training in a plane, such as on top of ``plane_plot``: from the ring to the star.
+    """The path of a training in a plane, for example on top of ``plane_plot``: a ring marks its start, a star its end.
 
     Args:
-        points: ``(T, 2)``, the coordinates along the plane's two directions, in order of time.
+        points: ``(T, 2)``, the coordinates along the two directions of the plane, in the order of training.
+
+    Returns:
+        The ``Axes``.
 
     Raises:
         ValueError: ``points`` is not ``(T, 2)``.
@@ -204,9 +250,17 @@ def trajectory_plot(points: Iterable[Iterable[float]] | Tensor, ax: Axes | None 
 
 
 def surface_plot(steps_x: Numbers, steps_y: Numbers, losses: Tensor, ax: Axes | None = None) -> Axes:
-    """Losses over a plane, ``hf.plane(...)``, as a surface in three dimensions; ``ax`` must have a 3d projection.
+    """Losses over a plane, of ``hf.plane``, as a surface in three dimensions.
 
-    Where the losses span much, their logarithm is drawn.
+    Args:
+        steps_x, steps_y, losses: as for :func:`plane_plot`; of losses that span orders of magnitude, the logarithm.
+        ax: with a 3d projection.
+
+    Returns:
+        The ``Axes``.
+
+    Raises:
+        ValueError: ``ax`` is not three-dimensional.
 
     >>> import torch
     >>> from matplotlib.figure import Figure

@@ -33,7 +33,7 @@ def ggn_diagonal(
     microbatch: int | None = None,
     chunk_size: int | None = None,
 ) -> T:
-    """The diagonal of the generalized Gauss-Newton matrix ``J' H_out J`` of a data set, without any error of sampling.
+    """The diagonal of the generalized Gauss-Newton matrix ``J' H_out J`` of a data set, without sampling error.
 
     ``d_i = sum_n sum_cd H_n,cd J_n,ci J_n,di``, with ``J_n`` the Jacobian of the outputs of sample n and ``H_n`` the
     Hessian of the criterion by them, which may be indefinite. For ``CrossEntropyLoss``, ``MSELoss`` and
@@ -50,11 +50,11 @@ def ggn_diagonal(
         A tree like ``params``, in the unit of the matrix's entries. It has derivatives by the parameters, and runs
         under ``vmap``.
 
-    Cost: for D outputs a sample (classes times positions) D backward passes of every sample, and a forward pass: about
-    D gradients of the batch, on ResNet20 with ten classes 8 to 11. Where the D gradients of one sample, or the Hessians
-    of all by their outputs, take more than 256 MB, it is twice as many backward passes, some of them at a time, with a
-    forward pass for each time. In memory is one forward pass of a batch, and the
-    gradients and intermediate results of ``chunk_size`` samples for as many outputs.
+    Cost: for D outputs a sample (classes times positions), a forward pass and D backward passes of every sample: about
+    D gradients of the batch, 8 to 11 on ResNet20 with ten classes. Where the D gradients of one sample, or the Hessians
+    of all samples by their outputs, take more than 256 MB, it takes twice as many backward passes, in groups with a
+    forward pass each. Memory: one forward pass of a batch, and the gradients and intermediate results of
+    ``chunk_size`` samples for D outputs.
 
     Raises:
         ValueError: an argument is of another kind; samples meet in the model, as in BatchNorm in training mode, or in
@@ -81,13 +81,22 @@ def ggn_traces(
     microbatch: int | None = None,
     chunk_size: int | None = None,
 ) -> T:
-    """The trace of every leaf's block of the Gauss-Newton matrix of a data set, without any error of sampling.
+    """The trace of every leaf's block of the Gauss-Newton matrix of a data set, without sampling error.
 
-    Arguments, cost and errors as :func:`ggn_diagonal`, of which these are the sums. What :func:`hutchinson_per_leaf`
-    estimates of a :func:`ggnvp` is this.
+    ``hutchinson_per_leaf(ggnvp(...), probes)`` estimates the same numbers. They are sums of :func:`ggn_diagonal`.
+
+    Args:
+        forward, criterion, params, batches, weights, microbatch, chunk_size: as for :func:`ggn_diagonal`.
 
     Returns:
-        A tree like ``params`` of float64 scalars; their sum is the trace of the whole.
+        A tree like ``params`` of float64 scalars, in the unit of the eigenvalues; their sum is the trace of the whole.
+
+    Cost: as for :func:`ggn_diagonal`.
+
+    Raises:
+        ValueError: as for :func:`ggn_diagonal`.
+
+    Source: as for :func:`ggn_diagonal`.
 
     >>> x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
     >>> square = lambda out, y: (out - y).square().sum()

@@ -40,28 +40,32 @@ def fvp(
 ) -> MatVec[T]:
     """Products with the empirical Fisher matrix ``1/B sum_i g_i g_i'``, ``g_i`` the gradient of sample ``i``'s loss.
 
-    A sample's loss is B times its share of the mean loss, so that the mean of ``g_i`` is the gradient of that: of
-    torch's ``CrossEntropyLoss`` and ``NLLLoss``, with class weights or ignored targets, it is
-    ``B w_i l_i / sum_j w_j``. Of a criterion that is a sum over samples it is the criterion of the sample alone.
+    The loss of a sample is B times its share of the mean loss, so that the mean of the ``g_i`` is the gradient of the
+    mean loss. For ``CrossEntropyLoss`` and ``NLLLoss`` with class weights or ignored targets it is
+    ``B w_i l_i / sum_j w_j``. For a criterion that is a sum over samples it is the criterion of the sample alone.
 
-    With ``num_samples`` it is the Monte-Carlo Fisher matrix: targets are drawn from the model's own predictions, of
-    classes for ``CrossEntropyLoss`` and ``NLLLoss``, of normal numbers for ``MSELoss`` and of zeros and ones for
-    ``BCEWithLogitsLoss``. Its mean over draws is the Fisher matrix itself, which for criteria of logits and for
-    ``MSELoss`` is the Gauss-Newton matrix of :func:`ggnvp`, class weights and all; its rank is at most that of as many
-    gradients as there are draws. The batch's own targets count only where they are ignored or have weights.
-
-    Arguments as :func:`ggnvp`. Samples lie along the first axis of outputs and targets, and the output of a sample must
-    depend on that sample alone.
+    With ``num_samples`` it is the Monte-Carlo Fisher matrix: targets are drawn from the model's predictions, classes
+    for ``CrossEntropyLoss`` and ``NLLLoss``, normal numbers for ``MSELoss``, zeros and ones for ``BCEWithLogitsLoss``.
+    The mean over draws is the Fisher matrix, which for these criteria is the Gauss-Newton matrix of :func:`ggnvp`. The
+    rank is at most B times ``num_samples``. The batch's own targets matter only where they are ignored or weighted.
 
     Args:
-        num_samples: draws for each sample, in one product of the cost of :func:`ggnvp`'s; None for the targets of the
-            batch.
-        seed: of the draws, which are a function of it and the data: every product has the same.
-        check: whether the first product asks that the criterion be the mean, or the sum, of those of single samples.
+        forward, criterion, params, batch: as for :func:`ggnvp`. Samples lie along the first axis of outputs and
+            targets, and the output of a sample depends on that sample alone.
+        num_samples: draws for each sample; None for the targets of the batch.
+        seed: of the draws, which depend on it and on the data alone: every product has the same.
+        check: whether the first product checks that the criterion is the mean, or the sum, over single samples.
+
+    Returns:
+        A matvec on trees like ``params``, symmetric and positive semidefinite.
+
+    Cost: a product costs what that of :func:`ggnvp` costs, for any number of draws. Nothing is kept between products.
 
     Raises:
-        ValueError: it is neither, such as a mean by class weights in a criterion of one's own; or no targets can be
-            drawn by this criterion.
+        ValueError: the criterion is neither a mean nor a sum over samples, such as a weighted mean that is none of
+            torch's; or targets cannot be drawn for it; or as for :func:`ggnvp`.
+
+    Source: Martens (2020), for both matrices and their relation to the Gauss-Newton matrix.
 
     >>> x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
     >>> square = lambda out, y: (out - y).square().mean()

@@ -58,6 +58,12 @@ def ggnvp(
         batch: ``(inputs, targets)``. One mapping or one object goes to both sides, as for
             :func:`hessfn.functionalize`.
 
+    Returns:
+        A matvec on trees like ``params``, symmetric. It runs under ``vmap`` and has derivatives.
+
+    Cost: a product takes a forward pass with its tangent and a backward pass, about 2 gradients, and the intermediate
+    results of one gradient while it runs. Nothing is kept between products.
+
     Raises:
         ValueError: an argument is of another kind, such as a loss where the model's outputs are wanted; the criterion
             gives the loss that the model itself has computed; or a vector does not match ``params``.

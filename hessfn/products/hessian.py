@@ -66,6 +66,9 @@ def hvp(
         A matvec on trees like ``params``. Where numbers or tensors that the loss closes over change, the loss is
         traced anew.
 
+    Cost: a product takes about 3 gradients, and the intermediate results of one gradient and its tangent while it runs.
+    The first adds the check, the fourth the trace. Nothing but the trace is kept.
+
     Raises:
         ValueError: an argument is of another kind, such as a model for the loss; or, at the first product, the loss is
             not one finite number, or draws random numbers, or a vector does not match ``params``.
@@ -89,32 +92,34 @@ def hvp(
 
 @recorded
 def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, check: bool = True) -> MatVec[T]:
-    """The products of :func:`hvp`, with all that does not depend on the vector computed once, here: the fastest ones.
+    """The products of :func:`hvp`, with all that does not depend on the vector computed once: the fastest ones.
 
-    A product costs about 2 gradients instead of 3. Kept in memory are the intermediate results of one gradient, and on
-    the CPU the memory for those of a product, for which threads take turns. The matrix is that of the parameters and
-    data as they are now, also if they change in place later.
+    The matrix is that of the parameters and data as they are now, even if they change in place later.
 
-    On the CPU, convolutions by 3 x 3 in float32 are computed in C, if a compiler is found (``CXX``, g++, clang++ or
-    c++), once on a machine; products of ResNet20 take half as long again without one. So are those of :func:`hvp`.
+    On the CPU, convolutions by 3 x 3 in float32 run in a compiled C kernel if a compiler is found (``CXX``, g++,
+    clang++ or c++); so do those of :func:`hvp`. Without it, products of ResNet20 take half as long again.
     ``HESSFN_NATIVE=0`` switches it off, and :func:`hessfn.show_config` says what is in use.
 
     Args:
         loss, params, args: as for :func:`hvp`.
-        compile: put the products through ``torch.compile`` and compare one with the uncompiled product: tens of seconds
-            once, then up to a tenth less time each; on small nets none.
+        compile: run the products through ``torch.compile``, and compare one with the uncompiled product. It takes tens
+            of seconds once, and saves up to a tenth of the time of a product, nothing for small nets.
         check: as for :func:`hvp`, along a random direction.
 
     Returns:
-        A matvec on trees like ``params``; it can be put under ``vmap``, and has all derivatives by its vector. By the
-        parameters and the data it has none: where these require one, give them detached or under ``torch.no_grad()``,
-        or take :func:`hvp`.
+        A matvec on trees like ``params``. It runs under ``vmap`` and has all derivatives by its vector, none by the
+        parameters and the data: where these require gradients, give them detached, or take :func:`hvp`.
+
+    Cost: once, the trace, a gradient and the check; then about 2 gradients a product, instead of 3. It keeps the
+    intermediate results of one gradient, and on the CPU the memory for those of a product, which threads share in turn.
 
     Raises:
-        Untraceable: one trace cannot stand for this loss, and why (it branches on values, say), or the check has found
-            its product to be wrong: take :func:`hvp`.
+        Untraceable: the loss cannot be traced, and the message says why; or the check has found that its product is
+            wrong: take :func:`hvp`.
         ValueError: an argument is of another kind, the loss is not one finite number, or the parameters or the data
             are being differentiated.
+
+    Source: Pearlmutter (1994).
 
     >>> import torch
     >>> matvec = linearized_hvp(lambda w: (w**3).sum(), torch.tensor([1.0, 2.0]))
@@ -221,11 +226,19 @@ def mean_hvp(
         mode, check, trace_after: as for :func:`hvp`. The check also holds the loss of the first batch, unless it is
             known or ``weights`` are given, against the mean of those of two parts of it, once for a loss.
 
+    Returns:
+        A matvec on trees like ``params``.
+
+    Cost: a product takes one pass over the batches, with the cost of :func:`hvp` for each. In memory are one batch (or
+    part) with what its product needs, and one vector.
+
     Raises:
-        ValueError: an argument is of another kind, there is no batch, ``batches`` can be run through only once,
-            shuffles, or changes between products, or a product is not finite: the message names the batch and the leaf.
-            Or the loss is no mean over samples by these weights, or samples meet in parts of a batch, or processes
-            that share the batches have other ones or other parameters.
+        ValueError: an argument is of another kind; there is no batch; ``batches`` can be run through only once,
+            shuffles, or changes between products; a product is not finite (the message names the batch and the leaf);
+            the loss is no mean over samples by these weights; samples of a batch that is cut depend on each other; or
+            processes that share the batches have different ones, or different parameters.
+
+    Source: Pearlmutter (1994).
 
     >>> import torch
     >>> batches = [torch.ones(3, 1), torch.zeros(1, 1)]

@@ -31,8 +31,19 @@ DIFFERENTIATED = ("forward", "traced", "reverse")  # the modes that autograd can
 
 @recorded
 def find_mode(loss: Loss, params: Tree, *args: Any) -> Mode:
-    """The mode that ``hvp(mode="auto")`` comes to take for this loss, and why; at the cost of one product, the trace
-    and two gradients.
+    """The mode that ``hvp(mode="auto")`` takes for this loss, and why it takes no better one.
+
+    Args:
+        loss, params, args: as for :func:`hessfn.hvp`.
+
+    Returns:
+        ``mode``, the name of the mode; ``reason``, why each better mode fails, or an empty string; ``error``, the
+        relative error of the products, 0 except in mode ``"difference"``.
+
+    Cost: one product, the trace of the loss, and the two gradients of the first check.
+
+    Raises:
+        ValueError: the loss is not one finite number, draws random numbers, or does not depend on ``params``.
 
     >>> import torch
     >>> find_mode(lambda w: (w**4).sum(), torch.ones(3))

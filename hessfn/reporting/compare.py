@@ -41,6 +41,8 @@ def compare(*folders: str | Path, out: str | Path = "compare.html") -> dict[str,
         (whether ``probes`` and ``data`` are the same); and ``steps``, the four numbers of every report less those of
         the one before.
 
+    Cost: no product; the folders are read.
+
     Raises:
         ModuleNotFoundError: jinja2, which makes the page, is not installed.
         ValueError: a folder holds no ``report.json``, or another kind of one, there is only one, or ``out`` cannot be

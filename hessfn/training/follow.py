@@ -32,7 +32,7 @@ def follow(
     search: bool = True,
     seed: int | Tensor = 0,
 ) -> tuple[EigenPairs[T], FollowState[T]]:
-    """k eigenpairs at the ends of the spectrum of a matrix that changes, call by call, and the state for the next call.
+    """The k eigenpairs at the ends of the spectrum of a matrix that changes, and the state for the next call.
 
     Each call starts from the last call's vectors. It also sends a new random direction through the matrix, since an
     eigenvalue that has risen above the followed ones may have a vector that is orthogonal to all of theirs; the vectors

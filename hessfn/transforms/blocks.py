@@ -13,17 +13,22 @@ from hessfn.core.tree import MatVec, T
 
 
 def restrict(matvec: MatVec[T], like: T, names: str | Iterable[str]) -> MatVec[dict[str, Tensor]]:
-    """The diagonal block of a matrix that belongs to some of the leaves: zero-pad in, select out.
+    """Products with the diagonal block of a matrix that belongs to some of the leaves.
+
+    A vector of the block is padded with zeros, multiplied, and its own leaves are taken from the product.
 
     Args:
         matvec: products with the whole matrix, on trees like ``like``.
         names: glob patterns of dotted leaf names, as in ``"layer1.*"``.
 
     Returns:
-        A matvec on dicts from leaf name to tensor, those of ``tree.select(like, names)``, at one product of the whole.
+        A matvec on dicts from leaf name to tensor, as ``tree.select(like, names)`` gives them.
+
+    Cost: one product with the whole matrix for each product; two vectors of the whole.
 
     Raises:
-        ValueError: a pattern matches no leaf.
+        ValueError: a pattern matches no leaf, or an argument is of another kind; at a product, the vector has other
+            leaves than the block.
 
     >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     >>> whole = lambda v: dict(zip("ab", A @ torch.stack([v["a"], v["b"]])))
@@ -36,18 +41,20 @@ def restrict(matvec: MatVec[T], like: T, names: str | Iterable[str]) -> MatVec[d
 def block(
     matvec: MatVec[T], like: T, rows: str | Iterable[str], columns: str | Iterable[str]
 ) -> MatVec[dict[str, Tensor]]:
-    """Any block of a matrix, such as that between two layers: zero-pad in by columns, select out by rows.
+    """Products with any block of a matrix, such as the one between two layers.
 
     Args:
         matvec: products with the whole matrix, on trees like ``like``.
         rows, columns: glob patterns of dotted leaf names.
 
     Returns:
-        A function from dicts like ``tree.select(like, columns)`` to dicts like ``tree.select(like, rows)``, at one
-        product of the whole. For a symmetric matrix the block with both exchanged is its transpose.
+        A function from dicts like ``tree.select(like, columns)`` to dicts like ``tree.select(like, rows)``. For a
+        symmetric matrix, exchanging ``rows`` and ``columns`` gives the transpose.
+
+    Cost: one product with the whole matrix for each product; two vectors of the whole.
 
     Raises:
-        ValueError: a pattern matches no leaf.
+        ValueError: as for :func:`restrict`.
 
     >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
     >>> whole = lambda v: dict(zip("ab", A @ torch.stack([v["a"], v["b"]])))

@@ -19,16 +19,23 @@ if TYPE_CHECKING:
 
 
 def dense(matvec: MatVec[T], like: T, *, batch_size: int | None = None) -> Tensor:
-    """The whole matrix ``(n, n)``, column by column: n matvecs and n^2 numbers, for small n. Differentiable.
+    """The whole matrix, computed column by column; for small matrices.
 
     Args:
-        batch_size: so many columns at once, under ``vmap``: the same matrix to rounding, with the intermediate results
-            of as many products in memory. Of a net of 1,002 parameters 64 at once take an eighth of the time;
-            of large ones on a CPU nothing is won. None for one at a time, which asks nothing of the matvec.
+        matvec: products with the matrix; it need not be symmetric.
+        like: a tree like the vectors; n is its number of entries.
+        batch_size: this many columns at once, under ``vmap``. The matrix is the same up to rounding. For a net of 1,002
+            parameters, 64 at once take an eighth of the time; for large nets on a CPU it saves nothing. None takes one
+            column at a time, and works for every matvec.
+
+    Returns:
+        A tensor ``(n, n)``; row and column i belong to entry i of ``tree.ravel(like)``. It can be differentiated.
+
+    Cost: n products; 3 n^2 numbers at the peak, and the intermediate results of ``batch_size`` products.
 
     Raises:
-        ValueError: a product is not finite, or a tree of other leaves than ``like``; or, with ``batch_size``, the
-            matvec cannot be put under ``vmap``: it branches on values, or leaves torch, or is of DTensors.
+        ValueError: a product is not finite, or its leaves are not those of ``like``; or, with ``batch_size``, ``vmap``
+            cannot run the matvec: it branches on values, or leaves torch, or has DTensors.
 
     >>> dense(lambda v: 2 * v, torch.zeros(2))
     tensor([[2., 0.],
@@ -58,12 +65,20 @@ def dense(matvec: MatVec[T], like: T, *, batch_size: int | None = None) -> Tenso
 
 
 def as_linear_operator(matvec: MatVec[T], like: T) -> LinearOperator:
-    """The matrix as SciPy knows it, for ``scipy.sparse.linalg``: flat NumPy vectors, in the entries' order of ``like``.
+    """The matrix as a SciPy ``LinearOperator``, for the solvers of ``scipy.sparse.linalg``.
 
-    A complex vector takes two products, of its real and its imaginary part. Half precision comes out as float32.
+    Args:
+        matvec: products with the matrix, which must be symmetric: ``rmatvec`` is the same function.
+        like: a tree like the vectors; n is its number of entries.
+
+    Returns:
+        An operator of shape ``(n, n)`` on flat NumPy vectors, with the entries in the order of ``tree.ravel(like)``.
+        Its dtype is that of ``like``; half precision becomes float32.
+
+    Cost: one product for each vector, two for a complex one; each vector is copied to the device of ``like`` and back.
 
     Raises:
-        ValueError: at a product: it is not finite, or a tree of other leaves than ``like``.
+        ValueError: at a product, it is not finite, or its leaves are not those of ``like``.
 
     >>> import numpy, scipy.sparse.linalg
     >>> operator = as_linear_operator(lambda v: 2 * v, torch.zeros(3, dtype=torch.float64))

@@ -16,16 +16,23 @@ from hessfn.core.watched import Watched
 
 
 def check_matvec(matvec: MatVec[T], like: T, *, seed: int = 0, rtol: float | None = None) -> None:
-    """Asks a matvec whether it is one: the same for the same vector, linear, symmetric.
+    """Checks that a matvec is deterministic, linear and symmetric, along two random vectors.
 
     Args:
-        rtol: how much relative error is rounding; by default the cube root of the dtype's resolution, since products
-            of a net that fits its data well lose digits to cancellation.
+        matvec: the function to check.
+        like: a tree like its vectors.
+        seed: of the two Gaussian vectors.
+        rtol: the largest relative error that counts as rounding; by default the cube root of the dtype's resolution,
+            since products of a net that fits its data well lose digits to cancellation.
 
-    Cost: four products; five vectors at its peak.
+    Returns:
+        None, if the three properties hold to ``rtol``.
+
+    Cost: four products; five vectors at the peak.
 
     Raises:
-        ValueError: it is not, with the size of the error and what usually causes it.
+        ValueError: one of them does not hold: the message names it, the size of the error and the usual cause. Or a
+            product is not finite, or its leaves are not those of ``like``.
 
     >>> import torch
     >>> check_matvec(lambda v: 2 * v, torch.zeros(3))

@@ -15,10 +15,26 @@ R = TypeVar("R")
 def progress(
     matvec: Callable[P, R], total: int | None = None, desc: str = "", *, unit: str = "product"
 ) -> Callable[P, R]:
-    """The same products, counted by a progress bar, with the time left where ``total`` is known.
+    """The same function, with a progress bar (tqdm, on standard error) that counts its calls.
 
-    Any other function will do, such as the loss of a landscape, with ``unit="point"``: what is counted are its calls. A
-    group under ``vmap`` is one call. Where it is unpickled, another bar counts from 0.
+    Args:
+        matvec: a matvec, or any other function, such as the loss of a landscape with ``unit="point"``.
+        total: how many calls are to come: the bar then shows the time left, and closes after the last one.
+        desc: the words before the bar.
+        unit: what one call is.
+
+    Returns:
+        A function with the arguments and results of ``matvec``. Under ``vmap`` a group of vectors is one call. A copy
+        that is unpickled counts from 0 on a bar of its own.
+
+    Cost: no product.
+
+    Raises:
+        ValueError: ``matvec`` is no function.
+
+    >>> matvec = progress(lambda v: 2 * v, total=2, desc="trace")
+    >>> matvec(1.0), matvec(2.0)
+    (2.0, 4.0)
     """
     require_function(matvec, "matvec", "progress(matvec)")
     bars: dict[str, Any] = OfThisProcess()
