@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,29 @@ from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
+import hessfn
 from hessfn.reporting.options import Options
+
+sys.path.append(str(Path(__file__).parent))
 
 project = "hessfn"
 author = copyright = "the hessfn developers"
 version = release = importlib.metadata.version("hessfn")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "notebook_pictures",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # their outputs are in them
 nb_ipywidgets_js = {}
 exclude_patterns = ["_build"]
+templates_path = ["_templates"]
 
 # A role or link that leads nowhere fails the build. Types are exempt: they name what no reference here describes.
 nitpicky = True
@@ -30,7 +42,7 @@ nitpick_ignore_regex = [("py:class", ".*")]
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_type_aliases = {"Tree": "Tree", "MatVec": "MatVec"}
-python_maximum_signature_line_length = 110
+python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False  # what stands before a colon is no type
 
@@ -59,7 +71,12 @@ def _aliases(app: Any, what: str, name: str, obj: Any, options: Any, signature: 
     """Names of types inside of others are shown as names too, and any arguments as ``Callable[..., T]``."""
     named = [text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns)]
     named = [text and text.replace("Callable[[...],", "Callable[...,") for text in named]
-    return tuple(text and re.sub(r"\bOptions\.(\w+)", lambda m: repr(getattr(Options, m[1])), text) for text in named)
+    constants = {f"Options.{field}": getattr(Options, field) for field in vars(Options)}
+    constants |= {key: x for key, x in getattr(obj, "__globals__", {}).items() if isinstance(x, int | float | str)}
+    return tuple(
+        text and re.sub(r"(?<= = )[\w.]+", lambda m: repr(constants[m[0]]) if m[0] in constants else m[0], text)
+        for text in named
+    )
 
 
 def _fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -68,7 +85,27 @@ def _fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
         lines[:0] = [".. field", ""]
 
 
+def _types(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """A type in a signature leads to the page of its public name, where there is one."""
+    name = node.get("reftarget", "").rpartition(".")[2]
+    if node.get("refdomain") == "py" and name in hessfn.__all__:
+        domain, where = env.get_domain("py"), node["refdoc"]
+        return domain.resolve_xref(env, where, app.builder, "obj", f"hessfn.{name}", node, content)
+    return None
+
+
+def _old_pages(app: Any, config: Any) -> None:
+    """Pages of functions are generated; those of functions that are no more would fail the build."""
+    reference = Path(app.srcdir, "api.md").read_text("utf-8")
+    names = {f"hessfn.{name}.rst" for name in re.findall(r"^   ([\w.]+)$", reference, re.MULTILINE)}
+    for page in Path(app.srcdir, "api").glob("*.rst"):
+        if page.name not in names:
+            page.unlink()
+
+
 def setup(app: Any) -> None:
+    app.connect("config-inited", _old_pages)
+    app.connect("missing-reference", _types)
     app.connect("autodoc-process-docstring", _fields, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _aliases)
     app.add_html_math_renderer("mathml", inline_renderers=(_math, None), block_renderers=(_math, None))
