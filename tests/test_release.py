@@ -80,9 +80,7 @@ def test_the_readme_leads_to_the_files_of_its_version_on_the_package_index() -> 
 
 
 def test_ci_calls_the_targets_that_there_are() -> None:
-    makefile = (ROOT / "Makefile").read_text("utf-8")
-    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
-    targets |= {f"versions-{side}" for side in ("oldest", "newest") if "\nversions-%:" in makefile}
+    targets = set(re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[0].split())
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
     called = set(re.findall(r"run: make (\w[\w-]*)", workflow)) | set(re.findall(r"target: (\w[\w-]*)", workflow))
     called |= {name for names in re.findall(r"target: \[(.+)\]", workflow) for name in names.split(", ")}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import sys
-import tarfile
 import zipfile
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -100,26 +101,36 @@ def test_the_version_is_that_of_the_installed_package(environment: Path, tmp_pat
     run(environment, tmp_path, "-c", code, VERSION)
 
 
-def tracked() -> set[str]:
-    command = ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"]
+@pytest.fixture(scope="module")
+def release() -> ModuleType:
     if not (ROOT / ".git").exists():
         pytest.skip("this is no clone: only git knows which files are the project's")
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {name for name in listed if (ROOT / name).exists()}
+    spec = importlib.util.spec_from_file_location("release", ROOT / "tools" / "release.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_source_distribution_has_every_file(built: tuple[Path, Path]) -> None:
-    with tarfile.open(built[0]) as archive:
-        packed = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-    assert packed - {"PKG-INFO"} == tracked()
-
-
-def test_the_wheel_has_every_file_of_the_package_and_nothing_that_was_compiled(built: tuple[Path, Path]) -> None:
+def test_the_distributions_have_every_file_and_nothing_that_was_compiled(
+    release: ModuleType, built: tuple[Path, Path]
+) -> None:
+    assert release.what_is_missing(*built) == []
     with zipfile.ZipFile(built[1]) as archive:
-        installed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert installed == {name for name in tracked() if name.startswith("hessfn/")}
-    assert "hessfn/engine/conv3x3/kernel.c" in installed
-    assert built[1].name == f"hessfn-{VERSION}-py3-none-any.whl"
+        assert "hessfn/engine/conv3x3/kernel.c" in archive.namelist()
+
+
+def test_a_file_that_is_missing_or_compiled_is_found(
+    release: ModuleType, built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = tmp_path / built[1].name.replace("-any", "-linux_x86_64")
+    with zipfile.ZipFile(built[1]) as archive, zipfile.ZipFile(other, "w") as changed:
+        for name in set(archive.namelist()) - {"hessfn/engine/conv3x3/kernel.c"}:
+            changed.writestr(name, archive.read(name))
+        changed.writestr("hessfn/kernel.so", b"")
+    lacks, has, platform = release.what_is_missing(built[0], other)
+    assert "lacks hessfn/engine/conv3x3/kernel.c" in lacks
+    assert "has hessfn/kernel.so" in has and "for one platform" in platform
 
 
 def metadata(wheel: Path) -> Message:

@@ -90,20 +90,30 @@ def what_is_not_ready(version: str) -> list[str]:
 
 
 def what_is_missing(sdist: Path, wheel: Path) -> list[str]:
-    """Files that git keeps and a distribution lacks; and what should be in none, such as a compiled library."""
-    listed = git("ls-files", "--cached", "--others", "--exclude-standard").splitlines()
-    tracked = {name for name in listed if (ROOT / name).exists()}
+    """Files that git keeps and a distribution lacks, and those that git does not keep, such as a compiled library."""
+    kept = files_of_git()
+    package = {name for name in kept if name.startswith("hessfn/")}
     with tarfile.open(sdist) as archive:
-        packed = {name.partition("/")[2] for name in archive.getnames()}
+        packed = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     with zipfile.ZipFile(wheel) as archive:
         installed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    package = {name for name in tracked if name.startswith("hessfn/")}
-    found = [f"{sdist.name} lacks {name}" for name in sorted(tracked - packed)]
-    found += [f"{wheel.name} lacks {name}" for name in sorted(package - installed)]
-    found += [f"{wheel.name} has {name}, which git does not keep" for name in sorted(installed - package)]
+    found = []
+    for file, has, wanted in ((sdist, packed - {"PKG-INFO"}, kept), (wheel, installed, package)):
+        found += [f"{file.name} lacks {name}" for name in sorted(wanted - has)]
+        found += [f"{file.name} has {name}, which git does not keep" for name in sorted(has - wanted)]
     if not wheel.stem.endswith("-py3-none-any"):
         found.append(f"{wheel.name} is for one platform: nothing may be compiled when it is built")
     return found
+
+
+def files_of_git() -> set[str]:
+    """Also those that are not committed yet, and those that a link to a folder leads to."""
+    names = git("ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    files = {name for name in names if (ROOT / name).is_file()}
+    for link in (name for name in names if (ROOT / name).is_dir()):
+        behind = (ROOT / link).resolve().relative_to(ROOT).as_posix()
+        files |= {f"{link}{name.removeprefix(behind)}" for name in names if name.startswith(f"{behind}/")}
+    return files
 
 
 def keep(files: list[Path]) -> str:
