@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from nets import normal, problem
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 import hessfn as hf
@@ -373,13 +374,18 @@ def fully_sharded(rank: int, size: int, folder: Path) -> None:
     torch.testing.assert_close(of_parts(parts, mine), loss(params, (x, y)), rtol=1e-14, atol=0)
 
     way = hf.find_mode(of_parts, parts, mine)
-    assert way.mode == "difference", way
-    matvec = hf.hvp(of_parts, parts, mine, mode="difference")
+    assert way.mode == "double_backward", way
     v = hf.gaussian(parts, 1)[0]
     product = tree.ravel(expected(hf.gaussian(params, 1)[0]))[0]
-    error = tree.norm(tree.ravel(matvec(v))[0] - product) / tree.norm(product)
-    assert error < max(way.error, 1e-9)
-    same_results(matvec, parts, expected, params, 1e-6)
+    same_results(hf.hvp(of_parts, parts, mine), parts, expected, params, 1e-9)
+    for mode, error in (("auto", 1e-12), ("difference", 1e-9)):
+        matvec = hf.hvp(of_parts, parts, mine, mode=mode)
+        assert tree.norm(tree.ravel(matvec(v))[0] - product) < error * tree.norm(product)
+    some, chosen = hf.functionalize(model, nn.CrossEntropyLoss(), params="0.*")
+    part = hf.hvp(some, chosen, mine)(hf.gaussian(chosen, 1)[0])
+    few = hf.functionalize(problem("layer_norm")[3], nn.CrossEntropyLoss(), params="0.*")
+    wanted = tree.ravel(hf.hvp(*few, (x, y))(hf.gaussian(few[1], 1)[0]))[0]
+    assert tree.norm(tree.ravel(part)[0] - wanted) < 1e-12 * tree.norm(wanted)
 
     assert all(torch.equal(p.full_tensor(), before) for p, before in zip(model.parameters(), state, strict=True))
     assert all(p.grad is None for p in model.parameters())
@@ -387,6 +393,24 @@ def fully_sharded(rank: int, size: int, folder: Path) -> None:
         moved = of_parts(tree.scale(2.0, parts), mine)
         torch.testing.assert_close(moved, loss(tree.scale(2.0, params), (x, y)), rtol=1e-14, atol=0)
         torch.testing.assert_close(of_parts(parts, mine), loss(params, (x, y)), rtol=1e-14, atol=0)
+
+
+def with_mixed_precision(rank: int, size: int, folder: Path) -> None:
+    """Without its hooks the model is another function, so that there are only differences."""
+    model = problem("layer_norm")[3].float()
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32))
+    loss, params = hf.functionalize(model, nn.CrossEntropyLoss())
+    batch = normal(4, 4, seed=rank).float(), torch.tensor([0, 1, 2, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of differences in bfloat16, which are coarse
+        found = hf.find_mode(loss, params, batch)
+    assert found.mode == "difference"
+    assert "another function without the hooks of fully_shard" in found.reason
+
+
+@pytest.mark.slow
+def test_a_model_of_mixed_precision_has_differences(tmp_path: Path) -> None:
+    run(with_mixed_precision, 2, tmp_path)
 
 
 @pytest.mark.parametrize("program", [trees_of_parts, fully_sharded])

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import hessfn as hf
 from hessfn.core import tree
 from hessfn.engine.fused import attention, chunks, cross_entropy, tiles
-from hessfn.engine.op_definitions import by_definition
 from hessfn.products.loss_memory import memory_of, shapes_of
 
 pytest.importorskip("transformers", minversion="5.0")

@@ -38,7 +38,7 @@ def functionalize(
             mode BatchNorm uses the statistics of the batch and leaves its running ones alone. What TorchScript runs has
             products by plain autograd only. A model under ``fully_shard`` is the exception: it is written over while
             the loss runs, and restored to the bit; each rank gives its own batch, the loss is the mean over all, and
-            products are differences of gradients.
+            a product needs room for all parameters on every rank, but in ``mode="difference"``.
         criterion: ``criterion(outputs, targets)`` to a scalar, a mean over the batch if batches are to be averaged. Of
             torch's own it is known what they are means over, such as the class weights of targets that are not
             ignored: ``loss.mean_over.weight_of(batch)`` is what a batch weighs.
@@ -98,7 +98,7 @@ def _of_parts(
 
     signature = signature_of(model)
 
-    def of_batch(model: nn.Module, batch: Any) -> Tensor:
+    def of_batch(model: Callable[..., Any], batch: Any) -> Tensor:
         inputs, targets = pair(batch)
         args, kwargs = arguments(inputs, signature)
         return criterion(model(*args, **kwargs), targets)
