@@ -1,12 +1,12 @@
 """The site: pages in Markdown, the reference from the docstrings. It loads nothing from the network."""
 
+import base64
 import importlib.metadata
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from docutils.nodes import SkipNode
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -33,7 +33,7 @@ myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # their outputs are in them
 nb_ipywidgets_js = {}
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "fonts"]
 templates_path = ["_templates"]
 
 # A role or link that leads nowhere fails the build. Types are exempt: they name what no reference here describes.
@@ -49,14 +49,14 @@ napoleon_use_rtype = False  # what stands before a colon is no type
 html_theme = "furo"
 html_title = f"hessfn {version}"
 html_math_renderer = "mathml"
-html_static_path = ["style.css", str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSerif.ttf"))]
-html_css_files = ["style.css"]
+html_static_path = ["style.css"]
+html_css_files = ["style.css", "math.css"]
 html_copy_source = html_show_sphinx = False
 pygments_style, pygments_dark_style = "tango", "monokai"
 
 
 def _math(self: Any, node: Any) -> None:
-    """Browsers draw MathML by themselves: no script, no font, no network."""
+    """Browsers draw MathML by themselves: no script, no network."""
     block = node.tagname == "math_block"
     try:
         markup = tex2mathml(node.astext(), as_block=block)
@@ -65,6 +65,15 @@ def _math(self: Any, node: Any) -> None:
         markup = ""
     self.body.append(f'<div class="math">{markup}</div>' if block else markup)
     raise SkipNode
+
+
+def _font(app: Any) -> None:
+    """The font goes into the style sheet: some browsers refuse a page from a disk a font in a file."""
+    font = base64.b64encode(Path(app.srcdir, "fonts", "STIXTwoMath.woff").read_bytes()).decode()
+    sheet = Path(app.doctreedir, "math.css")
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    sheet.write_text(f'@font-face {{ font-family: "Formulas"; src: url("data:font/woff;base64,{font}"); }}\n')
+    app.config.html_static_path.append(str(sheet))
 
 
 def _aliases(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
@@ -105,6 +114,7 @@ def _old_pages(app: Any, config: Any) -> None:
 
 def setup(app: Any) -> None:
     app.connect("config-inited", _old_pages)
+    app.connect("builder-inited", _font)
     app.connect("missing-reference", _types)
     app.connect("autodoc-process-docstring", _fields, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _aliases)
