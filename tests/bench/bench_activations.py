@@ -7,6 +7,7 @@ layer, and scaled: all of it would take the better part of an hour.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from models import resnet20
 
@@ -45,7 +47,7 @@ def peak() -> float:
 
 
 def in_its_own_process(task: str) -> float:
-    command = [sys.executable, "-W", "ignore", __file__, task]
+    command = [sys.executable, "-W", "ignore", __file__, "--alone", task]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -56,8 +58,12 @@ def main() -> None:
         "table": lambda: table(3),
         "table-50": lambda: table(3, microbatch=50),
     }
-    if len(sys.argv) > 1:
-        tasks[sys.argv[1]]()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--alone", choices=tasks, help=argparse.SUPPRESS)
+    record.add_option(parser)
+    given = parser.parse_args()
+    if given.alone:
+        tasks[given.alone]()
         print(peak())
         return
     whole, found = seconds(table)
@@ -78,6 +84,8 @@ def main() -> None:
         f"over a gradient: {memory['table'] / memory['gradient']:.2f}, in microbatches of 50: "
         f"{memory['table-50'] / memory['gradient']:.2f}"
     )
+    rows = [{"what": "all layers at once", "seconds": whole}, {"what": "one layer at a time", "seconds": alone}]
+    record.write(given.json, rows + [{"what": task, "mb": value} for task, value in memory.items()])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import record
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -24,7 +25,7 @@ from hessfn.core import tree
 from hessfn.parallel.all_reduce import ShardedBatches
 
 
-def measure(rank: int, size: int, folder: str, rounds: int, num_batches: int, batch: int) -> None:
+def measure(rank: int, size: int, folder: str, rounds: int, num_batches: int, batch: int, file: Any) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
@@ -57,6 +58,7 @@ def measure(rank: int, size: int, folder: str, rounds: int, num_batches: int, ba
         print(f"  {'':34}{'median':>10}{'least':>10} ms")
         for name in names:
             print(f"  {name:34}{1e3 * statistics.median(times[name]):10.1f}{1e3 * min(times[name]):10.1f}")
+        record.write(file, [{"what": name, "ms": 1e3 * statistics.median(times[name])} for name in names])
         for what, of in (("median", statistics.median), ("least", min)):
             ratios = [
                 of(times["product, 1 processes"]) / of(times[f"product, {n} processes"]) for n in range(1, size + 1)
@@ -71,7 +73,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--batch", type=int, default=32)
+    record.add_option(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (given.processes, folder, given.rounds, given.batches, given.batch)
+        arguments = (given.processes, folder, given.rounds, given.batches, given.batch, given.json)
         mp.spawn(measure, arguments, nprocs=given.processes)

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import record
 import scipy.sparse.linalg
 import torch
 from models import DATA, FILES
@@ -168,6 +169,7 @@ def main() -> None:
         "--tasks", nargs="+", default=TASKS, choices=TASKS, help="all of them take the better part of an hour"
     )
     parser.add_argument("--digits", action="store_true", help="the small net of the demo")
+    record.add_option(parser)
     options = parser.parse_args()
     if options.digits:
         model, criterion, batches = problems.digits(num_images=options.images, batch_size=options.images)
@@ -218,6 +220,7 @@ def main() -> None:
         relative, off = stderr / abs(mean), abs(mean / float(reference_trace.mean) - 1)
         return f"off by {off:.1%}, says +- {relative:.1%}"
 
+    rows: list[dict[str, Any]] = []
     print(f"{'task':<18}{'by':<28}{'products':>9}{'seconds':>9}  error")
     for task in options.tasks:
         for name, tasks in peers.items():
@@ -227,15 +230,19 @@ def main() -> None:
             try:
                 count, result = tasks[task]()
             except Exception as failure:  # a peer may not run on this version of torch: that is a result too
+                rows.append({"task": task, "by": name, "failed": type(failure).__name__})
                 print(
                     f"{task:<18}{name:<28}{'':>9}{'':>9}  {type(failure).__name__}: {str(failure).splitlines()[0][:60]}"
                 )
                 continue
             seconds = time.perf_counter() - start
-            print(f"{task:<18}{name:<28}{count:>9}{seconds:>9.1f}  {error(task, result)}", flush=True)
+            off = error(task, result)
+            rows.append({"task": task, "by": name, "products": count, "seconds": seconds, "error": off})
+            print(f"{task:<18}{name:<28}{count:>9}{seconds:>9.1f}  {off}", flush=True)
             if task == "plain Hutchinson":
                 needed = int(60 * (result[1] / abs(result[0]) / 0.02) ** 2)
                 print(f"{'':<18}{'  ... to 2 %, by its variance':<28}{needed:>9}{seconds * needed / 60:>9.1f}")
+    record.write(options.json, rows)
 
 
 if __name__ == "__main__":

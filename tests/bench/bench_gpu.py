@@ -8,15 +8,13 @@ error is that of one product in norm, against double backward in float64.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import json
 import statistics
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from bench_products import WAYS, built, relative_error, truth
 from models import GPT
@@ -98,29 +96,28 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--exactly", action="store_true", help="errors too, against float64")
-    parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--ways", default=";".join(WAYS), help="names, with semicolons between: some have commas")
+    record.add_option(parser)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     if not torch.cuda.is_available():
         print("no CUDA device here")
         return
-    head = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    head["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    print(head)
-    results: dict[str, Any] = {}
+    print(torch.cuda.get_device_name(), torch.__version__)
+    rows: list[dict[str, Any]] = []
     for name in given.models:
-        results[name] = measured(name, given.rounds, given.exactly, given.ways.split(","))
-        unit = results[name]["gradient"]
-        for way, row in results[name].items():
+        found = measured(name, given.rounds, given.exactly, given.ways.split(";"))
+        unit = found["gradient"]
+        for way, row in found.items():
+            rows.append({"model": name, "by": way, **row})
             if "failed" in row:
                 print(f"{name:10} {way:34} {row['failed']}", flush=True)
                 continue
-            cost = f"{row['ms']:9.2f} ms {row['ms'] / unit['ms']:6.2f} gradients"
+            rows[-1]["gradients"] = row["ms"] / unit["ms"]
+            cost = f"{row['ms']:9.2f} ms {rows[-1]['gradients']:6.2f} gradients"
             memory = f"{row['peak'] / 1e6:8.0f} MB {row['peak'] / unit['peak']:6.2f}"
             print(f"{name:10} {way:34} {cost} {memory}  {row.get('error', float('nan')):.1e}", flush=True)
-    if given.json is not None:
-        given.json.write_text(json.dumps({**head, "results": results}, indent=1))
+    record.write(given.json, rows)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from models import GPT
 from torch import nn
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", default=list(ROWS), help="vocabulary x batch x length")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--alone", choices=WAYS, help=argparse.SUPPRESS)
+    record.add_option(parser)
     given = parser.parse_args()
     if given.alone:
         print(json.dumps(run(given.alone, given.rows[0], given.rounds)))
@@ -82,6 +84,7 @@ def main() -> None:
     print(
         f"{'GPT, 4 layers of 256':22} {'':16} {'MB':>7} {'in gradients':>12} {'s':>7} {'in gradients':>12} {'first':>7}"
     )
+    rows: list[dict[str, Any]] = []
     for row in given.rows:
         unit: dict[str, float] = {}
         for way in WAYS:
@@ -90,8 +93,10 @@ def main() -> None:
             found = json.loads(done.stdout.splitlines()[-1])
             unit = unit or found
             memory, seconds = (found[x] / unit[x] for x in ("bytes", "seconds"))
+            rows.append({"row": row, "by": way, **found, "memory in gradients": memory, "time in gradients": seconds})
             cost = f"{found['bytes'] / 1e6:7.0f} {memory:12.2f} {found['seconds']:7.2f} {seconds:12.2f}"
             print(f"{row:22} {way:16} {cost} {found['first']:7.2f}", flush=True)
+    record.write(given.json, rows)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from models import GPT
 from torch import nn
@@ -80,12 +81,13 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"of {list(TASKS)}")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    record.add_option(parser)
     arguments = parser.parse_args()
     if arguments.alone:
         print(json.dumps(run(arguments.tasks[0], arguments.tokens)))
         return
     print(f"{'':26} {'products':>8} {'seconds':>8} {'peak GB':>8} {'/ parameters':>12}  result")
-    floor = None
+    floor, rows = None, []
     for name in arguments.tasks:
         command = [sys.executable, "-W", "ignore", __file__, name, "--alone", "--tokens", str(arguments.tokens)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -94,6 +96,8 @@ def main() -> None:
         units = (row["peak"] - floor) / (4 * row["parameters"]) if row["parameters"] else 0.0
         cost = f"{row['products']:8} {row['seconds']:8.0f} {row['peak'] / 1e9:8.2f} {units:12.1f}"
         print(f"{name:26} {cost}  {row['found']}", flush=True)
+        rows.append({"task": name, **row, "peak in parameters": units})
+    record.write(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What one Hessian-vector product costs, beside those of the peers that are installed: time, error, memory, growth.
 
-``python tests/bench/bench_products.py [resnet20] [gpt] [mlp]``: two tables a model, of products and of first products
-of a loss. Times are medians of rounds in which every way has its turn, so that they share the drift of the machine;
-memory is the peak of a process of its own.
+``python tests/bench/bench_products.py [resnet20] [gpt] [mlp] [--json FILE]``: two tables a model, of products and of
+first products of a loss. Times are medians of rounds in which every way has its turn, so that they share the drift of
+the machine; memory is the peak of a process of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from models import MODELS, Problem, mlp, resnet20
 from torch import Tensor, nn
@@ -133,7 +134,10 @@ def in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
     return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
 
 
-def table(model: str, rounds: int) -> Iterator[str]:
+Rows = list[dict[str, Any]]
+
+
+def table(model: str, rounds: int, rows: Rows) -> Iterator[str]:
     problem = MODELS[model]()
     runs = {name: run for name in WAYS if (run := built(name, problem)) is not None}
     exact = truth(*problem)
@@ -143,10 +147,12 @@ def table(model: str, rounds: int) -> Iterator[str]:
     yield f"\n{model}: a product in ms, and over PyHessian's kept graph and the fastest peer that keeps none"
     yield f"{'':34} {'ms':>7} {'/ kept':>7} {'/ fresh':>8} {'error':>8} {'MB':>6}"
     for name, run in runs.items():
-        error = "" if name == "gradient" else f"{relative_error(run(), exact):.0e}"
-        memory = f"{peak_memory(model, name) / 1024:6.0f}"
-        t = seconds[name]
-        yield f"{name:34} {1e3 * t:7.0f} {t / kept:7.2f} {t / fresh:8.2f} {error:>8} {memory}"
+        row = {"model": model, "by": name, "ms": 1e3 * seconds[name], "mb": peak_memory(model, name) / 1024}
+        if name != "gradient":
+            row["error"] = relative_error(run(), exact)
+        rows.append(row)
+        error, t = f"{row['error']:.0e}" if "error" in row else "", seconds[name]
+        yield f"{name:34} {1e3 * t:7.0f} {t / kept:7.2f} {t / fresh:8.2f} {error:>8} {row['mb']:6.0f}"
 
 
 # What a training loop makes at each step.
@@ -166,7 +172,7 @@ def plain_product(loss: Any, params: Vector, batch: Any, v: Vector) -> Vector:
         return torch.func.jvp(lambda p: torch.func.grad(loss)(p, batch), (params,), (v,))[1]
 
 
-def first_products(model: str) -> Iterator[str]:
+def first_products(model: str, rows: Rows) -> Iterator[str]:
     """The first products of a loss, each with a closure of its own, in three rounds."""
     module, criterion, batch = MODELS[model]()
     run = built("gradient", (module, criterion, batch))
@@ -174,7 +180,9 @@ def first_products(model: str) -> Iterator[str]:
     yield f"\n{model}: the 1st to 6th product of a loss, each with a closure of its own, in gradients"
     for name, make in FIRST.items():
         rounds = [seconds_of_products(make, module, criterion, batch) for _ in range(3)]
-        yield f"{name:34} " + " ".join(f"{statistics.median(t) / gradient:7.1f}" for t in zip(*rounds, strict=True))
+        taken = [statistics.median(t) / gradient for t in zip(*rounds, strict=True)]
+        rows += [{"model": model, "by": name, "product": i, "gradients": x} for i, x in enumerate(taken, 1)]
+        yield f"{name:34} " + " ".join(f"{x:7.1f}" for x in taken)
 
 
 def seconds_of_products(make: Any, module: Any, criterion: Any, batch: Any) -> list[float]:
@@ -210,15 +218,17 @@ def peak_memory(model: str, way: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def growth() -> Iterator[str]:
+def growth(rows: Rows) -> Iterator[str]:
     yield "\nhow a linearized product grows: ms, and ms per sample or per 1000 parameters"
     for batch in (16, 32, 64, 128, 256):
         t = in_turns({"": built("hessfn linearized_hvp", resnet20(batch))}, 5)[""]
+        rows.append({"model": "resnet20", "batch": batch, "ms": 1e3 * t})
         yield f"resnet20, batch {batch:4}: {1e3 * t:7.0f} {1e3 * t / batch:9.3f}"
     for width in (256, 512, 1024, 2048):
         problem = mlp(width=width)
         n = sum(p.numel() for p in problem[0].parameters())
         t = in_turns({"": built("hessfn linearized_hvp", problem)}, 5)[""]
+        rows.append({"model": "mlp", "parameters": n, "ms": 1e3 * t})
         yield f"mlp, {n:8} parameters: {1e3 * t:7.1f} {1e6 * t / n:9.5f}"
 
 
@@ -227,6 +237,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=[*MODELS, "growth"], metavar="|".join([*MODELS, "growth"]))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    record.add_option(parser)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # the peers' deprecations
     if arguments.memory_of:
@@ -236,10 +247,12 @@ def main() -> None:
         # Not ru_maxrss, which a process has from its parent.
         print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
         return
+    rows: Rows = []
     for model in arguments.models:
-        tables = [growth()] if model == "growth" else [table(model, arguments.rounds), first_products(model)]
-        for line in itertools.chain(*tables):
+        of_model = [table(model, arguments.rounds, rows), first_products(model, rows)]
+        for line in itertools.chain(*([growth(rows)] if model == "growth" else of_model)):
             print(line, flush=True)
+    record.write(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import record
 import torch
 from models import DATA, FILES
 from scipy import stats
@@ -176,7 +177,7 @@ def percent(x: float | None) -> str:
     return "-" if x is None or not math.isfinite(x) else f"{100 * x:.2g} %"
 
 
-def compare(name: str, libraries: Sequence[str]) -> None:
+def compare(name: str, libraries: Sequence[str], measured: list[dict[str, Any]]) -> None:
     truth = json.loads(truth_of(name).read_text())
     model, _, batches = PROBLEMS[name]()
     num, threads = sum(p.numel() for p in model.parameters()), torch.get_num_threads()
@@ -195,9 +196,11 @@ def compare(name: str, libraries: Sequence[str]) -> None:
         except Exception as failure:  # a peer may not run on this version of torch: that is a result, too
             if library == "hessfn":
                 raise
+            measured.append({"problem": name, "by": library, "failed": type(failure).__name__})
             print(f"| {library} | {type(failure).__name__}: {str(failure).splitlines()[0][:60]} | | | |")
             continue
         for row in rows:
+            measured.append({"problem": name, "by": library, **row._asdict()})
             seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
             print(f"| {library} | {row.number} | {seconds} | {percent(row.says)} | {percent(row.off)} |", flush=True)
 
@@ -206,14 +209,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", help=f"of {', '.join(PROBLEMS)} (default: all)")
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=list(LIBRARIES))
+    record.add_option(parser)
     options = parser.parse_args()
+    measured: list[dict[str, Any]] = []
     for name in options.problems or PROBLEMS:
         if name == "resnet20" and not all(path.is_file() for path in FILES.values()):
             print(f"resnet20 left out: no weights and images in {DATA}; HESSFN_DATA names the folder")
         elif not truth_of(name).is_file():
             print(f"{name} left out: its truth is not known yet; python tests/bench/truth.py {name}")
         else:
-            compare(name, options.libraries)
+            compare(name, options.libraries, measured)
+    record.write(options.json, measured)
 
 
 if __name__ == "__main__":

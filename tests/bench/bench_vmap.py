@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import record
 import torch
 from torch import Tensor, nn
 
@@ -72,24 +74,33 @@ def cases(name: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
 
 
 def main() -> None:
-    if len(sys.argv) == 4:
-        torch.set_num_threads(1)
-        run = cases(sys.argv[1])[sys.argv[2]][int(sys.argv[3])]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
+    record.add_option(parser)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.alone:
+        net, case, way = given.alone
+        run = cases(net)[case][int(way)]
         w = torch.ones(2)  # what the first product of a process loads is not of the case
         torch.func.vmap(hf.hvp(lambda w: w.exp().sum(), w, check=False))(torch.ones(2, 2))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         seconds = best(run)
         print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
         return
+    rows = []
     print("| net | over | loop | vmap | memory of the loop | of vmap |\n|---|---|---|---|---|---|")
     for net in NETS:
         for case in cases(net):
             numbers = []
             for way in "01":
-                words = [sys.executable, __file__, net, case, way]
+                words = [sys.executable, __file__, "--alone", net, case, way]
                 numbers += subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-2:]
             loop, loop_memory, together, memory = map(float, numbers)
+            seconds, mb = {"loop": loop, "vmap": together}, {"loop_mb": loop_memory, "vmap_mb": memory}
+            rows.append({"net": net, "over": case, **seconds, **mb})
             print(f"| {net} | {case} | {loop:.3g} s | {together:.3g} s | {loop_memory:.0f} MB | {memory:.0f} MB |")
+    record.write(given.json, rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from models import gpt, mlp
 from torch.utils.data import DataLoader, TensorDataset
@@ -56,12 +57,13 @@ def main() -> None:
     parser.add_argument("nets", nargs="*", default=list(NETS), help=f"of {list(NETS)}")
     parser.add_argument("--products", type=int, default=1000)
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    record.add_option(parser)
     arguments = parser.parse_args()
     if arguments.alone:
         warnings.simplefilter("ignore")
         soak(*arguments.alone, arguments.products)
         return
-    worst = 0.0
+    worst, rows = 0.0, []
     print(f"{'resident MB after':20} {arguments.products // 10:7} {arguments.products:7}  growth")
     for net in arguments.nets:
         for way in WAYS:
@@ -69,7 +71,9 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             early, late = map(int, done.stdout.split()[-2:])
             worst = max(worst, late / early - 1)
+            rows.append({"net": net, "by": way, "early_mb": early / 1024, "late_mb": late / 1024})
             print(f"{net:4} {way:15} {early / 1024:7.0f} {late / 1024:7.0f} {late / early - 1:7.2%}", flush=True)
+    record.write(arguments.json, rows)
     if worst > 0.02:
         sys.exit(f"memory grows: {worst:.1%} > 2 %")
 
