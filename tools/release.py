@@ -42,11 +42,6 @@ def main() -> None:
     run(PYTHON, "-m", "twine", "check", "--strict", sdist, wheel)
     run("check-wheel-contents", wheel)
     stop_at(what_is_missing(sdist, wheel))
-    if not options.skip_tests:
-        step("the tests, from the source distribution")
-        shutil.unpack_archive(sdist, BUILD / "unpacked")
-        run("make", "-C", BUILD / "unpacked" / sdist.name.removesuffix(".tar.gz"), "test", f"PYTHON={PYTHON}")
-        shutil.rmtree(BUILD / "unpacked")
     step("the tour of the README, from the wheel in an empty environment")
     environment = BUILD / "environment"
     run(PYTHON, "-m", "venv", environment)
@@ -54,6 +49,11 @@ def main() -> None:
     run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel)
     run(python, "-I", "-W", "error", ROOT / "tools" / "tour.py", ROOT / "README.md")
     shutil.rmtree(environment)
+    if not options.skip_tests:
+        step("the tests, from the source distribution")
+        shutil.unpack_archive(sdist, BUILD / "unpacked")
+        run("make", "-C", BUILD / "unpacked" / sdist.name.removesuffix(".tar.gz"), "test", f"PYTHON={PYTHON}")
+        shutil.rmtree(BUILD / "unpacked")
     step("leave them in dist/")
     print(keep([sdist, wheel]), end="")
 
