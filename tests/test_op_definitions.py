@@ -38,6 +38,8 @@ def norms(dims):
         "layer": lambda s: F.layer_norm((x * s).sin(), (3, 5), x[0], x[1]),
         "batch": lambda s: F.batch_norm((x * s).sin(), None, None, weight, None, training=True),
         "instance": lambda s: F.instance_norm((x * s).sin(), None, None, None, weight),
+        "group": lambda s: F.group_norm((x * s).sin(), 3, weight, weight),
+        "rms": lambda s: F.rms_norm((x * s).sin(), (3, 5), x[0]),
     }
     return functions[dims], torch.tensor(0.8, dtype=torch.float64)
 
@@ -55,11 +57,12 @@ def losses(name):
     return functions[name], torch.tensor(0.8, dtype=torch.float64)
 
 
+NORMS = ("layer", "batch", "instance", "group", "rms")
 LOSSES = ("mse", "mse, summed", "mse, each", "huber", "soft margin")
 CASES = {
     **{name: lambda name=name: losses(name) for name in (*LOSSES, "mse, weighed")},
     **{f"attention, {name}": lambda options=options: attention(options) for name, options in ATTENTION.items()},
-    **{f"{name} norm": lambda name=name: norms(name) for name in ("layer", "batch", "instance")},
+    **{f"{name} norm": lambda name=name: norms(name) for name in NORMS},
 }
 
 
@@ -87,6 +90,8 @@ def test_norms_in_half_precision_are_rounded_once(dtype):
         lambda x: F.layer_norm(x, (3, 5)),
         lambda x: F.batch_norm(x, None, None, training=True),
         lambda x: F.instance_norm(x),
+        lambda x: F.group_norm(x, 3),
+        lambda x: F.rms_norm(x, (3, 5), eps=1e-5),
     ):
         found = by_definition(norm)(x)
         assert found.dtype == dtype
@@ -116,9 +121,9 @@ def test_under_autocast_dtypes_are_torchs():
         torch.testing.assert_close(found, wanted)
 
 
-def test_a_mask_and_causality_at_once_are_refused_as_torch_does():
+def test_a_mask_and_causality_at_once_are_refused_as_torchs_math_kernel_does():
     q = normal(2, 3, 5, 4)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError), sdpa_kernel(SDPBackend.MATH):  # before torch 2.14 other kernels take both
         by_definition(lambda q: F.scaled_dot_product_attention(q, q, q, ADDED[:, :5], is_causal=True))(q)
 
 

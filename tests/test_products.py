@@ -48,6 +48,7 @@ def test_linearized_product_is_the_same(net, criterion):
 
 
 @needs_compiler
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch 2.11 to 2.13, of its compiler's own calls
 def test_linearized_product_compiled_by_the_library_is_the_same():
     loss, params, batch, _ = problem("layer_norm")
     v = gaussian(params, 1)[0]

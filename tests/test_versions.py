@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import hessfn as hf
+from hessfn.core.torch_private import uncompiled
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text("utf-8")
@@ -146,3 +148,27 @@ def test_a_product_has_right_derivatives_through_a_norm(net: str) -> None:
     h = 1e-4
     above, below = (curvature(hf.tree.add(params, u, c)) for c in (h, -h))
     assert abs(hf.tree.dot(slopes, u) - (above - below) / (2 * h)) <= 1e-6 * hf.tree.norm(slopes)
+
+
+def test_threads_that_overlap_leave_the_compiler_on() -> None:
+    """Before torch 2.14 it can only be switched off for all threads at once."""
+    import torch._dynamo  # where it was never imported, there is nothing to switch off
+
+    graphs, inside, may_leave = [], Event(), Event()
+    compiled = torch.compile(Tensor.sin, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+
+    def first() -> None:
+        with uncompiled():
+            inside.set()
+            may_leave.wait()
+
+    thread = Thread(target=first)
+    thread.start()
+    inside.wait()
+    with uncompiled():
+        may_leave.set()
+        thread.join()
+        compiled(torch.ones(2))
+        assert not graphs
+    compiled(torch.ones(2))
+    assert graphs

@@ -44,6 +44,8 @@ from torch._decomp import get_decompositions
 # Where the sources of graphs are kept, so that a debugger finds them.
 from torch.fx.graph_module import _loader
 
+from hessfn.core.locks import Lock
+
 OpOverload = type(torch.ops.aten.add.Tensor)  # one operation on tensors of one kind of arguments; no private name
 
 # What weight normalisation calls, so that its definition can stand in for it. Without: its wrong second derivative.
@@ -178,8 +180,26 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     if compiler is None or torch.compiler.is_compiling():
         return contextlib.nullcontext()
-    in_this_thread = getattr(compiler, "_use_eager_on_nested_compile", None)  # since torch 2.13 or so
-    return in_this_thread() if in_this_thread is not None else torch.compiler.set_stance("force_eager")
+    in_this_thread = getattr(compiler, "_use_eager_on_nested_compile", None)  # since torch 2.14
+    return in_this_thread() if in_this_thread is not None else _uncompiled_in_all_threads()
+
+
+@contextlib.contextmanager
+def _uncompiled_in_all_threads() -> Iterator[None]:
+    """The first thread that enters sets it, and the last that leaves puts back what was there before."""
+    with _LOCK:
+        _STANCES.append(None if _STANCES else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _LOCK:
+            stance = _STANCES.pop()
+            if stance is not None:
+                stance.__exit__(None, None, None)
+
+
+_LOCK = Lock()
+_STANCES: list[Any] = []
 
 
 def set_scripted(module: torch.jit.ScriptModule, name: str, value: torch.Tensor) -> None:
