@@ -5,22 +5,30 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hessfn.core import tree
+from hessfn.core import philox, tree
 from hessfn.core.arguments import kind, require_vector
-from hessfn.core.dtensor import layout, place
+from hessfn.core.dtensor import Layout, layout, place
 from hessfn.core.errors import InvalidInput
 from hessfn.core.func import vmap
-from hessfn.core.memory import own
 from hessfn.core.results import S
 from hessfn.core.tree import T
 
-Draw = Callable[[np.random.Generator, list[int]], Iterator[Tensor]]
+
+class _Draw(NamedTuple):
+    entries: Callable[[Tensor], Tensor]  #: of words
+    per_block: int  #: so many of them
+
+
+# The name is part of the seed: signs and normals of one seed must not come from the same bits.
+_DRAWS = {"_signs": _Draw(philox.signs, 256), "_normals": _Draw(philox.normals, 8)}
+
+# So many entries at a time: few enough for a CPU's cache, enough to be worth the launches elsewhere.
+_CHUNK, _CHUNK_ELSEWHERE = 2**16, 2**22
 
 
 def rademacher(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
@@ -36,9 +44,14 @@ def rademacher(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
     Returns:
         A lazy sequence: a tree exists only while you hold it; asking twice gives the same tree; slices are lazy too.
 
+    Cost:
+        No product. 2 ms a million entries on one core of a CPU, and no memory but the tree's own. On a CUDA device the
+        numbers are drawn there: nothing is sent, and nobody waits.
     Raises:
         ValueError: ``num`` or ``seed`` is negative, or ``seed`` not one whole number; a leaf is not a floating-point
             tensor, or there are no entries.
+    Source:
+        Salmon, Moraes, Dror and Shaw (2011): the counter-based generator Philox4x64-10 of Random123, as NumPy has it.
 
     >>> probes = rademacher(torch.zeros(4), 100)
     >>> len(probes), probes[3].abs()
@@ -50,7 +63,13 @@ def rademacher(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
 def gaussian(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
     """``num`` random trees with independent N(0, 1) entries; arguments and result as :func:`rademacher`.
 
-    Use these where the direction must be uniform: starting vectors, Lanczos quadrature.
+    Use these where the direction must be uniform: starting vectors, Lanczos quadrature. An entry is computed in float64
+    and rounded to the dtype of its leaf; none is beyond 6.7.
+
+    Cost:
+        No product. 15 ms a million entries on one core of a CPU; on a CUDA device they are drawn there.
+    Source:
+        Philox as above; Box and Muller (1958), with polynomials of ours for logarithm, sine and cosine.
 
     >>> gaussian({"w": torch.zeros(2, 3)}, 5, seed=1)[0]["w"].shape
     torch.Size([2, 3])
@@ -95,8 +114,15 @@ class _Probes(Sequence[T]):
         if any(leaf.is_complex() for leaf in tree.leaves(like)):
             raise InvalidInput(f"{call}: like has complex entries; give a tree like its real and imaginary parts")
         self._draw, self._seed, self._indices = draw, seed, range(num)
-        # Shapes only: a lazy sequence must not keep the parameters alive.
-        self._specs = [(leaf.shape, leaf.dtype, leaf.device, layout(leaf)) for leaf in tree.leaves(like)]
+        # Shapes only: a lazy sequence must not keep the parameters alive. Leaves side by side are drawn together, for
+        # small ones cost launches. One that lies in parts is whole while it is drawn: it comes alone.
+        self._runs: list[tuple[list[torch.Size], tuple[torch.dtype, torch.device, Layout | None]]] = []
+        for leaf in tree.leaves(like):
+            kinds = leaf.dtype, leaf.device, layout(leaf)
+            if self._runs and kinds[2] is None and kinds == self._runs[-1][1]:
+                self._runs[-1][0].append(leaf.shape)
+            else:
+                self._runs.append(([leaf.shape], kinds))
         self._blank: T = tree.map(lambda leaf: 0, like)
 
     def __len__(self) -> int:
@@ -114,60 +140,65 @@ class _Probes(Sequence[T]):
             part = copy.copy(self)
             part._indices = self._indices[index]
             return part
-        sizes = [shape.numel() for shape, *_ in self._specs]
-        if isinstance(self._seed, Tensor) or torch.compiler.is_compiling():
-            seed = torch.as_tensor(self._seed)
-            drawn = iter(torch.ops.hessfn.draw(seed, self._indices[index], self._draw, sizes))
-        else:
-            drawn = _DRAWS[self._draw](_generator(self._seed, self._indices[index], self._draw), sizes)
-        specs = zip(drawn, self._specs, strict=True)
-        return tree.unflatten(
-            [place(x.to(dtype).reshape(shape).to(device), where) for x, (shape, dtype, device, where) in specs],
-            self._blank,
-        )
+        index, leaves, start = self._indices[index], [], 0
+        opaque = isinstance(self._seed, Tensor) or torch.compiler.is_compiling()
+        draw = torch.ops.hessfn.draw if opaque else _draw
+        seed = torch.as_tensor(self._seed) if opaque else self._seed
+        for shapes, (dtype, device, where) in self._runs:
+            sizes = [shape.numel() for shape in shapes]
+            drawn = draw(seed, index, self._draw, start, sizes, dtype, device)
+            leaves += [place(x.reshape(shape), where) for x, shape in zip(drawn, shapes, strict=True)]
+            start += sum(sizes)
+        return tree.unflatten(leaves, self._blank)
 
 
-def _signs(rng: np.random.Generator, sizes: list[int]) -> Iterator[Tensor]:
-    bits = np.frombuffer(rng.bytes(-(-sum(sizes) // 8)), dtype=np.uint8)
-    bits = np.unpackbits(bits, count=sum(sizes)).astype(np.int8)
-    return iter(torch.from_numpy(2 * bits - 1).split(sizes))
-
-
-def _normals(rng: np.random.Generator, sizes: list[int]) -> Iterator[Tensor]:
-    # Leaf by leaf, which is the same stream: a net's worth of float64 never exists at once.
-    return (torch.from_numpy(rng.standard_normal(size)) for size in sizes)
-
-
-_DRAWS: dict[str, Draw] = {"_signs": _signs, "_normals": _normals}
-
-
-def _generator(seed: int, index: int, draw: str) -> np.random.Generator:
-    # The draw's name is part of the seed: signs and normals of one seed must not come from the same bits.
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index, *draw.encode()])))
+def _draw(
+    seed: int | Tensor, index: int, name: str, start: int, sizes: list[int], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Leaves of these sizes, whose first entry is number ``start`` of the tree."""
+    if int(seed) < 0:
+        raise InvalidInput(f"seed={int(seed)} must not be negative")
+    entries, per_block = _DRAWS[name]
+    leaves = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
+    if device.type == "meta":
+        return leaves
+    # Others have no float64 (MPS), or we have not tried them: their numbers come from the CPU.
+    home = device if device.type == "cuda" else torch.device("cpu")
+    chunk = (_CHUNK if home.type == "cpu" else _CHUNK_ELSEWHERE) // per_block
+    key = philox.key_of([int(seed), index, *name.encode()])
+    ends = list(itertools.accumulate(sizes, initial=start))
+    last, leaf = -(-ends[-1] // per_block), 0
+    for block in range(start // per_block, last, chunk):
+        until = min(block + chunk, last)
+        drawn, offset = entries(philox.words(key, block, until, home)), block * per_block
+        if home != device:
+            drawn = drawn.to(dtype)
+        while leaf < len(leaves):
+            begin, end = max(offset, ends[leaf]), min(until * per_block, ends[leaf + 1])
+            leaves[leaf][begin - ends[leaf] : end - ends[leaf]] = drawn[begin - offset : end - offset]
+            if end < ends[leaf + 1]:
+                break  # the rest of it is in the next chunk
+            leaf += 1
+    return leaves
 
 
 # The same as an operation, for transforms and compilers that do not see into NumPy.
 
 
-def _draw(seed: Tensor, index: int, draw: str, sizes: list[int]) -> list[Tensor]:
-    if int(seed) < 0:
-        raise InvalidInput(f"seed={int(seed)} must not be negative")
-    return [own(x) for x in _DRAWS[draw](_generator(int(seed), index, draw), sizes)]
+def _like_drawn(
+    seed: Tensor, index: int, name: str, start: int, sizes: list[int], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    return [torch.empty(size, dtype=dtype, device=device) for size in sizes]
 
 
-def _like_drawn(seed: Tensor, index: int, draw: str, sizes: list[int]) -> list[Tensor]:
-    dtype = torch.int8 if draw == "_signs" else torch.float64
-    return [torch.empty(size, dtype=dtype) for size in sizes]
+def _draw_for_each(info: Any, in_dims: Any, seed: Tensor, *arguments: Any) -> tuple[list[Tensor], list[int]]:
+    rows = [torch.ops.hessfn.draw(one, *arguments) for one in seed.movedim(in_dims[0], 0)]
+    return [torch.stack(leaves) for leaves in zip(*rows, strict=True)], [0] * len(rows[0])
 
 
-def _draw_for_each(
-    info: Any, in_dims: Any, seed: Tensor, index: int, draw: str, sizes: list[int]
-) -> tuple[list[Tensor], list[int]]:
-    rows = [torch.ops.hessfn.draw(one, index, draw, sizes) for one in seed.movedim(in_dims[0], 0)]
-    return [torch.stack(leaves) for leaves in zip(*rows, strict=True)], [0] * len(sizes)
-
-
-_SCHEMA = "(Tensor seed, int index, str draw, SymInt[] sizes) -> Tensor[]"
+_SCHEMA = (
+    "(Tensor seed, int index, str name, SymInt start, SymInt[] sizes, ScalarType dtype, Device device) -> Tensor[]"
+)
 _operation = torch.library.custom_op("hessfn::draw", _draw, mutates_args=(), schema=_SCHEMA)
 _operation.register_fake(_like_drawn)
 _operation.register_vmap(_draw_for_each)
