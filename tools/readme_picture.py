@@ -34,8 +34,11 @@ def main() -> None:
         options += ["--virtual-time-budget=5000", f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={shot}"]
         subprocess.run([browser, *options, part.as_uri()], check=True, capture_output=True, timeout=120)
         image = Image.open(shot).convert("RGB")
-    bottom = ImageChops.difference(image, Image.new("RGB", image.size, image.getpixel((0, HEIGHT - 1)))).getbbox()[3]
-    image.crop((0, 0, WIDTH, min(bottom + 16, HEIGHT))).quantize(64).save(PICTURE, optimize=True)
+    empty = Image.new("RGB", image.size, image.getpixel((0, HEIGHT - 1)))
+    filled = ImageChops.difference(image, empty).getbbox()
+    if filled is None:
+        raise SystemExit(f"nothing was drawn of {page}")
+    image.crop((0, 0, WIDTH, min(filled[3] + 16, HEIGHT))).quantize(64).save(PICTURE, optimize=True)
     print(f"{PICTURE}: {PICTURE.stat().st_size:,} bytes")
 
 
