@@ -66,6 +66,20 @@ def test_pythons_are_those_that_are_named(tool: ModuleType) -> None:
     assert f'python_version = "{named[0]}"' in PYPROJECT  # of mypy
 
 
+def test_the_page_that_says_how_to_install_says_the_bounds(tool: ModuleType) -> None:
+    bounds = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", text).groups() for text in DEPENDENCIES)
+    page = " ".join((ROOT / "docs" / "quickstart.md").read_text("utf-8").split())
+    said = re.search(
+        r"Python ([\d.]+) to ([\d.]+) and torch ([\d.]+) or newer, with numpy from (\S+) and SciPy from (\S+)\. ", page
+    )
+    assert said is not None
+    assert [*said.groups()] == [
+        tool.pythons()[0],
+        tool.pythons()[-1],
+        *(bounds[n] for n in ("torch", "numpy", "scipy")),
+    ]
+
+
 # The traced mode is lost without an error where an operation has another form, so it is asked for by name.
 
 
