@@ -110,12 +110,12 @@ def peers() -> Lines:
             of["PyHessian"] = (
                 f"{cell(record, 'ms', '.0f', model=model, by='PyHessian, loader')} ({kept})" if kept else "-"
             )
-            rows.append([f"{where}: {words}", f"{of[HVP]}, {of[LINEARIZED]}", *(of[peer] for peer in PEERS)])
+            rows.append([f"ms on a {where}: {words}", f"{of[HVP]}, {of[LINEARIZED]}", *(of[peer] for peer in PEERS)])
     torch = features["torch"].partition("+")[0]
     words = (
         f"Yes: a call that was right on {features['date']}, torch {torch} (`tests/bench/bench_features.py`). "
-        "Numbers: ms of a product, of hessfn by `hvp` and `linearized_hvp`, of PyHessian over a loader (of one batch, "
-        f"its graph kept). GPU: {place(gpu)}. CPU: {place(cpu)}. [More](docs/benchmarks.md)."
+        "Times are of a product, by `hvp` and `linearized_hvp`; PyHessian over a loader (of one batch, its graph "
+        f"kept). GPU: {place(gpu)}. CPU: {place(cpu)}. [More](docs/benchmarks.md)."
     )
     return [*table(["", "hessfn", *with_versions(PEERS, features)], rows), "", *textwrap.wrap(words, 120)]
 

@@ -19,9 +19,9 @@ import record
 LIBRARIES = {"hessfn": "hessfn", **{name: name.lower().replace("-", "_") for name in record.PEERS}}
 ALL = tuple(LIBRARIES)
 FEATURES: dict[str, tuple[Callable[..., None], tuple[str, ...], tuple[Any, ...]]] = {
-    "Hessian of a data set with a smaller last batch": (ask.matrix, ALL, ()),
-    "LayerNorm": (ask.matrix, ALL, ("norm", (40,))),
-    "attention by torch's default kernel": (ask.matrix, ALL, ("attention", (40,))),
+    "Hessian of a data set whose last batch is smaller": (ask.matrix, ALL, ()),
+    "Hessian of a net with LayerNorm": (ask.matrix, ALL, ("norm", (40,))),
+    "Hessian with torch's default attention kernel": (ask.matrix, ALL, ("attention", (40,))),
     "Gauss-Newton and Fisher matrices": (ask.gauss_newton, ("hessfn", "curvlinops", "hessian-eigenthings"), ()),
     "KFAC, EKFAC, their inverses; Jacobians": (ask.kronecker, ("curvlinops",), ()),
     "eigenpairs with their residuals": (ask.eigenpairs, ("hessfn", "hessian-eigenthings"), ()),
