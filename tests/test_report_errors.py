@@ -173,6 +173,12 @@ def test_a_tolerance_of_the_trace_takes_as_many_probes_as_it_takes() -> None:
     assert counts[0] < counts[1] < 1000
 
 
+def test_a_tolerance_that_is_not_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hessfn.reporting.traces.MOST_PROBES", 20)
+    with pytest.warns(UserWarning, match=r"the trace is not known to rtol_trace=1e-06 after 20 probes"):
+        numbers((net(), nn.CrossEntropyLoss(), [data()]), num_pairs=5, rtol_trace=1e-6)
+
+
 class Mixing(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ where ``||Az||^2`` has the mean ``||A||_F^2``, and ``z * Az``, whose mean is the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Generic
 
 import torch
@@ -105,49 +105,65 @@ def kurtosis(z: Tree) -> Tensor:
     return tree.dot(squares, squares) / tree.numel(z)
 
 
+class MeanForm(Generic[T, S]):
+    """The mean of forms as they come, one at a time; a vector is kept beside the last one."""
+
+    def __init__(self, parts: Parts[T, S]) -> None:
+        self._parts, self._rows = parts, list[_Row[S]]()
+        self._mean: Any = None  # of z * Az
+        self._numel: Any = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, sample: Form[T, S]) -> None:
+        parts, count = self._parts, len(self._rows) + 1
+        if count == 1:
+            self._mean, self._numel = sample.diagonal, parts.numel(sample.diagonal)
+            distance = tree.map(torch.zeros_like, sample.image)
+        else:
+            change = tree.map(torch.sub, sample.diagonal, self._mean)
+            factor = math.sqrt((count - 1) / count)
+            distance = tree.map(lambda x: factor * x, parts.norms(change))
+            self._mean = tree.map(lambda m, x: m + x / count, self._mean, change)
+        self._rows.append(_Row(sample.value, sample.image, sample.size, distance, sample.kurtosis))
+
+    def estimate(self) -> Estimate[S]:
+        """The mean with its standard error and degrees of freedom."""
+        if not self._rows:
+            raise InvalidInput("there is no probe: rademacher(params, num) needs num >= 1")
+        return _of(self._rows, self._numel, self._parts.coupled)
+
+
 def mean_form(samples: Iterable[Form[T, S]], parts: Parts[T, S]) -> Estimate[S]:
     """The mean with its standard error and degrees of freedom; two vectors are kept."""
-    rows = list(_rows(samples, parts))
-    if not rows:
-        raise InvalidInput("there is no probe: rademacher(params, num) needs num >= 1")
-    return _of([row for row, _ in rows], rows[0][1], parts.coupled)
+    forms = MeanForm(parts)
+    for sample in samples:
+        forms.add(sample)
+    return forms.estimate()
 
 
 def mean_form_until(
     samples: Iterable[Form[T, Tensor]], parts: Parts[T, Tensor], rtol: float, inside: Tensor | float
 ) -> Estimate[Tensor]:
     """As many samples as the tolerance takes, at least ten where there are ten; ``inside`` is known beside them."""
-    rows: list[_Row[Tensor]] = []
-    found: Estimate[Tensor] | None = None
+    forms = MeanForm(parts)
     check = _MIN_PROBES
-    for row, numel in _rows(samples, parts):
-        rows.append(row)
-        krylov.number(row.value, row.value, len(rows))
-        found = None
-        if len(rows) >= check:
-            check = max(len(rows) + 1, int(1.02 * len(rows)))  # all are looked at: not again for every one of thousands
-            found = _of(rows, numel, parts.coupled)
-            lower, upper = found.interval()
-            if upper - lower <= 2 * rtol * (found.mean + inside).abs():
+    for sample in samples:
+        forms.add(sample)
+        krylov.number(sample.value, sample.value, len(forms))
+        if len(forms) >= check:
+            check = max(len(forms) + 1, int(1.02 * len(forms)))  # all are looked at: not again for each of thousands
+            if is_within(forms.estimate(), rtol, inside):
                 break
-    if found is None:
-        found = _of(rows, numel, parts.coupled) if rows else mean_form([], parts)
+    found = forms.estimate()
     return found._replace(mean=found.mean + inside)
 
 
-def _rows(samples: Iterable[Form[T, S]], parts: Parts[T, S]) -> Iterator[tuple[_Row[S], Any]]:
-    mean: Any = None
-    numel: Any = None
-    for count, sample in enumerate(samples, 1):
-        if count == 1:
-            mean, numel = sample.diagonal, parts.numel(sample.diagonal)
-            distance = tree.map(torch.zeros_like, sample.image)
-        else:
-            change = tree.map(torch.sub, sample.diagonal, mean)
-            factor = math.sqrt((count - 1) / count)
-            distance = tree.map(lambda x, c=factor: c * x, parts.norms(change))
-            mean = tree.map(lambda m, x, c=count: m + x / c, mean, change)
-        yield _Row(sample.value, sample.image, sample.size, distance, sample.kurtosis), numel
+def is_within(found: Estimate[Tensor], rtol: float, inside: Tensor | float = 0.0) -> bool:
+    """Whether half the width of the 95 % interval is at most this part of the mean, and of what is known beside it."""
+    lower, upper = found.interval()
+    return bool(upper - lower <= 2 * rtol * (found.mean + inside).abs())
 
 
 def _of(rows: list[_Row[S]], numel: Any, coupled: bool) -> Estimate[S]:

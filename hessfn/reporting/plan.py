@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from hessfn.core.errors import InvalidInput
 
 _STEPS = (8, 12, 16, 24, 32, 48, 64, 96, 128)  # of a Lanczos run, that are tried
-_MOST_PROBES = 10_000
+MOST_PROBES = 10_000
 _VECTORS = 12  # beside those of a Krylov basis
 _RESOLUTION = 0.07  # error of a density after m steps, as a part of its range, times m: 1.4e-3 after 50
 
@@ -185,7 +185,7 @@ def _filled(plan: Plan, costs: Costs, spreads: Spreads, limit: float, free_bytes
     found = estimated(plan, costs, spreads, free_bytes=free_bytes)
     if found.seconds > limit:
         return None
-    low, high = plan.num_probes, _MOST_PROBES
+    low, high = plan.num_probes, MOST_PROBES
     while low < high:  # whether batches are kept depends on the number of products, so the time is no straight line
         middle = (low + high + 1) // 2
         longer = estimated(replace(plan, num_probes=middle), costs, spreads, free_bytes=free_bytes)

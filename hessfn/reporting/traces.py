@@ -16,19 +16,20 @@ from hessfn.core.free_memory import free_bytes
 from hessfn.core.probes import rademacher
 from hessfn.core.results import EigenPairs, Estimate, ProductRounding
 from hessfn.core.tree import Tree
-from hessfn.estimators.control_variate import ControlVariate
+from hessfn.core.warn import warn
+from hessfn.estimators.control_variate import ControlVariate, plus
 from hessfn.estimators.data_error import trace_data_stderr
+from hessfn.estimators.quadratic_forms import MeanForm, form, is_within, per_leaf, whole
 from hessfn.estimators.rounding import rounding_of_products
-from hessfn.estimators.running_mean import estimate
 from hessfn.reporting.analysis import Samples
 from hessfn.reporting.clock import Clock
 from hessfn.reporting.options import Options
+from hessfn.reporting.plan import MOST_PROBES
 from hessfn.reporting.planning import LEAST_PROBES
 from hessfn.reporting.products import Measured, no_rounding
 from hessfn.reporting.progress import progress_bar
 from hessfn.reporting.spectrum import Spectrum
 
-_MOST_PROBES = 10_000  # where a tolerance or the time decides
 _PROBES_OF_PARTS = 12  # enough to tell the spread over parts, whose products take longer
 _MOST_IMAGES = 40  # for the stable ranks of layers
 _SHARE = 0.1  # of the memory that is free, for these
@@ -48,34 +49,62 @@ class _Sample(NamedTuple):
     image: Tree  # None where it is not kept
 
 
+class _Means:
+    """The trace and those of the layers, whose errors are known from the products better than from the samples."""
+
+    def __init__(self, known: ControlVariate[Tree]) -> None:
+        self._known = known
+        self._total: MeanForm[Tree, Tensor] = MeanForm(whole())
+        self._layers: MeanForm[Tree, Tree] = MeanForm(per_leaf())
+
+    def add(self, z: Tree, image: Tree) -> None:
+        rest = self._known.rest(z, image)
+        self._total.add(form(z, rest, whole()))
+        self._layers.add(form(z, rest, per_leaf()))
+
+    def __len__(self) -> int:
+        return len(self._total)
+
+    def total(self) -> Estimate[Tensor]:
+        return plus(self._total.estimate(), self._known.trace())
+
+    def layers(self, names: list[str]) -> Estimate[dict[str, Tensor]]:
+        found = plus(self._layers.estimate(), self._known.traces())
+
+        def named(x: Any) -> Any:
+            return dict(zip(names, tree.leaves(x), strict=True))
+
+        return found._replace(mean=named(found.mean), stderr=named(found.stderr), df=named(found.df))
+
+
 def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock: Clock, *, reserve: float) -> Traces:
     """Both traces, from as many probes as are asked for, as the tolerance takes, or as there is time for."""
     names = tree.names(measured.params)
     with progress_bar(options, options.num_probes, "product", "trace") as bar:
         measured.bar = bar
-        samples = list(_sampled(measured, found, options, clock, reserve))
+        means = _Means(ControlVariate(found.space, "traces of a report"))
+        samples = list(_sampled(measured, found, options, clock, reserve, means))
         rounding = _rounding(measured, options)
-    whole, plain = (torch.stack([getattr(x, part) for x in samples]) for part in ("leaves", "plain"))  # (p, l)
-    means: Estimate[Any] = estimate({"layers": row, "total": row.sum()} for row in whole)
+    leaves, plain = (torch.stack([getattr(x, part) for x in samples]) for part in ("leaves", "plain"))  # (p, l)
     weights = found.group_weights
     by_probe = torch.stack([x.groups for x in samples if x.groups is not None], dim=1)  # (g, p, l)
     groups = by_probe.mean(1)
     spread = trace_data_stderr(by_probe, weights)
 
-    def of(part: str, **errors: Any) -> Estimate[Any]:
-        return Estimate(means.mean[part], means.stderr[part], means.num_matvecs, means.df, **errors)
-
     def named(values: Tensor) -> dict[str, Tensor]:
         return dict(zip(names, values.unbind(-1), strict=True))
 
-    total = of("total", rounding=rounding and rounding.total, data_stderr=trace_data_stderr(by_probe.sum(2), weights))
-    layers = of(
-        "layers", rounding=rounding and named(torch.stack(tree.leaves(rounding.leaves))), data_stderr=named(spread)
+    total = means.total()._replace(
+        rounding=rounding and rounding.total, data_stderr=trace_data_stderr(by_probe.sum(2), weights)
     )
-    layers = layers._replace(mean=named(means.mean["layers"]), stderr=named(means.stderr["layers"]))
+    if options.rtol_trace is not None and not is_within(total, options.rtol_trace):
+        warn(f"the trace is not known to rtol_trace={options.rtol_trace:g} after {len(samples):,} probes")
+    layers = means.layers(names)._replace(
+        rounding=rounding and named(torch.stack(tree.leaves(rounding.leaves))), data_stderr=named(spread)
+    )
     kept = Samples(
-        trace=whole.sum(1),
-        layers=named(whole),
+        trace=leaves.sum(1),
+        layers=named(leaves),
         plain_trace=plain.sum(1),
         plain_layers=named(plain),
         weights=weights,
@@ -86,36 +115,34 @@ def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock:
     return Traces(total, layers, kept, [x.image for x in samples if x.image is not None])
 
 
-def _sampled(measured: Measured, found: Spectrum, options: Options, clock: Clock, reserve: float) -> Iterator[_Sample]:
+def _sampled(
+    measured: Measured, found: Spectrum, options: Options, clock: Clock, reserve: float, means: _Means
+) -> Iterator[_Sample]:
     """Each probe's traces, with the whole Krylov space as control variate.
 
     Of the pairs that are shown the groups' own quadratic forms are known, which take the same part out of the traces of
     the groups.
     """
-    open_ended = options.rtol_trace is not None or options.minutes is not None
-    probes = rademacher(measured.params, _MOST_PROBES if open_ended else options.num_probes, seed=options.seed)
+    rtol = options.rtol_trace
+    open_ended = rtol is not None or options.minutes is not None
+    probes = rademacher(measured.params, MOST_PROBES if open_ended else options.num_probes, seed=options.seed)
     theta, terms = found.space.values, _terms(found.space)
     rows = torch.cat([(theta == value).nonzero()[0] for value in found.eigen.values])
     of_groups = theta[None].repeat(found.group_eigenvalues.shape[1], 1)  # (g, j)
     of_groups[:, rows] = found.group_eigenvalues.T
-    totals: list[Tensor] = []
     home = tree.leaves(measured.params)[0].device
     size = sum(x.nbytes for x in tree.leaves(measured.params))
     num_kept = min(_MOST_IMAGES, int(_SHARE * free_bytes(home) / size)) if options.num_layers else 0
     for z in clock.while_time(probes, reserve=reserve, least=LEAST_PROBES):
-        is_cut = len(totals) < _PROBES_OF_PARTS
+        is_cut = len(means) < _PROBES_OF_PARTS
         product, change = measured(z) if is_cut else measured.by_batch(z), terms(z)
         leaves = product.weights @ product.forms
         groups = product.forms - of_groups @ change if is_cut else None
-        image = product.image if len(totals) < num_kept else None
-        sample = _Sample(leaves - theta @ change, leaves, groups, image)
-        yield sample
-        totals.append(sample.leaves.sum())
-        if options.rtol_trace is not None and len(totals) % LEAST_PROBES == 0:
-            so_far = estimate(totals)
-            lower, upper = so_far.interval()
-            if float(upper - lower) <= 2 * options.rtol_trace * abs(float(so_far.mean)):
-                return
+        image = product.image if len(means) < num_kept else None
+        means.add(z, product.image)
+        yield _Sample(leaves - theta @ change, leaves, groups, image)
+        if rtol is not None and len(means) % LEAST_PROBES == 0 and is_within(means.total(), rtol):
+            return
 
 
 def _terms(space: EigenPairs) -> Callable[[Tree], Tensor]:
