@@ -26,7 +26,7 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
       ``padding_idx``, so the Hessian would not be symmetric. Bags are sums: they have no second derivative.
     - Weight normalisation is a quotient: the second derivative of the fused operation is wrong in reverse mode.
     - LayerNorm, RMSNorm, GroupNorm, and BatchNorm and InstanceNorm by the data's own statistics, are elementary
-      operations: torch's versions differ in the rules of the fused ones, third derivatives of which may be wrong, and
+      operations (``norm_definitions.py``): the third derivatives of most fused ones are wrong in every mode, and the
       second ones compute much of the first ones again.
     - The inverse from a Cholesky factor is a solve: its forward rule is wrong (pytorch#196682).
     - The likelihood of a Gaussian asks whether its variances are positive, which is a branch on values.
