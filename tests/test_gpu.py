@@ -52,11 +52,21 @@ def test_the_default_finds_a_trace_there(net: str) -> None:
     assert torch.allclose(hf.dense(hf.hvp(loss, params, batch), params).cpu(), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_probes_are_the_same_bits() -> None:
-    like = {"w": torch.zeros(300, 7), "b": torch.zeros(5)}
-    for draw in (hf.rademacher, hf.gaussian):
-        for here, moved in zip(draw(like, 3, seed=4), draw(on_gpu(like), 3, seed=4), strict=True):
-            assert all(torch.equal(here[name], moved[name].cpu()) and moved[name].is_cuda for name in like)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("draw", [hf.rademacher, hf.gaussian])
+def test_probes_are_the_same_bits_and_drawn_there(draw: Any, dtype: torch.dtype, request: Any) -> None:
+    like = {"w": torch.zeros(2100, 1007, dtype=dtype), "b": torch.zeros(5, dtype=dtype)}
+    moved, expected = draw(on_gpu(like), 3, seed=4), draw(like, 3, seed=4)[2]
+    request.getfixturevalue("without_synchronisation")
+    found = moved[2]
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(expected[name], found[name].cpu()) and found[name].is_cuda for name in like)
+
+
+def test_vmap_over_seeds_draws_there() -> None:
+    like = torch.zeros(70, device="cuda")
+    together = torch.func.vmap(lambda seed: hf.gaussian(like, 1, seed=seed)[0])(torch.arange(3))
+    assert torch.equal(together[2].cpu(), hf.gaussian(torch.zeros(70), 1, seed=2)[0]) and together.is_cuda
 
 
 def test_every_consumer_gives_what_it_gives_on_the_cpu() -> None:

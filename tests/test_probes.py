@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hessfn as hf
@@ -12,6 +12,7 @@ both = pytest.mark.parametrize("draw", [rademacher, gaussian])
 
 
 @both
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**63), index=st.integers(0, 9))
 def test_an_entry_is_a_function_of_seed_and_index_alone(draw, seed, index):
     one = tree.ravel(draw(LIKE, 10, seed=seed)[index])[0]

@@ -8,6 +8,8 @@ A logarithm or a cosine of torch's would differ between devices by a rounding.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ COSINE = (
     -2.4609457147438127e-08, 1.1363812026242461e-10,
 )  # fmt: skip
 LOG_2 = 0.6931471805599453
-ROOT_HALF = 0x3FE6A09E667F3BCD  # sqrt(1/2) as the bits of a float64
+ROOT_HALF = 0x41E6A09E667F3BCD  # 2^32 sqrt(1/2), as the bits of a float64
 
 
 def key_of(entropy: list[int]) -> Key:
@@ -59,12 +61,12 @@ def words(key: Key, first: int, last: int, device: torch.device) -> Tensor:
 def computed_words(key: Key, first: int, last: int, device: torch.device) -> Tensor:
     """:func:`words` by operations of torch: about 400 of the size of the blocks, and no transfer."""
     # NumPy counts before it draws: block 0 has the counter 1. The other three words of the counter are 0.
-    x: tuple[Tensor | int, ...] = (torch.arange(first + 1, last + 1, device=device), 0, 0, 0)
+    x: tuple[Any, ...] = (torch.arange(first + 1, last + 1, device=device), 0, 0, 0)
     for i in range(ROUNDS):
         bumped = [_signed(k + i * step) for k, step in zip(key, STEPS, strict=True)]
         (high0, low0), (high1, low1) = _product(x[0], MULTIPLIERS[0]), _product(x[2], MULTIPLIERS[1])
         x = high1 ^ x[1] ^ bumped[0], low1, high0 ^ x[3] ^ bumped[1], low0
-    return torch.stack([torch.as_tensor(word) for word in x], 1).flatten()
+    return torch.stack(x, 1).flatten()
 
 
 def signs(words: Tensor) -> Tensor:
@@ -77,27 +79,29 @@ def signs(words: Tensor) -> Tensor:
 def normals(words: Tensor) -> Tensor:
     """Two independent normal numbers from every word, ``(2 words,)``, in float64: Box and Muller (1958).
 
-    The low half of a word is the radius: none is above 6.7, and the 32 bits are never zero in the logarithm. The high
+    The low half of a word is the radius: none is above 6.8, and the 32 bits are never zero in the logarithm. The high
     half is the angle: 30 bits within a quadrant, and two signs.
     """
-    radius = _minus_log(((words & HALF).double() + 0.5) * 2.0**-32).sqrt_()
+    radius = _minus_log((words & HALF).double().add_(0.5)).sqrt_()
     # The angle is pi/4 (1 + y). Its sine and cosine are sums and differences of those of pi/4 y, times sqrt(1/2), which
     # the radius takes: it is the root of -log u, not of -2 log u.
-    y = ((words >> 32 & (2**30 - 1)).double() + (0.5 - 2.0**29)) * 2.0**-29
+    y = (words >> 32).bitwise_and_(2**30 - 1).double().add_(0.5 - 2.0**29).mul_(2.0**-29)
     square = y * y
     sine, cosine = _polynomial(square, SINE).mul_(y), _polynomial(square, COSINE)
     pair = torch.empty(len(words), 2, dtype=torch.float64, device=words.device)
-    for column, value, sign in ((0, cosine - sine, words), (1, cosine.add_(sine), words << 1)):
-        pair[:, column] = value.mul_(radius).view(torch.int64).bitwise_xor_(sign & SIGN).view(torch.float64)
+    for column, value, bits in ((0, cosine - sine, words & SIGN), (1, cosine.add_(sine), (words << 1) & SIGN)):
+        pair[:, column] = value.mul_(radius).view(torch.int64).bitwise_xor_(bits).view(torch.float64)
     return pair.flatten()
 
 
-def _minus_log(u: Tensor) -> Tensor:
-    """-log u of normal float64 numbers: u = 2^k m with m in [sqrt(1/2), sqrt 2), log m = 2 atanh((m - 1) / (m + 1))."""
-    bits = u.view(torch.int64)
-    k = (bits - ROOT_HALF) >> 52
+def _minus_log(x: Tensor) -> Tensor:
+    """-log(x / 2^32) for x between 0 and 2^32."""
+    # x = 2^k 2^32 m with m in [sqrt(1/2), sqrt 2), and log m = 2 atanh((m - 1) / (m + 1)). Where x / 2^32 is near 1, k
+    # is 0, so that nothing cancels. What is called m here has the factor 2^32.
+    bits = x.view(torch.int64)
+    k = (bits - ROOT_HALF).bitwise_right_shift_(52)
     m = (bits - (k << 52)).view(torch.float64)
-    s = (1.0 - m).div_(m + 1.0)
+    s = (2.0**32 - m).div_(m.add_(2.0**32))
     return _polynomial(s * s, TWICE_ATANH).mul_(s).add_(k.double().mul_(-LOG_2))
 
 
@@ -115,11 +119,15 @@ def _product(x: Tensor | int, factor: int) -> tuple[Tensor | int, Tensor | int]:
         whole = (x & FULL) * factor
         return _signed(whole >> 64), _signed(whole)
     small, large = factor & HALF, factor >> 32
-    low, high = x & HALF, x >> 32 & HALF
-    # Products of halves, each below 2^64 with the carry that it takes. `>> 32 & HALF` is a shift without the sign.
-    carried = (high * small).add_(low * small >> 32 & HALF)
-    middle = (low * large).add_(carried & HALF)
-    return (high * large).add_(carried >> 32 & HALF).add_(middle >> 32 & HALF), x * _signed(factor)
+    low, high = x & HALF, _upper(x)
+    # Products of halves, each below 2^64 with the carry that it takes.
+    carried = (high * small).add_(_upper(low * small))
+    middle = low.mul_(large).add_(carried & HALF)
+    return high.mul_(large).add_(_upper(carried)).add_(_upper(middle)), x * _signed(factor)
+
+
+def _upper(x: Tensor) -> Tensor:
+    return (x >> 32).bitwise_and_(HALF)  # the shift alone keeps the sign
 
 
 def _signed(word: int) -> int:

@@ -64,7 +64,7 @@ def gaussian(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
     """``num`` random trees with independent N(0, 1) entries; arguments and result as :func:`rademacher`.
 
     Use these where the direction must be uniform: starting vectors, Lanczos quadrature. An entry is computed in float64
-    and rounded to the dtype of its leaf; none is beyond 6.7.
+    and rounded to the dtype of its leaf; none is beyond 6.8.
 
     Cost:
         No product. 15 ms a million entries on one core of a CPU; on a CUDA device they are drawn there.
