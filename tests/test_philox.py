@@ -79,7 +79,7 @@ class Seen(TorchDispatchMode):
 ROUNDED_ONCE = {"add", "sub", "rsub", "mul", "div", "sqrt", "_to_copy"}
 WHOLE_NUMBERS = {"arange", "__and__", "__lshift__", "__rshift__", "__xor__", "bitwise_and", "bitwise_right_shift"}
 WHOLE_NUMBERS |= {"bitwise_xor"}
-MOVED = {"empty", "view", "slice", "select", "stack", "unsqueeze", "copy"}
+MOVED = {"empty", "view", "slice", "select", "stack", "unsqueeze", "copy", "detach"}
 
 
 @both
