@@ -1,11 +1,17 @@
 """Hugging Face models: batches are mappings, outputs are objects, losses are averaged over tokens."""
 
+import json
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import torch
 from nets import dense_hessian
 
 import hessfn as hf
 from hessfn.core import tree
+from hessfn.reporting.cli import main
 
 transformers = pytest.importorskip("transformers")
 
@@ -89,3 +95,18 @@ def test_the_loss_of_a_causal_model_is_weighed_by_the_labels_that_count():
     for microbatch in (None, 2):
         found = hf.mean_hvp(loss, params, batches, microbatch=microbatch)(v)
         assert tree.norm(tree.add(whole, found, -1.0)) <= 1e-5 * tree.norm(whole)
+
+
+@pytest.mark.slow
+def test_the_page_is_a_problem_of_the_command_line(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "huggingface.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page.partition("## Your own criterion")[0], re.DOTALL | re.MULTILINE)
+    (command,) = re.findall(r"^hessfn (report .*)$", page, re.MULTILINE)
+    shown = float(re.findall(r"^([\d.]+) True$", page, re.MULTILINE)[0])
+    (tmp_path / "texts.py").write_text("\n".join(blocks), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    quick = "-k 1 --num-probes 3 --num-runs 1 --num-steps 8 --num-plane-points 0 --num-activation-probes 2"
+    with torch.random.fork_rng(devices=[]):
+        assert main([*shlex.split(command), *quick.split()]) == 0
+    result = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
+    assert result["sharpness"]["value"] == pytest.approx(shown, abs=0.06)
