@@ -71,6 +71,22 @@ def test_the_share_is_that_of_the_spectrum_within_both_errors(name: str) -> None
     assert found.share.num_matvecs > 0
 
 
+@pytest.mark.parametrize("name", ["outliers", pytest.param("two sides", marks=pytest.mark.slow)])
+def test_the_interval_of_two_probes_holds(name: str) -> None:
+    """The spread of two says little: an interval by it has to be twelve errors wide."""
+    d = BULKS[name][::4]
+    exact = float(below(d).sum() / d.square().sum())
+    pairs, missed, widths = pairs_of(d, 12), 0, []
+    for seed in range(40):
+        rule = hf.slq(lambda v: d * v, hf.gaussian(d, 2, seed=seed), 30, eigenpairs=pairs)
+        found = hf.negative_share_of_squares(rule, len(d))
+        lower, upper = found.share.interval()
+        missed += not lower - found.steps_error <= exact <= upper + found.steps_error
+        widths.append(float((upper - lower) / found.share.stderr))
+    assert missed <= 6  # of 40 at 95 %, more are missed once in 300 times
+    assert sorted(widths)[20] < 6
+
+
 def test_known_pairs_make_it_three_times_as_sure() -> None:
     d = BULKS["outliers"]
     with_pairs, without = (

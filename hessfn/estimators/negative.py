@@ -10,9 +10,10 @@ from hessfn.core.arguments import require_quadrature
 from hessfn.core.results import NegativeShare, Quadrature
 from hessfn.estimators import krylov
 from hessfn.estimators.running_mean import estimate
+from hessfn.estimators.spectral_sums import from_own, own_part
 
 
-def negative_share_of_squares(quadrature: Quadrature) -> NegativeShare:
+def negative_share_of_squares(quadrature: Quadrature, n: int | None = None) -> NegativeShare:
     """The share of negative eigenvalues in the sum of squares, ``sum of min(x, 0)^2 / sum of x^2``.
 
     It is 0 for a convex loss and 1/2 where negative and positive curvature have the same size. Squares give the bulk
@@ -22,10 +23,12 @@ def negative_share_of_squares(quadrature: Quadrature) -> NegativeShare:
     Args:
         quadrature: of :func:`hessfn.slq`, preferably with ``eigenpairs``: the few largest make up most of the sum, and
             a single probe has too much or too little of them.
+        n: the number of entries of a probe. With it ``stderr`` is what the rules know of the variance, as for
+            :func:`hessfn.trace_of`; without it, the spread over the probes, which tells little of two or three.
 
     Returns:
-        ``share``, an :class:`Estimate`: its mean, from 0 to 1 but for its error, is a ratio of means over the probes,
-        its ``stderr`` their spread. ``steps_error ()``, the error of the rule itself, comes on top: the largest
+        ``share``, an :class:`Estimate`: its mean, from 0 to 1 but for its error, is a ratio of means over the probes.
+        ``steps_error ()``, the error of the rule itself, comes on top of ``stderr``: the largest
         difference from the rules of half as many steps and more, which are within each probe's. The sum of all squares
         has no such error from two steps on. It was above the true error for all spectra and step counts tried.
 
@@ -47,11 +50,15 @@ def negative_share_of_squares(quadrature: Quadrature) -> NegativeShare:
     # Of the zero matrix no share is negative.
     whole = torch.where(total.mean() > 0, total.mean(), 1.0)
     share = below.mean() / whole
-    spread = estimate((below - share * total) / whole)
+    found = estimate((below - share * total) / whole)
+    if n is not None:
+        values = (_below(nodes) - share * nodes.square()) / (n * whole)
+        alone = own_part(tree.map(tree.wide, quadrature), n).weights
+        found = from_own(found, (alone * values).sum(-1), (alone * values.square()).sum(-1), n)
     shorter = torch.stack([_differences(x, w) for x, w in zip(nodes, weights, strict=True)]).mean(0)
     # One step has nothing to compare with.
     error = shorter.abs().amax() if nodes.shape[-1] > 1 else torch.full_like(share, torch.inf)
-    return NegativeShare(spread._replace(mean=share, num_matvecs=torch.tensor(nodes.numel())), error / whole)
+    return NegativeShare(found._replace(mean=share, num_matvecs=torch.tensor(nodes.numel())), error / whole)
 
 
 def _below(nodes: Tensor) -> Tensor:

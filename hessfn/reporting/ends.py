@@ -91,5 +91,5 @@ def sharpness(space: EigenPairs, shown: EigenPairs, measured: Measured, start: T
 def negative(space: EigenPairs, quadrature: Quadrature, measured: Measured, options: Options) -> Negative:
     """The most negative eigenvalue, and how much of all squared curvature is negative."""
     pair, _ = with_errors(end_of(space, -1, measured, options), measured)
-    found = negative_share_of_squares(quadrature)
+    found = negative_share_of_squares(quadrature, tree.numel(measured.params))
     return Negative(pair, found.share, found.steps_error)
