@@ -37,21 +37,21 @@ def rademacher(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
     Args:
         like: a tree of floating-point tensors; only its shapes, dtypes and devices are used.
         num: how many.
-        seed: entry ``i`` is a function of ``(seed, i)`` alone, the same on every device and every rank, and of the
-            entries in order, not of how the tree groups them. A whole number, or a tensor of one, ``()``, over which
-            ``vmap`` may go. Within ``torch.compile`` the numbers are drawn as outside of it, by an operation of ours.
+        seed: tree ``i`` is a function of ``(seed, i)`` and the number of entries alone, the same on every device and
+            rank, however the tree groups its entries. An integer, or an integer tensor ``()``, over which ``vmap`` may
+            go. Within ``torch.compile`` the numbers are the same.
 
     Returns:
-        A lazy sequence: a tree exists only while you hold it; asking twice gives the same tree; slices are lazy too.
+        A lazy sequence: a tree is drawn when it is asked for, the same one each time; slices are lazy too.
 
-    Cost:
-        No product. 2 ms a million entries on one core of a CPU, and no memory but the tree's own. On a CUDA device the
-        numbers are drawn there: nothing is sent, and nobody waits.
+    Cost: no product; 2 ms per million entries on one core of a CPU, and only the memory of the tree. On a CUDA device
+    the numbers are drawn there, without a transfer or a synchronisation.
+
     Raises:
-        ValueError: ``num`` or ``seed`` is negative, or ``seed`` not one whole number; a leaf is not a floating-point
+        ValueError: ``num`` or ``seed`` is negative, or ``seed`` is not one integer; a leaf is not a floating-point
             tensor, or there are no entries.
-    Source:
-        Salmon, Moraes, Dror and Shaw (2011): the counter-based generator Philox4x64-10 of Random123, as NumPy has it.
+
+    Source: Salmon, Moraes, Dror and Shaw (2011): the counter-based generator Philox4x64-10 of Random123, as in NumPy.
 
     >>> probes = rademacher(torch.zeros(4), 100)
     >>> len(probes), probes[3].abs()
@@ -61,15 +61,24 @@ def rademacher(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
 
 
 def gaussian(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
-    """``num`` random trees with independent N(0, 1) entries; arguments and result as :func:`rademacher`.
+    """``num`` random trees with independent N(0, 1) entries, whose directions are uniform.
 
-    Use these where the direction must be uniform: starting vectors, Lanczos quadrature. An entry is computed in float64
-    and rounded to the dtype of its leaf; none is beyond 6.8.
+    Use them as starting vectors and for Lanczos quadrature. An entry is computed in float64 and rounded to the dtype of
+    its leaf; none is larger than 6.8 in magnitude.
 
-    Cost:
-        No product. 15 ms a million entries on one core of a CPU; on a CUDA device they are drawn there.
-    Source:
-        Philox as above; Box and Muller (1958), with polynomials of ours for logarithm, sine and cosine.
+    Args:
+        like, num, seed: as for :func:`rademacher`.
+
+    Returns:
+        A lazy sequence, as of :func:`rademacher`.
+
+    Cost: no product; 15 ms per million entries on one core of a CPU. On a CUDA device the numbers are drawn there.
+
+    Raises:
+        ValueError: as for :func:`rademacher`.
+
+    Source: Philox as for :func:`rademacher`; Box and Muller (1958), with own polynomials for logarithm, sine and
+    cosine.
 
     >>> gaussian({"w": torch.zeros(2, 3)}, 5, seed=1)[0]["w"].shape
     torch.Size([2, 3])

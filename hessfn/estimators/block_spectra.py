@@ -37,27 +37,27 @@ def eigsh_per_block(
     """The k eigenpairs of every layer's diagonal block, as :func:`eigsh` finds those of the whole.
 
     Args:
-        make: from the parameters of a block, a dict by dotted name, to the matvec of that block. A loss of
-            :func:`functionalize` takes some of the parameters and holds the others constant: ``lambda part: hvp(loss,
-            part, batch)``, and so with :func:`linearized_hvp`, :func:`mean_hvp` and :func:`ggnvp`. Of a matvec of the
-            whole, ``lambda part: restrict(matvec, params, list(part))``.
+        make: a function from the parameters of a block, a dict by dotted name, to the matvec of that block. A loss of
+            :func:`functionalize` accepts some of the parameters and holds the others constant: ``lambda part: hvp(loss,
+            part, batch)``; likewise for :func:`linearized_hvp`, :func:`mean_hvp` and :func:`ggnvp`. From a matvec of
+            the whole, ``lambda part: restrict(matvec, params, list(part))``.
         params: a tree of tensors, where the matrix is taken.
         v0: where to start, a tree like ``params``, as ``gaussian(params, 1)[0]``: each block starts from its part.
-        k: of each block, or as many as it has entries.
-        blocks: which leaves make a block. By default the parameters of one module together: a block has the dotted
-            name without its last part, and a leaf without a dot is one of its own. A glob pattern, or several, is one
-            block each, called as the pattern; a dict from a name of yours to patterns. Blocks may share leaves.
+        k: the number of pairs for each block, at most its number of entries.
+        blocks: which leaves form a block. By default the parameters of one module: the block has the dotted name
+            without its last part; a leaf without a dot is a block. Or glob patterns, one block each, named by the
+            pattern; or a dict from names to patterns. Blocks may share leaves.
         which, rtol, max_matvecs, basis_size: as for :func:`eigsh`, of each block.
         second_start: as for :func:`eigsh`: another tree like ``v0``.
 
     Returns:
         A dict from the block's name to its :class:`EigenPairs`, residuals and all; the vectors are dicts by leaf name.
 
-    Cost: for each block what :func:`eigsh` takes; one block's product and basis at a time. A product of the block alone
-    is the cheaper the nearer to the output it lies: on ResNet20 0.36 of a whole one at the first layer, 0.015 at the
-    last convolution, on a GPT of four layers 0.5 to 0.005; ``restrict`` costs a whole one. A linearized product is made
-    anew for each block, which takes as long as some whole products: where these are costly (ResNet20, from
-    four products a block on) it is the fastest, and of small nets ``restrict`` is.
+    Cost: for each block that of :func:`eigsh`; the product and basis of one block in memory at a time. A product of the
+    block alone costs less the nearer to the output it is: on ResNet20 0.36 of a whole product at the first layer, 0.015
+    at the last convolution, on a GPT of four layers 0.5 to 0.005; ``restrict`` costs a whole one. A linearized product
+    is made for each block, which takes as long as some whole products: if these are costly (ResNet20, from four
+    products a block on) it is the fastest; for small nets ``restrict`` is.
 
     Raises:
         ValueError: a pattern matches no leaf, ``make`` returns no matvec, or as :func:`eigsh` does; with the block's
@@ -112,16 +112,16 @@ def slq_per_block(
 
     Args:
         make, params, blocks: as for :func:`eigsh_per_block`.
-        probes: ``gaussian(params, num)``: every block has its part of each. The parts are independent of one another.
-        num_matvecs: m steps for each probe of each block, or as many as the block has entries.
+        probes: ``gaussian(params, num)``: every block takes its part of each; the parts are independent.
+        num_matvecs: m steps for each probe of each block, at most the number of entries of the block.
         orthogonalize, batch_size: as for :func:`slq`.
 
     Returns:
-        A dict from the block's name to its :class:`Quadrature`, of which :func:`density`, :func:`density_band`,
-        :func:`trace_of` and :func:`jensen_shannon` make what they make of the whole's, errors and all.
+        A dict from the block's name to its :class:`Quadrature`, for :func:`density`, :func:`density_band`,
+        :func:`trace_of` and :func:`jensen_shannon`.
 
-    Cost: for each block p m products of it, at the price that :func:`eigsh_per_block` tells; its product and four
-    vectors like it at a time.
+    Cost: for each block p m products, whose cost :func:`eigsh_per_block` states; in memory, the product of one block
+    and four vectors like it.
 
     Raises:
         ValueError: a pattern matches no leaf, ``make`` returns no matvec, or as :func:`slq` does; with the block's

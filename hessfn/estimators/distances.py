@@ -20,25 +20,24 @@ _MOST_POINTS = 1e6
 def jensen_shannon(
     a: Quadrature, b: Quadrature, *, sigma: float | None = None, linthresh: float | None = None
 ) -> Estimate[Tensor]:
-    """The Jensen-Shannon divergence of two smoothed spectra: from 0, of equal ones, to log 2, of ones that do not meet.
+    """The Jensen-Shannon divergence of two smoothed spectra: 0 for equal ones, log 2 for ones that do not overlap.
 
-    ``JS(p, q) = KL(p | m) / 2 + KL(q | m) / 2`` with ``m = (p + q) / 2``, in nats; its root is a metric. Both densities
-    are smoothed by one width and lie on one grid: of densities that each has a width of its own the divergence would
-    tell the widths apart. It is symmetric, and the same for ``c A`` and ``c B`` as for A and B.
+    ``JS(p, q) = KL(p | m) / 2 + KL(q | m) / 2`` with ``m = (p + q) / 2``, in nats; its square root is a metric. Both
+    densities are smoothed with the same width on the same grid; otherwise the divergence would measure the difference
+    of the widths. It is symmetric, and the same for ``c A`` and ``c B`` as for A and B.
 
     Args:
-        a, b: of :func:`slq`, with probes of their own.
-        sigma: the width, in the units of the eigenvalues, or along ``asinh(x / linthresh)``. By default what the rule
-            of fewer nodes resolves over the range of both, ``range / ((m - 1) sqrt(8 ln 3))``. What differs by less
-            counts as equal, such as two blocks whose eigenvalues are all small beside those of a third.
-        linthresh: for a logarithmic axis, as of :func:`density`: eigenvalues below it in size count as near 0, and of
-            the others it is ratios that count. It takes the place of the range: two spectra that differ by a factor of
-            100 are apart by it, whatever else there is.
+        a, b: quadratures of :func:`slq`, with independent probes.
+        sigma: the width, in the units of the eigenvalues, or along ``asinh(x / linthresh)``. By default the resolution
+            of the rule with fewer nodes over the range of both, ``range / ((m - 1) sqrt(8 ln 3))``. Spectra that differ
+            by less count as equal, such as two blocks whose eigenvalues are small beside those of a third.
+        linthresh: for a logarithmic axis, as for :func:`density`: eigenvalues of smaller magnitude count as near 0; for
+            larger ones ratios count, for any range of the spectra.
 
     Returns:
-        ``mean ()`` and ``stderr ()``. Noise makes two densities look unlike; the jackknife over the probes takes that
-        bias off, to first order, so that the mean may be below 0 by some standard errors. The error is the jackknife's
-        too, and inf of a single probe. Of the smoothing and the steps of Lanczos it says nothing.
+        ``mean ()`` and ``stderr ()``. Noise of the probes makes two densities differ; the jackknife over the probes
+        subtracts this bias to first order, so the mean may be slightly negative. The error is the jackknife's as well,
+        inf for a single probe; it does not contain the errors of smoothing and of few steps.
 
     Cost: no product.
 
@@ -61,10 +60,10 @@ def jensen_shannon(
 def jensen_shannon_per_pair(
     quadratures: Mapping[str, Quadrature], *, sigma: float | None = None, linthresh: float | None = None
 ) -> Estimate[Tensor]:
-    """The Jensen-Shannon divergence of every two of several spectra, such as those of a net's blocks.
+    """The Jensen-Shannon divergence of every pair of several spectra, such as those of the blocks of a net.
 
-    All of them are smoothed by one width, on one grid over the range of all: the numbers can be compared. Where blocks
-    differ by orders of magnitude that width is more than the range of most: take ``linthresh``.
+    All are smoothed with one width on one grid over the range of all, so that the numbers can be compared. If blocks
+    differ by orders of magnitude, this width is larger than the range of most of them: use ``linthresh``.
 
     Args:
         quadratures: a dict from name to quadrature, as :func:`slq_per_block` returns.
@@ -72,8 +71,7 @@ def jensen_shannon_per_pair(
 
     Returns:
         ``mean (b, b)`` and ``stderr (b, b)`` in the order of the dict, symmetric, with 0 along the diagonal. Pairs
-        share their spectra, so that the error of a mean over pairs is not that of independent numbers: it is at most
-        the mean of their errors.
+        share spectra, so their errors are not independent: the error of a mean over pairs is at most the mean error.
 
     Cost: no product; b (b - 1) / 2 times the number of probes passes over a grid of 1024 points, or two points a width.
 

@@ -39,14 +39,15 @@ def power_iter(
         v0: where to start, as ``gaussian(params, 1)[0]``.
         rtol: None for exactly ``max_matvecs`` products, under ``vmap`` and autograd too; ``converged`` is then judged
             by 1e-3. With a tolerance there is no derivative, and to ask for one is an error.
-        shift: moves the spectrum where its ends are nearly opposite and the iteration would swing between them: of the
-            size of the largest eigenvalue it makes the largest algebraic one win, and negated the smallest.
+        shift: shifts the spectrum, for a matrix whose extreme eigenvalues are nearly opposite, between which the
+            iteration would alternate. A shift as large as the largest eigenvalue selects the largest algebraic one; its
+            negative, the smallest.
 
     Returns:
         ``value``, ``vector`` of unit norm, ``residual = ||A vector - value vector||``, ``num_matvecs``, ``converged``.
         The residual is of the vector returned, and bounds the distance from ``value`` to an eigenvalue of A.
 
-    Cost: ``num_matvecs`` products; three vectors at its peak, the product among them.
+    Cost: ``num_matvecs`` products; three vectors at the peak, including the product.
 
     Raises:
         ValueError: ``v0`` is zero, a product is not finite, ``max_matvecs`` < 1, or (with ``rtol``) a product has a
@@ -135,8 +136,8 @@ def eigsh(
     """The k eigenpairs at the ends of the spectrum, by thick-restart Lanczos with full orthogonalisation.
 
     Args:
-        v0: where to start, as ``gaussian(params, 1)[0]``; or the sum of the ``vectors`` found for a matrix that has
-            changed since, by a tenth even, which saves about half of the products.
+        v0: where to start, as ``gaussian(params, 1)[0]``; or the sum of the ``vectors`` of a similar matrix: for a
+            change by up to a tenth it saves about half of the products.
         which: ``"LM"`` largest magnitude, ``"LA"`` / ``"SA"`` largest / smallest algebraic, ``"BE"`` both ends (one
             more of the high end where k is odd).
         rtol: the relative residual asked of every pair. None for exactly ``max_matvecs`` products with no restart,
@@ -145,30 +146,29 @@ def eigsh(
         max_matvecs: the most products spent; by default ten times ``basis_size``.
         basis_size: the most vectors kept, by default 2k + 20. Fewer cost more products.
         basis_device: where they are kept, such as ``"cpu"``; by default where the entries of ``v0`` are.
-        second_start: another random direction, as ``gaussian(params, 2)[1]``, that looks for what the first has missed.
-            A small residual says that there is an eigenvalue near, not that it is the wanted one: of clusters, copies
-            and eigenvectors that ``v0`` has next to nothing of, the first start alone misses some. Once the pairs have
-            settled, the direction goes into the space, they must settle again, and ``outside`` tells what is left. It
-            costs a few products where the wanted stand apart, otherwise up to as many as the first search.
-        keep_all: after the k pairs come those of the whole space that was built, converged or not: orthonormal, each
+        second_start: another random direction, as ``gaussian(params, 2)[1]``, to find what the first start has missed.
+            A small residual says that an eigenvalue is near, not that it is the wanted one: a single start can miss
+            members of clusters, copies, and eigenvectors nearly orthogonal to ``v0``. Once the pairs have converged,
+            the direction enters the space, and they must converge again; ``outside`` bounds all others. It costs a few
+            products if the wanted eigenvalues are well separated, otherwise up to as many as the first search.
+        keep_all: also return all other Ritz pairs of the space, converged or not, after the k pairs: orthonormal, each
             with its residual. It costs no product and makes a better control variate.
-        warm_start: several vectors to start from instead of ``v0``, which then only says what shapes they have: a tree
-            whose leaves carry a leading axis. The ``vectors`` of a matrix that differs by a thousandth or so leave
-            little to do; p random ones see an eigenvalue that is p times repeated as often (``v0`` alone is sure to
-            see it once).
+        warm_start: several vectors to start from instead of ``v0``, which then gives the shapes only: a tree whose
+            leaves carry a leading axis. The ``vectors`` of a matrix that differs by a thousandth need few products. p
+            random vectors find up to p copies of a repeated eigenvalue; ``v0`` alone finds one.
 
     Returns:
         ``values (k,)`` float64, ``vectors``, orthonormal, a tree whose leaves carry a leading axis of k, ``residuals
         (k,)`` with ``||A v - value v||``, ``num_matvecs``, ``converged (k,)``: the residual is at most ``rtol |value|``
-        (or what rounding leaves of a value near 0). What has not converged is returned all the same, with its
-        residual. ``outside (2,)``, with a ``second_start``: with probability 0.999 over that direction all other
-        eigenvalues lie within. LM comes by decreasing magnitude, LA decreasing, SA and BE increasing. A is what the
-        products are: in float32 those of a deep net are off by some 1e-5 of its Hessian's norm, of which residuals know
-        nothing.
+        (or what rounding leaves of a value near 0). Pairs that have not converged are returned as well, with
+        their residuals. ``outside (2,)``, with a ``second_start``: all other eigenvalues lie within, with probability
+        0.999 over that direction. The order is by decreasing magnitude for LM, decreasing for LA, increasing for SA and
+        BE. Residuals do not contain the rounding of the products: in float32 those of a deep net are off by about 1e-5
+        of the norm of its Hessian.
 
-    Cost: ``num_matvecs`` products, one of which checks the residuals. At its peak it holds ``basis_size`` + 1 + k
-    vectors, the product among them, with k at least 2; ``keep_all`` counts for k what it returns, and a
-    ``second_start`` and every further start take one more.
+    Cost: ``num_matvecs`` products, one of which checks the residuals. At the peak ``basis_size`` + 1 + k vectors,
+    including the product, with k at least 2; with ``keep_all``, k is the number of pairs returned. A ``second_start``
+    and every further start take one more.
 
     Raises:
         ValueError: k, ``which``, ``basis_size`` or ``max_matvecs`` is out of range, ``v0`` is zero, ``warm_start`` or

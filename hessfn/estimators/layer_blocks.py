@@ -29,18 +29,18 @@ def block_tops(
 ) -> BlockTops:
     """The eigenvalue of largest magnitude of the diagonal blocks of some leaves, each with its residual.
 
-    A product with a vector that lives in one leaf is one of the whole matrix. So each block starts from where it is
-    expected: at the top of ``sum_i theta_i q_il q_il'``, what known eigenpairs of the whole say of block l, which costs
-    nothing. A few steps of Lanczos follow, until the residual is at most ``rtol |value|`` or the products are spent.
+    A product with one block costs a product with the whole matrix. To need few of them, Lanczos starts for block l at
+    the top eigenvector of ``sum_i theta_i q_il q_il'``, the block of the known eigenpairs of the whole, which costs no
+    product. It runs until the residual is at most ``rtol |value|`` or the products are spent.
 
     Args:
         matvec: products with the whole matrix, on trees like ``like``.
         names: glob patterns of dotted leaf names; those of the layers that matter.
-        eigenpairs: what ``eigsh`` found of the whole matrix, the more of it the better (``keep_all=True``); None starts
-            at random.
-        max_matvecs: the most products for one block; 3 at least.
-        seed: of the random part of every start, a tenth of its norm, without which Lanczos would see only what the
-            eigenpairs have seen.
+        eigenpairs: those of the whole matrix by ``eigsh``, the more the better (``keep_all=True``); None starts at
+            random.
+        max_matvecs: the most products for one block, at least 3.
+        seed: of the random part of every start, a tenth of its norm, so that Lanczos also finds eigenvectors outside
+            the span of the eigenpairs.
 
     Returns:
         Values, residuals and whether they have converged, by leaf name, and the number of products.
@@ -113,20 +113,20 @@ _NOISE = 0.1
 def squared_frobenius_per_leaf(
     matvec: MatVec[T], probes: Iterable[T], *, eigenpairs: EigenPairs[T] | None = None
 ) -> Estimate[T]:
-    """The squared Frobenius norm of every leaf's diagonal block, from products with the whole matrix, as a trace has.
+    """The squared Frobenius norm of every leaf's diagonal block, from the same products as a trace.
 
-    Of two probes a and b, ``(z_al' (A z_b)_l) (z_bl' (A z_a)_l)`` has the mean ``||A_ll||_F^2``: whatever comes from
-    other leaves is in one factor only, and drops out. The mean over all pairs of p probes is taken. A single probe
-    would not do: ``||(A z)_l||^2`` has all other blocks of these rows in it.
+    For two probes a and b, ``(z_al' (A z_b)_l) (z_bl' (A z_a)_l)`` has the mean ``||A_ll||_F^2``: contributions of
+    other leaves are in one factor only, and have mean 0. The estimate is the mean over all pairs of p probes. A single
+    probe is not enough: ``||(A z)_l||^2`` also contains the other blocks of these rows.
 
     Args:
         probes: ``rademacher(params, num)``, or any sequence of independent trees with ``E zz' = I``; two at least.
-        eigenpairs: what ``eigsh`` found of the whole, as a control variate: with ``B = sum_i theta_i q_i q_i'`` only
-            that of ``A - B`` is estimated. Unbiased for pairs that do not depend on the probes, converged or not.
+        eigenpairs: those of the whole by ``eigsh``, as a control variate: with ``B = sum_i theta_i q_i q_i'`` only the
+            part of ``A - B`` is estimated. Unbiased for pairs that do not depend on the probes, converged or not.
 
     Returns:
         ``mean`` and ``stderr``, trees of float64 scalars, and ``num_matvecs``. The error is the jackknife's over the
-        probes, wider where it is large, as where one eigenvalue dominates that no pair is given of. A mean may then be
+        probes, widened where it is large, as for a dominating eigenvalue without a given pair. A mean may then be
         negative.
 
     Cost: one product a probe; p probes and p products kept.

@@ -17,10 +17,10 @@ from hessfn.core.watched import Watched
 
 
 def rounding_of_pairs(matvec: MatVec[T], exact: MatVec[T], eigenpairs: EigenPairs[T]) -> Tensor:
-    """How far rounding may put every eigenpair off its stated residual, from one comparison of two products.
+    """A bound for the error that rounding adds to every eigenpair's residual, from one comparison of two products.
 
-    A residual is measured with the products that the pair was computed with, and does not know of their rounding. With
-    ``E`` the difference of the exact matrix and of the one that computes, ``||A q - theta q|| <= residual + ||E q||``.
+    A residual is computed with rounded products, so it does not contain their rounding. With ``E`` the difference of
+    the exact matrix and the one that the products belong to, ``||A q - theta q|| <= residual + ||E q||``.
     ``||E v||`` of one vector, ``v = sum_i s_i q_i / sqrt(k)`` with random signs, has all pairs in it:
     ``k ||E v||^2`` is ``sum_i ||E q_i||^2`` on average over the signs. The pairs' shares of it are taken to be six
     tenths in proportion to ``|theta_i|``, as rounding of the factors of ``A = J'HJ`` has it, and four tenths the same
@@ -72,10 +72,10 @@ _SIGNS = 0xE44  # a stream of its own
 
 
 def rounding_of_products(matvec: MatVec[T], exact: MatVec[T], probe: T) -> ProductRounding[T]:
-    """How far products are off, relative to their size, and how far that may move traces: from one random vector.
+    """The relative rounding error of products, and bounds for the error of traces, from one random vector.
 
-    With ``E`` the difference of the exact matrix and of the one that computes, and ``e = E z``: a mean of ``z'A'z``
-    instead of ``z'Az`` is off by ``tr E``, block by block, of which ``z_l'e_l`` has the mean, and at most
+    With ``E`` the difference of the exact matrix A and of A', the one that the products belong to, and ``e = E z``: a
+    mean of ``z'A'z`` instead of ``z'Az`` is off by ``tr E``, block by block. ``z_l'e_l`` has this mean, and at most
     ``sqrt(2) ||e_l||`` for a standard error. So ``|z_l'e_l| + 2 sqrt(2) ||e_l||`` covers it.
 
     Args:
@@ -83,8 +83,8 @@ def rounding_of_products(matvec: MatVec[T], exact: MatVec[T], probe: T) -> Produ
         probe: ``rademacher(params, 1)[0]``, or another with ``E zz' = I``.
 
     Returns:
-        ``relative``, which :func:`kind_of_rounding` puts into words, and bounds for the trace of the whole and of every
-        leaf's block: float64 scalars.
+        ``relative``, for :func:`kind_of_rounding`, and bounds for the trace of the whole and of every leaf's block:
+        float64 scalars.
 
     Cost: one product of each; three vectors kept, in float64.
 

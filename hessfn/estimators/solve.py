@@ -36,31 +36,31 @@ def solve(
     max_matvecs: int | None = None,
     basis_size: int = 100,
 ) -> Solution[T]:
-    """``x`` with ``(A + damping I) x = b``, for a symmetric A, definite or indefinite, by minimal residuals (MINRES).
+    """Solves ``(A + damping I) x = b`` for a symmetric A, definite or indefinite, by minimal residuals (MINRES).
 
-    The basis of the Krylov space is kept and orthogonal. The three-term recurrence alone needs half a dozen vectors,
-    but up to twice the products where some eigenvalues stand apart, as those of a network do.
+    The basis of the Krylov space is kept and stays orthogonal. A three-term recurrence would need only about six
+    vectors, but up to twice the products for spectra with outliers, as those of networks.
 
     Args:
-        b: the right-hand side; all is computed where its entries are.
-        damping: of any sign, so that the matrix may be shifted too; a number, or a tensor of one, over which ``vmap``
-            may go and by which a derivative may be taken.
+        b: the right-hand side; everything is computed on its device.
+        damping: of any sign, so it may also be a shift; a number, or a tensor with one number, for ``vmap`` and
+            derivatives.
         precondition: a function ``v -> M v``, M symmetric positive definite and near the inverse of
             ``|A + damping I|``, as :func:`hessfn.diagonal_preconditioner` and :func:`hessfn.spectral_preconditioner`
             make it. The better M is, the fewer products; it does not change the solution.
-        x0: where to start, as the solution of a system that was nearly the same.
+        x0: where to start, such as the solution of a similar system.
         rtol: stop once ``||b - (A + damping I) x|| <= rtol ||b||``. None for exactly ``max_matvecs`` products, under
             ``vmap`` (several right-hand sides at once) and derivatives too; ``converged`` is then judged by 1e-6.
         max_matvecs: the most products spent, at least 2; by default 1000, or ``5 n + 10`` where that is fewer.
         basis_size: the most basis vectors kept; then the next cycle begins, from the residual. Fewer cost more
-            products, where eigenvalues stand apart or the matrix is ill-conditioned.
+            products for spectra with outliers and for ill-conditioned matrices.
 
     Returns:
         ``x`` like b; ``residual = ||b - (A + damping I) x|| / ||b||`` of the x that is returned, in its dtype, computed
-        with a product of its own; ``num_matvecs``; ``converged``. What has not converged is returned all the same. Of a
-        singular matrix it is the shortest x of smallest residual, and ``converged`` is False where that residual is
+        with a product of its own; ``num_matvecs``; ``converged``. If it has not converged, the last x is returned. For
+        a singular matrix it is the shortest x with the smallest residual; ``converged`` is False if that residual is
         larger than asked. No residual gets below the resolution of the dtype times ``||A|| ||x|| / ||b||``: in float32
-        1e-6 is for condition numbers up to 10, and 1e-4 up to 1000. There the search ends, ``converged`` is False.
+        1e-6 needs a condition number up to 10, 1e-4 up to 1000. Beyond that the search ends, with ``converged`` False.
 
         Without ``rtol`` ``x`` has first derivatives, by b, by damping and by what the matvec closes over, in reverse
         and in forward mode. They are those of the solution and not of the steps to it, ``dx = (A + damping I)^-1 (db -

@@ -52,7 +52,7 @@ def slq(
         ``(p, m + k + 1)``, those of the pairs last, and weights may be negative; for a single probe the sum is then 1
         up to a random number of mean 0 and size ``sqrt(2k) / n``.
 
-    Cost: p m products; four vectors at its peak, the product among them, or m + 2 with ``orthogonalize``. Eigenpairs
+    Cost: p m products; four vectors at the peak, including the product, or m + 2 with ``orthogonalize``. Eigenpairs
     cost no product.
 
     Raises:

@@ -19,7 +19,7 @@ CHUNK = 2**16  # entries of each checkpoint worked on at a time
 
 
 def principal_directions(checkpoints: Sequence[T], k: int = 2, *, origin: T | None = None) -> Trajectory[T]:
-    """The plane through one point that a training trajectory keeps closest to: principal directions and coordinates.
+    """The principal directions of a training trajectory, and its coordinates along them.
 
     The first k singular vectors of the rows ``checkpoint - origin``, from their Gram matrix ``(T, T)``: for
     ``plane(loss, origin, directions, ...)``.
@@ -32,9 +32,9 @@ def principal_directions(checkpoints: Sequence[T], k: int = 2, *, origin: T | No
 
     Returns:
         ``directions``, k orthonormal trees; ``coordinates (T, k)`` of the checkpoints along them, in the order given;
-        ``fractions (k,)`` of the trajectory's squared distances from the origin that each direction holds. A random
-        walk too has most of it in a few directions: a high fraction is no sign of a low-dimensional optimisation
-        (Antognini and Sohl-Dickstein, 2018).
+        ``fractions (k,)`` of the squared distances from the origin that each direction explains. A random walk also has
+        high fractions in a few directions: they do not show that the training is low-dimensional (Antognini and
+        Sohl-Dickstein, 2018).
 
     Cost: T^2 n operations, no loss; k vectors kept.
 

@@ -35,16 +35,16 @@ def activation_loss(
 ) -> tuple[Callable[[Shifts], Tensor], Shifts]:
     """The loss of one batch as a function of shifts, each added to what enters (or leaves) one layer and no other.
 
-    ``hvp(loss, shifts)`` is the activation Hessian of all these layers at once, the blocks between them included;
-    ``restrict`` and ``block`` cut out of it. In eval mode and with a mean over B samples the block of one layer is
-    block-diagonal over the samples, with blocks ``H_i / B``: the trace is the mean of theirs, the eigenvalues are
-    theirs divided by B.
+    ``hvp(loss, shifts)`` is the activation Hessian of all these layers, including the blocks between them; ``restrict``
+    and ``block`` give single blocks. In eval mode and with a mean over B samples the block of one layer is
+    block-diagonal over the samples, with blocks ``H_i / B``: its trace is the mean of the traces of the ``H_i``, its
+    eigenvalues are theirs divided by B.
 
     Args:
         model, criterion, batch: as for :func:`hessfn.functionalize`. All parameters are constants.
         layers: names and glob patterns (``"*.conv"``), types of modules, several of these, or a predicate
             ``(name, module) -> bool``.
-        at: ``"input"``, what this layer alone sees of a tensor that others may see too; or ``"output"``.
+        at: ``"input"``: the shift is added to the tensor as this layer gets it, not as others get it; or ``"output"``.
         reduction: ``"sum"`` multiplies the loss by B, so that the blocks are ``H_i`` and eigenvalues those of samples.
 
     Returns:

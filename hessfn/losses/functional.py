@@ -28,31 +28,31 @@ Choice = str | Iterable[str] | Callable[[str, Tensor], bool]
 def functionalize(
     model: nn.Module, criterion: Callable[[Any, Any], Tensor], *, params: Choice = "*"
 ) -> tuple[Callable[[Params, Any], Tensor], Params]:
-    """A model and its criterion as ``loss(params, batch)``, a pure function, with the parameters to call it with.
+    """A model and its criterion as a pure function ``loss(params, batch)``, with the parameters to call it with.
 
     Args:
         model: any module, also within ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel`` or
-            ``torch.compile``: names are those of the model itself, and nothing runs compiled. It is never touched, also
-            not while the loss runs: for every call a copy of its structure is made, with the tensors of the call in
-            every place where it keeps them. Its mode counts as it is now: call ``model.eval()`` before. In training
-            mode BatchNorm uses the statistics of the batch and leaves its running ones alone. What TorchScript runs has
-            products by plain autograd only. A model under ``fully_shard`` is the exception: it is written over while
+            ``torch.compile``: names are those of the model itself, and nothing runs compiled. It is never changed, not
+            even while the loss runs: every call copies its structure, and puts the tensors of the call where the model
+            keeps its own. The mode is that of the model now: call ``model.eval()`` before. In training mode BatchNorm
+            uses the statistics of the batch and does not update its running ones. TorchScript models have products by
+            plain autograd only. A model under ``fully_shard`` is the exception: it is written over while
             the loss runs, and restored to the bit; each rank gives its own batch, the loss is the mean over all, and
             a product needs room for all parameters on every rank, but in ``mode="difference"``.
-        criterion: ``criterion(outputs, targets)`` to a scalar, a mean over the batch if batches are to be averaged. Of
-            torch's own it is known what they are means over, such as the class weights of targets that are not
-            ignored: ``loss.mean_over.weight_of(batch)`` is what a batch weighs.
+        criterion: ``criterion(outputs, targets)`` to a scalar, a mean over the batch if batches are to be averaged. For
+            torch's own criteria hessfn knows what they divide by, such as the class weights of targets that are not
+            ignored: ``loss.mean_over.weight_of(batch)`` is the weight of a batch.
         params: which parameters the loss is a function of: a glob pattern or several (``"features.*"``), or a
-            predicate ``(name, tensor) -> bool`` such as ``lambda name, p: p.requires_grad``. The rest are constants.
+            predicate ``(name, tensor) -> bool`` such as ``lambda name, p: p.requires_grad``. The others are constants.
 
     Returns:
         ``(loss, params)``. ``loss(params, (inputs, targets))``, with ``inputs`` a tensor, a tuple (``*args``), a
         mapping (``**kwargs``; or the one argument, of a ``forward`` without such names) or an object. A batch that is
         one mapping or object, as Hugging Face's collators make, goes to both sides: ``criterion(model(**batch),
         batch)``. ``params``: dict from name to detached tensor. The tensors share memory
-        with the model's, so they follow an optimiser that steps in place; clone them to keep a moment. A complex
-        parameter is its real view ``(..., 2)``. Buffers may be given in the same dict: they then stand for the model's,
-        which are constants, as do those of each of several models under ``vmap``.
+        with the model's, so they follow an optimiser that steps in place; clone them to keep their present values. A
+        complex parameter is its real view ``(..., 2)``. Buffers may be given in the same dict, in place of the model's,
+        which are constants; so for several models under ``vmap``.
 
     Cost: nothing is copied here. Each call of the loss copies the structure of the model, not its tensors: 0.8 ms for
     ResNet20.

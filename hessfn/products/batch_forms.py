@@ -26,25 +26,25 @@ def batch_forms(
     weights: Weights = None,
     microbatch: int | None = None,
 ) -> Forms[Tensor]:
-    """``v'A_b v`` of every batch's own matrix and each of several vectors, such as eigenvectors.
+    """The quadratic forms ``v'A_b v`` of every batch's matrix, for several vectors, such as eigenvectors.
 
-    Their weighted mean over the batches is ``v'Av``, their spread its error by the data: :func:`data_stderr` and
-    :func:`data_interval` take them. The vectors are held fast: :func:`cross_fitted` says what it changes in an
-    eigenvalue that another draw of the data has another vector.
+    Their weighted mean over the batches is ``v'Av``. Their spread is its error by the data: :func:`data_stderr` and
+    :func:`data_interval` compute it, for constant vectors. :func:`cross_fitted` takes into account that another sample
+    has other eigenvectors.
 
     Args:
         make: from a batch to its matvec, as for :func:`batch_mean`: ``lambda batch: hvp(loss, params, batch)``.
-        batches: of independent samples, in no order; one pass over them is made.
+        batches: of independent samples, in random order; they are read in one pass.
         vectors: a tree whose leaves carry a leading axis of k vectors, as ``eigsh(...).vectors``.
         weights: as for :func:`batch_mean`.
-        microbatch: cuts batches into parts of at most so many samples, each with forms of its own: where there are few
-            batches, so that there are ten or twenty parts. 1 gives those of every sample.
+        microbatch: cuts batches into parts of at most this many samples, each with its own forms. If there are few
+            batches, choose it so that there are ten or twenty parts. 1 gives the forms of every sample.
 
     Returns:
-        ``values (b, k)``, float64, and ``weights (b,)``; what weighs nothing is left out. Of batches dealt out to
-        processes all get those of all, those of rank 0 first.
+        ``values (b, k)``, float64, and ``weights (b,)``; batches of weight 0 are left out. For
+        :class:`hessfn.ShardedBatches` every process gets those of all, in the order of the ranks.
 
-    Cost: k products with the mean over all batches, in one pass; one vector kept beside the k.
+    Cost: k products with the mean over all batches, in one pass; one vector besides the k.
 
     Raises:
         ValueError: as for :func:`batch_mean`.
@@ -69,10 +69,10 @@ def batch_traces(
     weights: Weights = None,
     microbatch: int | None = None,
 ) -> Forms[T]:
-    """``z_l'(A_b z)_l`` of every batch, leaf and probe: what traces of the diagonal blocks are means of.
+    """The samples ``z_l'(A_b z)_l`` of the traces of diagonal blocks, for every batch, leaf and probe.
 
-    The weighted mean over batches is what :func:`hutchinson_per_leaf` averages over the same probes, the sum over the
-    leaves what :func:`hutchinson` does; :func:`trace_data_stderr` has the error by the data.
+    Their weighted means over the batches are the samples of :func:`hutchinson_per_leaf` for the same probes; summed
+    over the leaves, those of :func:`hutchinson`. :func:`trace_data_stderr` computes the error by the data.
 
     Args:
         make, batches, weights, microbatch: as for :func:`batch_forms`.

@@ -28,28 +28,28 @@ def batch_mean(
     microbatch: int | None = None,
     keep: bool = False,
 ) -> MatVec[T]:
-    """Products with the mean over batches of the matrices that ``make`` makes: ``sum_b w_b A_b v / sum_b w_b``.
+    """Products with the weighted mean of the matrices of batches, ``sum_b w_b A_b v / sum_b w_b``.
 
-    So the matvec of one batch becomes that of a data set: :func:`ggnvp`, :func:`fvp`, :func:`linearized_hvp` and your
-    own, as ``batch_mean(lambda batch: ggnvp(forward, criterion, params, batch), batches)``. With :func:`hvp` it is
-    :func:`mean_hvp`. :func:`restrict`, :func:`all_reduce` and :func:`journal` take what it returns.
+    It turns a matvec of one batch into that of a data set: for :func:`ggnvp`, :func:`fvp`, :func:`linearized_hvp` or
+    your own, as ``batch_mean(lambda batch: ggnvp(forward, criterion, params, batch), batches)``. With :func:`hvp` it is
+    :func:`mean_hvp`.
 
     Args:
-        make: from a batch to its matvec, a symmetric one.
+        make: a function from a batch to its matvec, which is symmetric.
         batches, microbatch: as for :func:`mean_hvp`. Batches are moved to the device of the vector.
-        weights: one number a batch, or a function of it. By default a batch weighs what its criterion divides by, where
-            ``make`` returns a product of hessfn's with one of torch's own criteria, and for all others the number of
-            samples. Of those the first batch is held against two parts of it, once: by their losses, or of a matvec
-            that is none of hessfn's by three products, unless ``keep``.
-        keep: call ``make`` once for each batch, at the first product, and keep what it returns: for
-            :func:`linearized_hvp`, whose work is done when it is made. Afterwards ``batches`` are not looked at any
-            more, so that they may be an iterator. What is made by a trace, as that is, is made outside of ``vmap`` and
-            ``torch.func.grad``: let the first product be there.
+        weights: one number a batch, or a function of the batch. By default, if ``make`` returns a product of hessfn
+            with one of torch's criteria, what that criterion divides by; otherwise the number of samples. In the second
+            case the first batch is compared once with two parts of it: by their losses, or for a matvec that is not
+            hessfn's by three products, unless ``keep``.
+        keep: call ``make`` once for each batch, at the first product, and keep the results: for
+            :func:`linearized_hvp`, which does most of its work when it is made. Afterwards ``batches`` are not read
+            again, so they may be an iterator. A trace cannot be made under ``vmap`` or ``torch.func.grad``: make the
+            first product outside.
 
     Returns:
-        A matvec on trees like those that ``make``'s take. Batches are looked at with each product, unless ``keep``.
+        A matvec on trees like those of ``make``. The batches are read at every product, unless ``keep``.
 
-    Cost: a product of each batch, one of which is in memory at a time; with ``keep``, what all of them keep at once.
+    Cost: one product with each batch; one batch in memory at a time; with ``keep``, what all matvecs keep together.
 
     Raises:
         ValueError: an argument is of another kind; ``make`` returns no matvec; or as :func:`mean_hvp` does.

@@ -35,18 +35,18 @@ def hvp(
 ) -> MatVec[T]:
     """Hessian-vector products of ``loss(params, *args)`` by its first argument, forward-over-reverse.
 
-    ``H v = d/dt grad loss(params + t v)`` at ``t = 0``. A loss is traced once for arguments of their shapes, and its
-    trace is kept with it as long as it lives, for all products that are made of it: a training loop may make a new
-    ``hvp(loss, params, batch)`` at each step.
+    ``H v = d/dt grad loss(params + t v)`` at ``t = 0``. A loss is traced once for the shapes of its arguments. The
+    trace is kept with the loss, for all its products: a training loop may make a new ``hvp(loss, params, batch)`` at
+    each step.
 
     Args:
         loss: a function to a scalar tensor.
-        params: a tree of floating-point tensors, where the Hessian is taken. Of those that require gradients, as the
-            live ``nn.Parameter``s of a model do, a product has derivatives, and keeps the graph for them: give them
-            detached, or under ``torch.no_grad()``, where none are wanted.
+        params: a tree of floating-point tensors, where the Hessian is taken. If they require gradients, as the
+            ``nn.Parameter``s of a model do, a product has derivatives by them and keeps its graph: give them detached,
+            or use ``torch.no_grad()``, if you need none.
         args: what else the loss takes, such as a batch.
-        mode: how. ``"auto"`` takes the first mode of this list that the loss's operations allow, and says so in one
-            warning where it is not exact forward-over-reverse:
+        mode: how to differentiate. ``"auto"`` takes the first mode of this list that the operations of the loss allow,
+            with one warning if it is not exact forward-over-reverse:
 
             - ``"traced"``: forward-over-reverse through one cleaned trace of the loss (see
               :func:`hessfn.engine.pipeline.clean`); the fastest, and right on nearly every net. Not within ``vmap``.
@@ -54,13 +54,13 @@ def hvp(
             - ``"reverse"``: ``vjp`` of the gradient, exact as well, with the whole graph in memory.
             - ``"double_backward"``: ``torch.autograd.grad`` twice, for what ``torch.func`` refuses.
             - ``"difference"``: central differences of gradients, for what has no second derivative in torch.
-        check: whether the first product of this loss, in these shapes, is held against differences of gradients of the
-            loss itself, in float64 where it runs in that; it costs two gradients, once, of some samples of a large
-            batch where these settle it. Where they disagree, the next mode that agrees is taken and a warning says so,
-            or that the loss has a kink right here. It is silent under ``vmap``, autograd and ``torch.compile``.
-        trace_after: so many products in mode ``"auto"`` are those of the loss as it is, where that has any, since a
-            trace takes as long as a few of them. The products before and after differ by rounding: 0 makes the trace
-            at once, and all products the same to the bit. At most 16 traces of a loss are kept.
+        check: whether the first product of this loss, for these shapes, is compared with a difference of gradients of
+            the loss, in float64 if the loss runs in it. It costs two gradients, once, of a few samples if they suffice.
+            If they disagree, the next mode that agrees is taken, and a warning says so, or that the loss has a kink at
+            these parameters. There is no check under ``vmap``, autograd and ``torch.compile``.
+        trace_after: in mode ``"auto"`` this many products are made from the loss without a trace, since a trace takes
+            as long as a few products. The products before and after differ by rounding. 0 makes the trace at once, and
+            all products the same to the bit. At most 16 traces of a loss are kept.
 
     Returns:
         A matvec on trees like ``params``. Where numbers or tensors that the loss closes over change, the loss is
@@ -212,19 +212,19 @@ def mean_hvp(
     """Products with the mean Hessian over batches, ``sum_b w_b H_b v / sum_b w_b``; one batch is in memory at a time.
 
     Args:
-        loss: ``loss(params, batch)``, a mean over its batch. With BatchNorm in training mode samples meet, and the
-            result is the mean over batches of the losses that these have as they are, by their sizes.
+        loss: ``loss(params, batch)``, a mean over its batch. With BatchNorm in training mode samples depend on each
+            other, and the result is the mean, weighted by size, of the losses of the batches as they are.
         params: a tree of tensors. Batches are moved to its device.
         batches: gives the same batches at each pass: a list, a ``DataLoader`` that does not shuffle; or
             :class:`hessfn.ShardedBatches`, of which each process of a group takes its share.
         weights: one number a batch, or a function of the batch, such as its number of tokens; a batch of weight 0 is
-            left out. By default the result is the Hessian of the mean over all samples: of torch's own criteria it is
-            known what they are divided by (the class weights of targets that are not ignored), of Hugging Face's models
-            it is the labels that count, and for all others it is the number of samples, length of the first tensor.
-        microbatch: cut batches into parts of so many samples, for less memory and the same product; for losses in
-            which samples do not meet (not BatchNorm in training mode). ``weights`` as a function then sees the parts.
-        mode, check, trace_after: as for :func:`hvp`. The check also holds the loss of the first batch, unless it is
-            known or ``weights`` are given, against the mean of those of two parts of it, once for a loss.
+            left out. By default the result is the Hessian of the mean over all samples: the weight is what the loss
+            divides by for torch's criteria (such as the class weights of targets that are not ignored), the number of
+            labels that count for Hugging Face models, and for other losses the length of the first tensor.
+        microbatch: cut batches into parts of this many samples, for less memory and the same product; for losses in
+            which samples do not depend on each other. ``weights`` as a function then gets the parts.
+        mode, check, trace_after: as for :func:`hvp`. Unless the weights are known or given, the check also compares the
+            loss of the first batch with the mean over two parts of it, once for a loss.
 
     Returns:
         A matvec on trees like ``params``.

@@ -28,23 +28,23 @@ def expected_rise(
     activations: Weights | None = None,
     per_channel: bool = True,
 ) -> Estimate[dict[str, Tensor]]:
-    """By how much rounding each layer's weights alone is expected to raise the loss: ``tr H / n * ||w - Q(w)||^2 / 2``.
+    """The expected rise of the loss when the weights of one layer are rounded: ``tr H / n * ||w - Q(w)||^2 / 2``.
 
-    That is the second-order rise for errors without a preferred direction: it knows neither the slope of the loss along
-    the error that rounding makes, nor the curvature along it, which may be several times the mean one.
+    This is the second-order rise for errors without a preferred direction. It does not contain the gradient along the
+    actual rounding error, nor the curvature along it, which may be several times the mean curvature.
 
     Args:
         sensitivities: what :func:`hessfn.sensitivities` returns.
         params: the weights by name, ``"<layer>.weight"``, such as :func:`hessfn.functionalize` returns them.
         bits: one number for all layers, or a dict of them by layer, as :func:`allocate_bits` returns it.
-        activations: what enters each layer, samples along the first axis. Rounding it, with one scale for all, to the
-            bits of the layer is then added; the rise is that of the mean sample.
-        per_channel: as for :func:`hessfn.quantized`, which is the Q of it.
+        activations: the input of each layer, samples along the first axis. The rise by rounding it to the bits of the
+            layer, with one scale for all, is then added; it is that of the mean sample.
+        per_channel: as for :func:`hessfn.quantized`, which is Q.
 
     Returns:
-        ``mean`` and ``stderr`` by layer, in the unit of the loss: the errors of the traces by their probes. A trace of
-        noise may be below 0, and its rise with it. The rises of layers share their probes, so that the error of their
-        sum may be up to the sum of the errors.
+        ``mean`` and ``stderr`` by layer, in the unit of the loss; the errors are those of the traces by their probes. A
+        trace within its error may be negative, and its rise too. The layers share their probes, so the error of a sum
+        over layers may be as large as the sum of the errors.
 
     Cost: no product; what ``quantized`` costs.
 
@@ -84,12 +84,12 @@ def allocate_bits(
     fixed: Mapping[str, int] | None = None,
     per_channel: bool = True,
 ) -> dict[str, int]:
-    """The bits of every layer that make the expected rise of the loss least, of all that fit into the size.
+    """The bits of every layer that minimise the expected rise of the loss under a limit on the size.
 
-    It is the integer programme of HAWQ-V3: one of ``choices`` for each layer, at most so many bits in all, and the
-    least sum of :func:`expected_rise`. In that sum a trace counts as its mean given that it is not negative,
-    ``t + s pdf(t / s) / cdf(t / s)`` for a trace ``t`` with the standard error ``s``: a trace far above its error as it
-    is, one that its error makes 0 or negative as a part of that error, and no trace rewards an error of rounding.
+    It solves the integer programme of HAWQ-V3: one of ``choices`` for each layer, a limit on the number of bits, and
+    the smallest sum of :func:`expected_rise`. In this sum a trace ``t`` with the standard error ``s`` counts as its
+    mean under the condition that it is not negative, ``t + s pdf(t / s) / cdf(t / s)``: close to t if t is far above
+    its error, a fraction of s if t is near 0 or negative. So no trace rewards rounding errors.
 
     Args:
         sensitivities: what :func:`hessfn.sensitivities` returns.

@@ -21,10 +21,10 @@ MOST = 32
 def quantized(params: T, bits: Bits, *, per_channel: bool = True, num_scales: int = 64) -> T:
     """Parameters rounded to the nearest of uniform levels: ``s * round(w / s)``, up to the last level.
 
-    Levels are symmetric about 0, which is one of them: ``s * (-m, ..., m)`` with ``m = 2^(bits - 1) - 1``. Of a leaf
-    without a negative entry, such as what leaves a ReLU, they are ``s * (0, ..., 2^bits - 1)``. The scale ``s`` has the
-    least squared error of those tried: ``1 / num_scales, 2 / num_scales, ..., 1`` of the one whose last level is the
-    largest entry.
+    The levels are symmetric about 0: ``s * (-m, ..., m)`` with ``m = 2^(bits - 1) - 1``. For a leaf without negative
+    entries, such as the output of a ReLU, they are ``s * (0, ..., 2^bits - 1)``. The scale ``s`` is the one with the
+    smallest squared error among ``1 / num_scales, 2 / num_scales, ..., 1`` of the scale whose last level is the largest
+    entry.
 
     Args:
         params: a tree of floating-point tensors, or one of them.

@@ -53,10 +53,10 @@ def activation_traces(
         batches, weights, microbatch: as for :func:`hessfn.mean_hvp`, but for one pass only.
         layers, at: as for :func:`hessfn.activation_loss`.
         num_probes: Rademacher probes for each batch, which has its own.
-        blockwise: one layer's probes at a time. The blocks between layers then add nothing to the variance.
+        blockwise: probe one layer at a time, so that the blocks between layers add nothing to the variance.
         seed: of the probes.
-        transform: what becomes of each batch's function from a probe z to ``z'Hz`` by leaf, before it is used, such as
-            ``hf.progress`` or ``hf.journal``.
+        transform: applied to each batch's function from a probe z to ``z'Hz`` by leaf, such as ``hf.progress`` or
+            ``hf.journal``.
 
     Returns:
         ``mean`` and ``stderr``, dicts by shift in the order of the calls, and ``num_matvecs``. The errors are those of
@@ -103,20 +103,20 @@ def sensitivities(
     microbatch: int | None = None,
     transform: Transform = lambda matvec: matvec,
 ) -> Sensitivities:
-    """The traces of each layer's weights and activations, side by side and all from the same products.
+    """The traces of the Hessian by each layer's weights and by its activations, from the same products.
 
-    Independent errors of variance ``s`` in the weights (or activations) of a layer, such as those of rounding, raise
-    the mean loss by ``s / 2`` times the trace, to second order. HAWQ-V2 gives bits by the average trace, trace / numel.
+    Independent errors of variance ``s`` in the weights (or activations) of a layer, such as rounding errors, raise the
+    mean loss by ``s / 2`` times the trace, to second order. HAWQ-V2 ranks layers by the average trace, trace / numel.
 
     Args:
-        layers: as for :func:`hessfn.activation_loss`, each with a parameter ``weight`` of its own. By default all whose
-            weight has two axes or more, and which a floating-point tensor enters.
+        layers: as for :func:`hessfn.activation_loss`, each with a parameter ``weight``. By default all whose weight has
+            at least two axes and whose input is a floating-point tensor.
         model, criterion, batches, num_probes, at, seed, weights, microbatch, transform: as for
             :func:`activation_traces`.
 
     Returns:
-        :class:`Sensitivities`, dicts by layer in the order of the calls. What a layer sees in several calls or as
-        several tensors is added up; entries of activations are those of one sample.
+        :class:`Sensitivities`, dicts by layer in the order of the calls. Several calls of a layer, and several input
+        tensors, are added up; entries of activations are those of one sample.
 
     Cost: ``num_probes`` products with each batch, with the Hessian by weights and activations together; what
     :func:`hessfn.linearized_hvp` keeps of one batch.

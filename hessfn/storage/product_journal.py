@@ -33,26 +33,25 @@ _RECORD = re.compile(r"[0-9a-f]{64}-\d+")
 def journal(
     matvec: MatVec[T], folder: str | os.PathLike[str], *, key: Mapping[str, Any] | None = None, resume: bool = True
 ) -> MatVec[T]:
-    """The same products, each written to disk: a run that was killed is started again and reads those it had made.
+    """The same products, each written to disk, so that a run that was killed can start again and read them.
 
-    Routines are pure. With the same arguments they ask for the same vectors, so any of them goes on where it was and
-    returns the same bits as if nothing had happened; with other arguments (more probes, say) it makes use of what is
-    there. A product is found by a hash of its vector. A vector asked for twice by one run is computed twice, so that
-    ``check_matvec`` keeps its meaning. A product whose file is damaged is computed again, with a warning.
+    Routines are pure: with the same arguments they ask for the same vectors. So every routine resumes, and returns the
+    same bits as without the interruption. With other arguments, such as more probes, it uses the products that exist. A
+    product is found by a hash of its vector. A vector that one run asks for twice is computed twice, so that
+    ``check_matvec`` still works. A product whose file is damaged is computed again, with a warning.
 
     The last bits also depend on the number of threads and on the compiled kernels (:func:`hessfn.show_config`): a
-    journal is resumed with those that it was made with, and refused with others. And :func:`hessfn.hvp` changes them
-    when a trace takes over from the loss: ``trace_after=0`` makes all its products in one way.
+    journal made with others is refused. :func:`hessfn.hvp` also changes the last bits when a trace takes over from the
+    loss: with ``trace_after=0`` all its products are made in one way.
 
     Args:
         matvec: or any other function from a tree to one of the same names.
-        folder: made at the first product, with one file for each; delete it when all is done. Journals and threads of
-            one process may share it.
+        folder: made at the first product, with one file for each; delete it afterwards. Journals and threads of one
+            process may share it.
         key: what the products depend on besides the vector, by name: parameters, data, settings, as trees of tensors,
-            numbers and strings. A journal with another key is refused, and the message says which entries differ.
-            Without a key, every run first computes one product of its own by which the matrix is known, to the last
-            bit.
-        resume: False to drop what is there.
+            numbers and strings. A journal with another key is refused; the message names the entries that differ.
+            Without a key, every run first computes one extra product, which identifies the matrix to the last bit.
+        resume: False deletes the products that exist.
 
     Returns:
         A matvec on plain tensors: no ``DTensor``, and not under ``vmap``, ``torch.compile`` or autograd. Around it,

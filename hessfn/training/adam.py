@@ -19,7 +19,7 @@ _CALL = "adam_scale(optimizer, params)"
 
 
 def adam_scale(optimizer: Optimizer, params: T) -> T:
-    """``P^(-1/2)`` of Adam's present state: by ``scaled(matvec, scale)`` the Hessian becomes the one that Adam sees.
+    """The preconditioner ``P^(-1/2)`` of Adam's present state, for ``scaled(matvec, scale)``.
 
     ``P = (sqrt(v / (1 - beta2^t)) + eps) (1 - beta1^t)``, entrywise, with v the running mean of the squared gradient
     (with ``amsgrad`` its running maximum) after t steps. A step of Adam is then ``-lr P^(-1) m``, m the running mean of
@@ -40,7 +40,7 @@ def adam_scale(optimizer: Optimizer, params: T) -> T:
     The decay of weights is in H, not in P: that of ``Adam`` adds ``weight_decay`` to each diagonal entry of H. With
     ``maximize``, Adam descends on ``-H``.
 
-    Cost: no product; one vector, and while it runs some copies of the largest leaf.
+    Cost: no product; one vector, and some copies of the largest leaf while it runs.
 
     Raises:
         ValueError: the optimizer is another one, or has a ``step`` of its own; a parameter is not among its tensors, or

@@ -38,37 +38,38 @@ def critical_sharpness(
     rtol: float = 0.02,
     max_losses: int = 9,
 ) -> CriticalSharpness:
-    """``2 / eta``, eta the step along an update at which the loss is back where it was and begins to exceed it.
+    """``2 / eta``, with eta the step along an update at which the loss is again as large as before the step.
 
     ``loss(params + eta direction) = loss(params)``, from values of the loss alone. Where the loss is quadratic along
     the direction d, this is ``d'Hd / -g'd`` with the gradient g: for gradient descent, ``d = -g``, the mean of the
     eigenvalues with the weights ``(q_i'g)^2``, at most the sharpness. A step that is longer than eta raises the loss.
 
-    The step is multiplied, or divided, by up to 8 until the loss is on the other side; then the ends close in, by the
-    root of a parabola through ``(loss(eta) - loss(0)) / eta``, straight for a quadratic, or in the middle where that
-    gains too little.
+    The step is multiplied or divided by up to 8 until it brackets eta. Then the bracket shrinks: by the root of a
+    parabola through ``(loss(eta) - loss(0)) / eta``, which is a straight line for a quadratic loss, or by bisection if
+    that gains too little.
 
     Args:
-        direction: a tree like ``params`` that leads downhill: minus the gradient, or what an optimiser has added,
-            ``direction_to(before, after)``, over its learning rate if eta is to be one.
+        loss: ``loss(params, *args)`` to a scalar.
+        params: a tree of tensors.
+        direction: a tree like ``params`` that leads downhill: minus the gradient, or the update of an optimiser,
+            ``direction_to(before, after)``, divided by its learning rate if eta should be a learning rate.
         args: what else the loss takes.
-        step: where the search begins: the learning rate, or eta as it was a moment ago, ``2 / value``. By default the
-            step that moves the parameters by a hundredth of their norm.
-        rtol: how close to each other the ends shall be, relative to eta.
-        max_losses: how many values of the loss may be taken.
+        step: where the search begins, such as the learning rate, or the last eta, ``2 / value``. By default the step
+            that moves the parameters by a hundredth of their norm.
+        rtol: the width of the final bracket, relative to eta.
+        max_losses: the most evaluations of the loss.
 
     Returns:
-        ``value`` with its ``error``, which holds both ends, and the rounding of the losses as far as one can tell; the
-        ends as ``steps``. Where no step was found that raises the loss, ``value`` and ``error`` say between 0 and what
-        the longest step allows; where every step raises it, ``value`` is what the shortest says, and ``error`` inf: the
-        direction leads uphill, as may one with momentum. Only at points that it has seen is the loss known: one that
-        rises and falls again within a factor 8 may hide.
+        ``value`` with its ``error``, which covers the bracket and, as far as known, the rounding of the losses; the
+        bracket as ``steps``. If no step raises the loss, ``value +- error`` covers 0 to the bound of the longest step.
+        If every step raises it, ``value`` is that of the shortest one and ``error`` is inf: the direction leads uphill,
+        as an update with momentum may. A rise and fall of the loss within a factor 8 of the step may go unseen.
 
-    The loss must be a function: without dropout, on one batch. There is no derivative of it, and no ``vmap`` over it,
-    since it goes where losses that it has compared send it.
+    The loss must be a function: without dropout, on one batch. The search branches on values, so it has no derivative
+    and does not run under ``vmap``.
 
-    Cost: forward passes only, ``max_losses`` at most; 5 along a quadratic from a ``step`` within a factor 8. One more
-    copy of the parameters. Each loss is waited for.
+    Cost: forward passes only, at most ``max_losses``; 5 for a quadratic from a ``step`` within a factor 8. One more
+    copy of the parameters. It waits for the device at each loss.
 
     Raises:
         ValueError: the direction is not a tree like ``params``, or zero; the loss at ``params`` is not one finite

@@ -34,9 +34,9 @@ def follow(
 ) -> tuple[EigenPairs[T], FollowState[T]]:
     """The k eigenpairs at the ends of the spectrum of a matrix that changes, and the state for the next call.
 
-    Each call starts from the last call's vectors. It also sends a new random direction through the matrix, since an
-    eigenvalue that has risen above the followed ones may have a vector that is orthogonal to all of theirs; the vectors
-    alone would then settle, with small residuals, on what is no longer the top.
+    Each call starts from the vectors of the last one, and from a new random direction. The vectors alone could
+    converge, with small residuals, to an eigenvalue that is no longer the largest, since the eigenvector of a new
+    largest eigenvalue may be orthogonal to all of them.
 
     Args:
         matvec: of the matrix as it is now, such as ``hvp(loss, params, batch)`` of a fixed batch.
@@ -47,17 +47,17 @@ def follow(
         rtol: the relative residual asked of each pair. None for exactly ``max_matvecs`` products, under ``vmap`` and
             autograd too: Lanczos from the sum of the vectors and a random one.
         max_matvecs: the most products of a call; by default as many as ``eigsh`` allows.
-        search: whether a random direction looks for new ends. Without, a call costs half as much, and an end whose
-            vector is next to orthogonal to the state's is missed without a sign. Not for ``rtol=None``.
-        seed: of the first call's random directions; a later one takes the next of them, which the state knows.
+        search: whether to use a random direction. Without it a call costs half as much, and an eigenvector that is
+            nearly orthogonal to those of the state is missed without a sign. Not for ``rtol=None``.
+        seed: of the random direction of the first call; the state contains the seed of the next one.
 
     Returns:
         The pairs as of ``eigsh``: ``values``, ``vectors``, ``residuals``, ``num_matvecs``, ``converged``, and with
-        ``search`` their ``outside``: but for a probability of 0.001, all other eigenvalues lie within. And the state, a
-        tree that ``torch.save`` and ``torch.load`` take: a training that resumes goes on with the same numbers.
+        ``search`` their ``outside``: with probability 0.999 all other eigenvalues lie within. And the state, a tree for
+        ``torch.save`` and ``torch.load``: a training that resumes gets the same numbers.
 
-    Cost: ``num_matvecs`` products. Where little has changed these are 2 for one pair, and with ``search`` about 5 more;
-    see the how-to page for those of a training. In memory as ``eigsh``; the state keeps k vectors.
+    Cost: ``num_matvecs`` products: for one pair of a matrix that has hardly changed 2, and about 5 more with
+    ``search``; the how-to page has those of a training. Memory as for ``eigsh``; the state keeps k vectors.
 
     Raises:
         ValueError: there is neither a state nor ``like``, the state is of another k or of a tree of other leaves, or is

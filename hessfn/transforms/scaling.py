@@ -9,16 +9,16 @@ from hessfn.core.tree import MatVec, T
 
 
 def scaled(matvec: MatVec[T], scale: T) -> MatVec[T]:
-    """``S A S`` with ``S = diag(scale)``: the matrix with its rows and columns scaled, which keeps it symmetric.
+    """Products with ``S A S``, ``S = diag(scale)``: the matrix with its rows and columns scaled.
 
-    With ``scale = P^(-1/2)`` of a diagonal preconditioner P, it has the eigenvalues of ``P^(-1) A``, whose eigenvectors
-    are ``scale * v`` of its own v. :func:`hessfn.adam_scale` is Adam's; ``torch.rsqrt`` of a positive diagonal is
-    Jacobi's.
+    With ``scale = P^(-1/2)`` for a diagonal preconditioner P, it has the eigenvalues of ``P^(-1) A``; the eigenvectors
+    of ``P^(-1) A`` are ``scale * v`` for its eigenvectors v. :func:`hessfn.adam_scale` gives Adam's P; ``torch.rsqrt``
+    of a positive diagonal is Jacobi's.
 
     Args:
         matvec: products with A.
-        scale: a tree like the vectors, whose leaves meet theirs by name. It may be of another dtype; a negative entry
-            is a change of sign, a zero takes its row and column out.
+        scale: a tree like the vectors; leaves meet by name. It may have another dtype. A negative entry changes a sign,
+            a zero removes its row and column.
 
     Returns:
         A matvec on the same trees, each leaf in the vector's dtype. Entries are in the unit of A times that of
