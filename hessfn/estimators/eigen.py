@@ -106,7 +106,7 @@ def lanczos(matvec: MatVec[T], v0: T, num_matvecs: int) -> Tridiagonal[T]:
     Raises:
         ValueError: ``v0`` is zero, m is not between 1 and n, or a product is not finite.
 
-    Source: Lanczos (1950); Parlett (1980) for the orthogonalisation.
+    Source: Lanczos (1950); Parlett (1998) for the orthogonalisation.
 
     >>> A = torch.diag(torch.tensor([3.0, 1.0]))
     >>> lanczos(lambda v: A @ v, torch.ones(2), 2).alpha.round(decimals=4)
