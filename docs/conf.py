@@ -51,7 +51,7 @@ html_title = f"hessfn {version}"
 html_math_renderer = "mathml"
 html_static_path = ["style.css"]
 html_css_files = ["style.css", "math.css"]
-html_copy_source = html_show_sphinx = False
+html_copy_source = html_show_sphinx = html_use_index = html_domain_indices = False
 pygments_style, pygments_dark_style = "tango", "monokai"
 
 
@@ -59,8 +59,9 @@ def _math(self: Any, node: Any) -> None:
     """Browsers draw MathML by themselves: no script, no network."""
     block = node.tagname == "math_block"
     try:
-        markup = tex2mathml(node.astext(), as_block=block)
-    except MathError as error:
+        # A bar by itself is as high as a letter; \left makes it grow.
+        markup = tex2mathml(node.astext(), as_block=block).replace("<mo>‖</mo>", '<mo stretchy="false">‖</mo>')
+    except (MathError, IndexError) as error:  # the second is of an index or exponent of nothing
         logging.getLogger(__name__).warning("formula %r: %s", node.astext(), error, location=node)
         markup = ""
     self.body.append(f'<div class="math">{markup}</div>' if block else markup)
