@@ -206,8 +206,16 @@ def estimators() -> Lines:
     return dated(record, *table(["", "by", *keys], without_repeats(rows)))
 
 
+def report_resnet20() -> Lines:
+    return report_of("report_resnet20")
+
+
 def report_gpt() -> Lines:
-    record = read("report_gpt")
+    return report_of("report_gpt")
+
+
+def report_of(name: str) -> Lines:
+    record = read(name)
     rows = [
         [row["by"], row["number"], short(row.get("seconds")), percent(row.get("says")), percent(row.get("off"))]
         for row in record["rows"]
@@ -219,7 +227,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     function.__name__: function
     for function in (
         *(peers, products_gpu, products_cpu, memory_cpu),
-        *(language, first_products, estimators, report_gpt),
+        *(language, first_products, estimators, report_resnet20, report_gpt),
     )
 }
 
