@@ -37,10 +37,10 @@ TAKEN = ("traced", "forward")  # modes that need no reason
 INTRODUCTION = """\
 # Families of models
 
-Small random models of the families that people use, with the batches that their libraries take, on the CPU under
-torch {torch}. Every row is a test: the products of `hvp` and, where the mode is `traced`, of `linearized_hvp` are held
-against differences of plain gradients of the model itself in float64, and are symmetric. The tables are written by
-`python tests/test_model_families.py`, with what `pip install -e ".[families]"` installs.
+The tables list small random models of common families, with batches as their libraries use them, on the CPU with
+torch {torch}. Every row is a test: the products of `hvp` and, if the mode is `traced`, of `linearized_hvp` are compared with differences of plain
+gradients of the model in float64, and checked for symmetry. `python tests/test_model_families.py` writes the tables, with the
+packages of `pip install -e ".[families]"`.
 
 - *mode* is the one that `hf.find_mode` names; [what can be differentiated](operations.md) says what each is.
 - *error* is the largest of all cases of a family, relative to the product. `float32 inside` stands where a model casts
