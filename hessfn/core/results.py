@@ -44,9 +44,9 @@ class EigenPairs(NamedTuple, Generic[T]):
     residuals: Tensor  #: (k,), ``||A v - value v||`` of each: an eigenvalue of A is no further than this from its value
     num_matvecs: Tensor  #: (), int64, the products that were made
     converged: Tensor  #: (k,), bool, whether ``residual <= rtol |value|``, or is what rounding leaves of a value near 0
-    rounding: Tensor | None = None  #: (k,), how far the rounding of the products may move each value; None: unknown
-    data_stderr: Tensor | None = None  #: (k,), what other samples, as many, would move it by; None: not known
-    outside: Tensor | None = None  #: (2,), where all other eigenvalues lie, with probability 0.999; None: not known
+    rounding: Tensor | None = None  #: (k,), a bound for the error of each value by rounding; None: unknown
+    data_stderr: Tensor | None = None  #: (k,), the standard error by the data, for samples of this size; None: unknown
+    outside: Tensor | None = None  #: (2,), all other eigenvalues lie between, with probability 0.999; None: not known
 
 
 class Tridiagonal(NamedTuple, Generic[T]):
@@ -62,12 +62,12 @@ class Estimate(NamedTuple, Generic[S]):
     """A mean over random probes with its error; ``S`` is a tensor, or a tree of them."""
 
     mean: S  #: the estimate, in the unit of the quantity: scalars, or, of diagonals and rows, tensors like the probes
-    stderr: S  #: shaped like it: one standard error of the mean over the probes, inf where one probe says nothing of it
+    stderr: S  #: like ``mean``: the standard error by the probes; inf for a single probe without other information
     num_matvecs: Tensor  #: (), int64, the products that were made
     df: Tensor | S | None = None  #: (), or like ``mean``: degrees of freedom of ``stderr``, no derivative; None: many
-    rounding: S | None = None  #: like ``mean``: how far the rounding of the products may move it; None: not measured
-    data_stderr: S | None = None  #: like ``mean``: what other samples, as many, would move it by; None: not measured
-    least: S | None = None  #: like ``mean``: what a sum of squares is at least; None: of what is no sum of squares
+    rounding: S | None = None  #: like ``mean``: a bound for the error by rounding of the products; None: not measured
+    data_stderr: S | None = None  #: like ``mean``: the standard error by the data; None: not measured
+    least: S | None = None  #: like ``mean``: a lower bound of a sum of squares; None: for other quantities
 
     def interval(self, level: float = 0.95) -> tuple[S, S]:
         """Lower and upper end of the confidence interval by the probes: ``mean -+ t stderr``, Student's t of ``df``.
@@ -99,7 +99,7 @@ class Quadrature(NamedTuple):
 
 
 class NegativeShare(NamedTuple):
-    """How much of the squared curvature is negative, from :func:`hessfn.negative_share_of_squares`."""
+    """The share of negative eigenvalues in the sum of squares, from :func:`hessfn.negative_share_of_squares`."""
 
     share: Estimate[Tensor]  #: (), from 0 to 1, without unit, with its error by the probes
     steps_error: Tensor  #: (), the error of the quadrature itself, which the probes do not see
@@ -113,7 +113,7 @@ class Density(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Where a density lies with some confidence, point by point, from :func:`hessfn.density_band`."""
+    """A pointwise confidence band of a density, from :func:`hessfn.density_band`."""
 
     grid: Tensor  #: (g,), in the unit of the eigenvalues
     lower: Tensor  #: (g,), fraction of the eigenvalues per unit of eigenvalue, at least 0
@@ -145,7 +145,7 @@ class CriticalSharpness(NamedTuple):
 
 
 class Trajectory(NamedTuple, Generic[T]):
-    """A training run in the few directions it keeps closest to, from :func:`hessfn.principal_directions`."""
+    """Principal directions of a training, and coordinates along them, from :func:`hessfn.principal_directions`."""
 
     directions: tuple[T, ...]  #: k orthonormal trees like a checkpoint, in its dtypes
     coordinates: Tensor  #: (c, k), of the c checkpoints along them, in the unit of the parameters
@@ -170,7 +170,7 @@ class Mode(NamedTuple):
 
 
 class ProductRounding(NamedTuple, Generic[T]):
-    """How far products are off, and what that does to a trace, from :func:`hessfn.rounding_of_products`."""
+    """The relative rounding error of products, and bounds for traces, from :func:`hessfn.rounding_of_products`."""
 
     relative: Tensor  #: (), without unit: the norm of the error over that of the product
     total: Tensor  #: (), at least 0, in the unit of the eigenvalues: how far rounding may move the trace
@@ -185,7 +185,7 @@ class Forms(NamedTuple, Generic[S]):
 
 
 class CrossFitted(NamedTuple):
-    """Between which ends the extreme eigenvalue of all data lies, from :func:`hessfn.cross_fitted`."""
+    """A confidence interval for the extreme eigenvalue of all data, from :func:`hessfn.cross_fitted`."""
 
     lower: Tensor  #: (), in the unit of the eigenvalues: the lower end, with the data's error taken off
     upper: Tensor  #: (), the upper end, with the data's error on top
@@ -206,7 +206,7 @@ class BlockTops(NamedTuple):
 
 
 class FollowState(NamedTuple, Generic[T]):
-    """What :func:`hessfn.follow` hands on from one call to the next: a tree of tensors, to be saved with a training."""
+    """The state of :func:`hessfn.follow` between two calls: a tree of tensors, to be saved with a training."""
 
     vectors: T  #: like ``like`` with a leading axis of k: the eigenvectors of the last call
     seed: Tensor  #: (), int64, of the next call's random direction

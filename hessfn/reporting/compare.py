@@ -16,21 +16,21 @@ from hessfn.reporting.workspace import staging
 
 
 def compare(*folders: str | Path, out: str | Path = "compare.html") -> dict[str, Any]:
-    """Sets the reports of folders side by side on one page, such as those of checkpoints in the order of a training.
+    """Compares the reports in several folders on one page, such as those of checkpoints in the order of a training.
 
-    The first and the last one are compared in detail. Nets with the same parameters and reports of the same seed share
-    their probes: then the samples ``z_i'(B - A)z_i`` are taken, with the control variates of both as regressors, which
-    sees changes far below the errors of the two. Other estimates have the combined error
-    ``sqrt(stderr_A^2 + stderr_B^2)``. Both are held against Student's t at 95 %; for the layers, at 95 % for all of
-    them together (Bonferroni). Eigenvalues differ where they are further apart than their residuals and their rounding.
-    All that is about the data that were looked at; ``generalizes`` says whether a difference is also beyond what other
-    data would change, by batches, which are paired where the data are the same.
+    The first and the last report are compared in detail. Reports of nets with the same parameters and with the same
+    seed share their probes. Their traces are compared by the samples ``z_i'(B - A)z_i``, with the control variates of
+    both as regressors, which detects changes far below the errors of the two. Other estimates have the combined error
+    ``sqrt(stderr_A^2 + stderr_B^2)``. The test is Student's t at 95 %; for the layers at 95 % for all together
+    (Bonferroni). Eigenvalues differ if they are further apart than their residuals and their rounding. ``differs`` is
+    about these data; ``generalizes`` says whether the difference is also larger than what other data would change, by
+    batches, which are paired if the data are the same.
 
     Args:
-        folders: at least two, each with a ``report.json`` that ``hessfn report`` has written. The files may be
-            anybody's: they are checked, and nothing in them is run.
-        out: the page to write; its folder is made if it is not there. A last positional argument that ends in
-            ``.html`` is taken for it.
+        folders: at least two, each with a ``report.json`` of ``hessfn report``. Files of other people are safe: they
+            are checked, and nothing in them is run.
+        out: the page to write; its folder is made if it does not exist. A last positional argument that ends in
+            ``.html`` is used as ``out``.
 
     Returns:
         ``reports`` (what each of them holds, NaN for null, and ``folder``); of the first and the last: ``sharpness``,

@@ -77,27 +77,27 @@ def report(
         dtype: what to compute in, such as ``"float64"``, on a copy of the model; by default the model's own.
         device: where to compute, on a copy of the model; by default where the model is.
         k: number of eigenvalues shown; ``which`` and ``rtol`` as for :func:`hessfn.eigsh`.
-        num_pairs: eigenpairs, of which ``k`` are shown: all that their Krylov space knows is taken out of the errors of
-            trace, layers and density, at no product.
+        num_pairs: eigenpairs, of which ``k`` are shown. All Ritz pairs of their Krylov space serve as a control variate
+            for trace, layers and density, without further products.
         num_probes: random vectors for the trace, one product each.
-        rtol_trace: as many probes as it takes for an interval of 95 % this wide, relatively, to each side of the trace.
+        rtol_trace: take probes until the 95 % interval of the trace has this relative half width.
         num_runs: Lanczos runs for the spectral density, ``num_steps`` products each.
-        num_layers: of so many layers, those of the largest traces, also the top eigenvalue and the stable rank.
-        minutes: how long it may take. It finds by itself how many batches, probes and steps make the errors smallest,
-            says so, and keeps to the time within a tenth.
+        num_layers: for this many layers, those with the largest traces, also the top eigenvalue and the stable rank.
+        minutes: how long the report may take. It chooses the batches, probes and steps with the smallest errors in this
+            time, prints the plan, and keeps to the time within a tenth.
         num_activation_probes: random vectors for the traces by layer of weights and activations, one product with each
-            batch; 0 for none of it. A model that allows none is a warning.
+            batch; 0 for none. If the model does not allow them, there is a warning.
         radius: how far the landscape goes each way; by default as far as the quadratic model along the top eigenvector
             rises by ten times the loss, but at most a tenth of the norm of the parameters.
-        num_plane_points: points each way of the plane over the top two eigenvectors; 0, or k = 1, for none. Where the
-            loss bends they are measured, some fifty of them; the others are interpolated.
+        num_plane_points: points each way of the plane over the top two eigenvectors; 0, or k = 1, for none. About fifty
+            are computed, where the loss bends most; the others are interpolated.
         seed: of all random vectors.
-        resume: take over what a report that was killed has left there, to the same numbers to the last bit. Products
-            of other parameters, other data, another dtype or another number of threads are refused; any other option
-            may change. Without it they are dropped.
-        journal: keep the products in ``out/.unfinished`` until the report is written: as many bytes as the parameters
-            have, for each. Not where several processes share the work.
-        command: the command line that does this, for the page to say.
+        resume: use the products that a killed report has left in ``out``; the numbers are the same to the last bit.
+            Products of other parameters, other data, another dtype or another number of threads are refused; any other
+            option may change. Without it they are deleted.
+        journal: keep the products in ``out/.unfinished`` until the report is written, each with as many bytes as the
+            parameters. Not if several processes share the work.
+        command: the command line of this report, shown on the page.
         group: processes of ``torch.distributed`` that all call this with the same arguments and share the work: of n
             each takes every n-th batch. The first one writes the files and shows the progress.
 
@@ -128,9 +128,9 @@ def report(
             settings, versions    what it takes to do it again
 
     Cost: ``num_probes + num_runs * num_steps`` products, about ``4 num_pairs`` for the eigenvalues, some for both ends
-    of the spectrum and for layers, ``k`` for the data's errors, four that check that the products are a Hessian's; two
-    in float64 for the rounding, of an eighth of the data. The products are linearized, and kept as far as half of the
-    free memory goes; the vectors of the Krylov space take that of about 60 times the parameters.
+    of the spectrum and for layers, ``k`` for the errors by the data, four to check the products, and two in float64, on
+    an eighth of the data, for the rounding. The products are linearized, and kept in up to half of the free memory; the
+    Krylov space takes about 60 times the memory of the parameters.
 
     Raises:
         ModuleNotFoundError: jinja2, which makes the page, is not installed.
