@@ -234,7 +234,7 @@ def autograd_gradient(loss, params, x):
 
 
 def off(a, b):
-    return float(tree.norm(tree.add(a, b, -1.0)) / tree.norm(b))
+    return float((tree.norm(tree.add(a, b, -1.0)) / tree.norm(b)).detach())
 
 
 def direction(params):

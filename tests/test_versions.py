@@ -136,6 +136,14 @@ def test_products_are_traced_and_right(net: str) -> None:
         assert hf.tree.norm(apart) <= 1e-10 * hf.tree.norm(exact)
 
 
+@pytest.mark.parametrize("mode", ["traced", "forward", "reverse", "double_backward", "difference"])
+def test_a_product_by_what_is_not_used_is_a_plain_zero(mode: Any) -> None:
+    params = {"used": normal(3), "unused": normal(3)}
+    product = hf.hvp(lambda p: (p["used"] ** 4).sum(), params, mode=mode)(params)
+    assert not product["unused"].any()
+    assert not any(x.requires_grad for x in product.values())
+
+
 @pytest.mark.parametrize("net", ["batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm"])
 def test_traces_by_layer_are_those_of_the_dense_matrix(net: str) -> None:
     loss, params, batch, model = problem_of(net)

@@ -45,6 +45,12 @@ def gradient(function: Callable[[T], Tensor], point: T) -> T:
     return pullback(torch.ones_like(value))
 
 
+def gradients(outputs: Any, by: list[Tensor], directions: Any = None, *, create_graph: bool = False) -> list[Tensor]:
+    """``torch.autograd.grad``, zero by what was not used: the zeros of ``materialize_grads`` may require gradients."""
+    found = torch.autograd.grad(outputs, by, directions, allow_unused=True, create_graph=create_graph)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, by, strict=True)]
+
+
 def vmap(function: Callable[[Tree], Any], stack: Tree) -> Any:
     """``function`` of each entry along the leading axis of the leaves of a tree."""
     flat, structure = flatten(stack)

@@ -13,7 +13,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.autograd.forward_ad as _forward_ad
@@ -181,25 +181,27 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
     if compiler is None or torch.compiler.is_compiling():
         return contextlib.nullcontext()
     in_this_thread = getattr(compiler, "_use_eager_on_nested_compile", None)  # since torch 2.14
-    return in_this_thread() if in_this_thread is not None else _uncompiled_in_all_threads()
+    return in_this_thread() if in_this_thread is not None else _UncompiledInAllThreads()
 
 
-@contextlib.contextmanager
-def _uncompiled_in_all_threads() -> Iterator[None]:
-    """The first thread that enters sets it, and the last that leaves puts back what was there before."""
-    with _LOCK:
-        _STANCES.append(None if _STANCES else torch.compiler.set_stance("force_eager"))
-    try:
-        yield
-    finally:
-        with _LOCK:
-            stance = _STANCES.pop()
+class _UncompiledInAllThreads:
+    """The first thread that enters switches the compiler off, the last that leaves puts back what was there before.
+
+    The class keeps them: a loss that looks up a global which changes seems to change, and is traced anew.
+    """
+
+    lock: ClassVar[Lock] = Lock()
+    stances: ClassVar[list[Any]] = []
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.stances.append(None if self.stances else torch.compiler.set_stance("force_eager"))
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            stance = self.stances.pop()
             if stance is not None:
                 stance.__exit__(None, None, None)
-
-
-_LOCK = Lock()
-_STANCES: list[Any] = []
 
 
 def set_scripted(module: torch.jit.ScriptModule, name: str, value: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.dtensor import layout
 from hessfn.core.errors import InvalidInput
+from hessfn.core.func import gradients
 from hessfn.core.tree import Tree
 from hessfn.products.loss_checks import Loss
 from hessfn.products.wide import Tape, widened
@@ -93,8 +94,7 @@ def _along(loss: Loss, tape: Tape, params: Tree, args: tuple[Any, ...], v: Tree)
         leaves = [torch.add(x.detach(), d.detach(), alpha=c).requires_grad_() for x, d in pairs]
         with tape.playing(), torch.enable_grad():
             value = tape.loss = loss(tree.unflatten(leaves, params), *args)
-            gradient = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-            return [g.to_dense() if g.is_sparse else g for g in gradient]
+            return [g.to_dense() if g.is_sparse else g for g in gradients(value, leaves)]
 
     return gradient
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from hessfn.core import tree
 from hessfn.core.dtensor import layout
 from hessfn.core.errors import InvalidInput, NoDerivative
+from hessfn.core.func import gradients
 from hessfn.core.torch_private import under_functorch
 from hessfn.core.torch_state import is_differentiated, known
 from hessfn.core.tree import Tree
@@ -33,8 +34,7 @@ class Graph(NamedTuple):
     leaves: list[Tensor]
 
     def gradient(self, create_graph: bool = False) -> list[Tensor]:
-        options: dict[str, Any] = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
-        return list(torch.autograd.grad(self.value, self.leaves, **options))
+        return gradients(self.value, self.leaves, create_graph=create_graph)
 
 
 class Inspected(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn.core import tree
-from hessfn.core.func import gradient, jvp, vjp
+from hessfn.core.func import gradient, gradients, jvp, vjp
 from hessfn.core.torch_private import uncompiled
 from hessfn.core.torch_state import is_differentiated, torch_state_lock
 from hessfn.core.tree import Tree
@@ -48,14 +48,12 @@ def double_backward(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) ->
 
 
 def double_backward_of(graph: Graph, params: Tree, v: Tree) -> Tree:
-    gradients = graph.gradient(create_graph=True)
-    pairs = [(g, d) for g, d in zip(gradients, tree.leaves(v), strict=True) if g.requires_grad]
+    pairs = [(g, d) for g, d in zip(graph.gradient(create_graph=True), tree.leaves(v), strict=True) if g.requires_grad]
     if not pairs:
         return tree.map(torch.zeros_like, params)
     outputs, directions = zip(*pairs, strict=True)
     by_vector = is_differentiated(directions)  # which the product is linear in
-    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True, "create_graph": by_vector}
-    return tree.unflatten(torch.autograd.grad(outputs, graph.leaves, directions, **options), params)
+    return tree.unflatten(gradients(outputs, graph.leaves, directions, create_graph=by_vector), params)
 
 
 def difference(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:
