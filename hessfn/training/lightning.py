@@ -43,31 +43,31 @@ class CurvatureCallback(_Callback):
     ``share_of_time``                what all of them have taken, of the training's time so far
     ================================ =====================================================================
 
-    The training stays the same to the bit: no weight, buffer, gradient, mode or random number is another. A checkpoint
-    holds the state of the following, with which a training that resumes goes on.
+    The training stays the same to the bit: no weight, buffer, gradient, mode or random number changes. A checkpoint
+    contains the state of the callback, with which a resumed training continues.
 
     Args:
         batch: ``(inputs, targets)``, or a mapping that goes to both sides, as for :func:`hessfn.functionalize`. A copy
             is kept. How far the numbers of a batch are from those of all data: see :func:`hessfn.cross_fitted`.
         criterion: ``criterion(module(inputs), targets)``, a mean over the batch.
-        every: measure after a multiple of so many steps of the optimizer.
-        max_share: of the wall-clock time of the training, validation and all, that measurements may take: where the
-            next one would go beyond, it is left out. The first one, which traces the loss too, is made in any case.
-            None for no limit.
+        every: measure after each multiple of this number of steps of the optimizer.
+        max_share: the part of the wall-clock time of the training, including validation, that measurements may take. A
+            measurement that would exceed it is skipped, except the first one, which also traces the loss. None for no
+            limit.
         params: which parameters, as for :func:`hessfn.functionalize`; by default those that are trained.
         k: how many of the largest eigenvalues; the next ones are ``sharpness_2`` and so on.
         rtol: the relative residual asked of them.
         num_probes: random vectors for the trace; 0 for none.
-        density_matvecs: so many more products each time, for a figure of the spectral density, of which loggers that
-            take figures get one; 0 for none.
-        module: the name of the part of the LightningModule that is the function to look at, such as ``"net"``; by
-            default the whole, whose ``forward`` then is.
+        density_matvecs: this many more products each time, for a figure of the spectral density, for loggers that take
+            figures; 0 for none.
+        module: the name of the part of the LightningModule to analyse, such as ``"net"``; by default the ``forward`` of
+            the whole.
         prefix: of the names in the logger.
 
     On several processes rank 0 measures, on its own copy of the model, while the others wait at their next step.
 
-    Cost: some 20 products each time, with Adam some 30 to 50; the first time a trace of the loss, too. In memory as
-    :func:`hessfn.linearized_hvp`, and a vector for each eigenvalue that is followed.
+    Cost: about 20 products each time, with Adam about 30 to 50; the first time also a trace of the loss. Memory as for
+    :func:`hessfn.linearized_hvp`, and one vector for each eigenvalue.
 
     Raises:
         ModuleNotFoundError: neither ``lightning`` nor ``pytorch_lightning`` is installed.

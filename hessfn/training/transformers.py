@@ -36,8 +36,8 @@ class CurvatureCallback(_Callback):
     the same to the bit, is as of :class:`hessfn.training.lightning.CurvatureCallback`; ``trainer.log`` takes it to
     wherever the trainer reports.
 
-    A checkpoint folder gets a file of the callback's state, ``curvature.pt``, with which a training that resumes from
-    there goes on.
+    The folder of a checkpoint gets a file with the state of the callback, ``curvature.pt``, with which a resumed
+    training continues.
 
     Args:
         trainer: the one that gets the callback.
