@@ -66,8 +66,9 @@ def hvp(
         A matvec on trees like ``params``. Where numbers or tensors that the loss closes over change, the loss is
         traced anew.
 
-    Cost: a product takes about 3 gradients, and the intermediate results of one gradient and its tangent while it runs.
-    The first adds the check, the fourth the trace. Nothing but the trace is kept.
+    Cost: a product takes the arithmetic of about 3 gradients (measured: the time of 1.4 to 3.3), and the intermediate
+    results of one gradient and its tangent while it runs. The first adds the check, the fourth the trace, which is
+    kept.
 
     Raises:
         ValueError: an argument is of another kind, such as a model for the loss; or, at the first product, the loss is
@@ -110,8 +111,9 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
         A matvec on trees like ``params``. It runs under ``vmap`` and has all derivatives by its vector, none by the
         parameters and the data: where these require gradients, give them detached, or take :func:`hvp`.
 
-    Cost: once, the trace, a gradient and the check; then about 2 gradients a product, instead of 3. It keeps the
-    intermediate results of one gradient, and on the CPU the memory for those of a product, which threads share in turn.
+    Cost: once, the trace, a gradient and the check; then the arithmetic of about 2 gradients a product instead of 3
+    (measured: the time of 0.9 to 2.4). It keeps the intermediate results of one gradient, and on the CPU the memory for
+    those of a product, which threads use in turn.
 
     Raises:
         Untraceable: the loss cannot be traced, and the message says why; or the check has found that its product is
