@@ -31,6 +31,8 @@ def result(func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
     if func is aten.convolution.default and channels_last(args[0]):
         out = out.to(memory_format=torch.channels_last)  # as its kernels do, which only its meta function does not know
+    if func is aten.convolution_backward.default and any(map(channels_last, args[1:3])):  # nor this one's, in torch 2.9
+        out = with_tensors(out, lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     return with_tensors(out, on_meta)
 
 
