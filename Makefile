@@ -53,10 +53,11 @@ else
 	$(BIN)/python -m nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
 endif
 
-# Strict: a link, a role or a formula that fails, fails the build.
+# Strict: a link, a role or a formula that fails, fails the build. Then every page is looked at in a browser, if there is one.
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	HESSFN_SITE=build/docs $(BIN)/python -m pytest -q -n 0 tests/test_site.py
 	@echo "documentation: build/docs/index.html, or served: $(PYTHON) -m http.server --directory build/docs"
 
 # The source distribution and the wheel of this folder in dist/, checked and tried; `release` tests them, too (RELEASING.md).

@@ -41,9 +41,9 @@ def hvp(
 
     Args:
         loss: a function to a scalar tensor.
-        params: a tree of floating-point tensors, where the Hessian is taken. If they require gradients, as the
-            ``nn.Parameter``s of a model do, a product has derivatives by them and keeps its graph: give them detached,
-            or use ``torch.no_grad()``, if you need none.
+        params: a tree of floating-point tensors, where the Hessian is taken. If they require gradients, as an
+            ``nn.Parameter`` does, a product has derivatives by them and keeps its graph: give them detached, or use
+            ``torch.no_grad()``, if you need none.
         args: what else the loss takes, such as a batch.
         mode: how to differentiate. ``"auto"`` takes the first mode of this list that the operations of the loss allow,
             with one warning if it is not exact forward-over-reverse:

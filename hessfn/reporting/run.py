@@ -102,30 +102,30 @@ def report(
             each takes every n-th batch. The first one writes the files and shows the progress.
 
     Returns:
-        What ``report.json`` holds; numbers that are not finite are None::
+        What ``report.json`` holds; numbers that are not finite are None:
 
-            schema, date          the version of this format; when it was made
-            loss, gradient_norm   of the mean over the samples
-            accuracy              value, stderr; None where the targets are no classes
-            eigenvalues           k of them, in the order of ``which``; likewise residuals (of convergence), rounding,
-                                  data_stderr (what other samples would change) and converged; outside: two numbers
-                                  between which all other eigenvalues lie, with probability 0.999
-            sharpness             value, residual, rounding, data_stderr, converged of the largest eigenvalue; lower and
-                                  upper: where that of the population lies, 95 %
-            trace                 mean, stderr (by the probes), lower, upper (95 % by the probes), rounding, data_stderr
-            negative_curvature    smallest: value and errors of the most negative eigenvalue; share_of_squares: mean,
-                                  stderr, steps_error of the part of the sum of lambda^2 that is of negative ones
-            density               grid, values; lower, upper: a band of 95 % (None of a single run)
-            layers                name: numel, trace and its errors, top, top_residual, stable_rank, stable_rank_stderr
-                                  (None but for the largest), pairs_share
-            activations           name: numel, trace, stderr, weight_numel, weight_trace, weight_stderr, by layer with a
-                                  weight, in the order of their calls (see :func:`hessfn.sensitivities`); may be None
-            landscape             steps, losses {direction: one at each step}; plane, which may be None: steps (of both
-                                  axes), losses (row i is at steps[i] along the first direction), measured (where it is
-                                  not interpolated), directions (two names)
-            samples               of single probes and groups of the data: by these ``hessfn.compare`` compares in pairs
-            model, data, cost     what was looked at, and what it took
-            settings, versions    what it takes to do it again
+        - ``schema``, ``date``: the version of this format; when it was made
+        - ``loss``, ``gradient_norm``: of the mean over the samples
+        - ``accuracy``: value, stderr; None where the targets are no classes
+        - ``eigenvalues``: k of them, in the order of ``which``; likewise residuals (of convergence), rounding,
+          data_stderr (what other samples would change) and converged; outside: two numbers between which all other
+          eigenvalues lie, with probability 0.999
+        - ``sharpness``: value, residual, rounding, data_stderr, converged of the largest eigenvalue; lower and upper:
+          where that of the population lies, 95 %
+        - ``trace``: mean, stderr (by the probes), lower, upper (95 % by the probes), rounding, data_stderr
+        - ``negative_curvature``: smallest: value and errors of the most negative eigenvalue; share_of_squares: mean,
+          stderr, steps_error of the part of the sum of lambda^2 that is of negative ones
+        - ``density``: grid, values; lower, upper: a band of 95 % (None of a single run)
+        - ``layers``: name: numel, trace and its errors, top, top_residual, stable_rank, stable_rank_stderr (None but
+          for the largest), pairs_share
+        - ``activations``: name: numel, trace, stderr, weight_numel, weight_trace, weight_stderr, by layer with a
+          weight, in the order of their calls (see :func:`hessfn.sensitivities`); may be None
+        - ``landscape``: steps, losses {direction: one at each step}; plane, which may be None: steps (of both axes),
+          losses (row i is at steps[i] along the first direction), measured (where it is not interpolated), directions
+          (two names)
+        - ``samples``: of single probes and groups of the data: by these ``hessfn.compare`` compares in pairs
+        - ``model``, ``data``, ``cost``: what was looked at, and what it took
+        - ``settings``, ``versions``: what it takes to do it again
 
     Cost: ``num_probes + num_runs * num_steps`` products, about ``4 num_pairs`` for the eigenvalues, some for both ends
     of the spectrum and for layers, ``k`` for the errors by the data, four to check the products, and two in float64, on
