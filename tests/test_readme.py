@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,3 +86,23 @@ def test_a_library_has_what_the_table_says(row: dict[str, Any], bench: Any) -> N
     pytest.importorskip(features.LIBRARIES[row["by"]])
     why = features.answer(row["feature"], row["by"])
     assert (why is None) == row["has"], why
+
+
+@pytest.mark.slow
+def test_the_summary_that_is_shown_is_that_of_the_demo(tmp_path: Path) -> None:
+    """The same lines; of their numbers those that are no small errors to 5 %: machines round otherwise."""
+    page = (ROOT / "docs" / "report.md").read_text("utf-8")
+    shown = re.search(r"^```text\n(hessfn\.problems:digits\n.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert shown
+    command = [sys.executable, "-m", "hessfn", "report"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    number = re.compile(r"\d[\d,]*\.?\d*(?:e-?\d+)?")
+    expected, printed = (
+        [line for line in text.strip().splitlines() if "products in" not in line] for text in (shown[1], done.stdout)
+    )
+    assert [number.sub("#", line).split() for line in printed] == [number.sub("#", line).split() for line in expected]
+    for line, other in zip(printed, expected, strict=True):
+        for x, y in zip(number.findall(line), number.findall(other), strict=True):
+            one, two = (float(z.replace(",", "")) for z in (x, y))
+            assert min(one, two) < 0.1 or one == pytest.approx(two, rel=0.05), (line, other)
