@@ -1,4 +1,4 @@
-"""What a release rests on: one version, one address, forms that the host can read, and a README that stands alone."""
+"""What a release needs: one version, one address, targets that CI can call, and a README whose links are complete."""
 
 from __future__ import annotations
 
