@@ -34,7 +34,8 @@ def files() -> list[Path]:
 
 
 def test_the_project_has_one_address() -> None:
-    own = re.compile(r"https://github\.com/[\w-]+/hessfn\b")
+    host, _, name = ADDRESS.rsplit("/", 2)
+    own = re.compile(rf"{re.escape(host)}/[\w-]+/{re.escape(name)}\b")
     found = {(file.name, url) for file in files() for url in own.findall(file.read_text("utf-8"))}
     assert {url for _, url in found} == {ADDRESS}, found
     assert {"pyproject.toml", "CITATION.cff", "config.yml", "RELEASING.md"} <= {name for name, _ in found}
