@@ -105,10 +105,12 @@ def peers() -> Lines:
         rows.append([feature, *("yes" if answers[name] else "no" for name in ("hessfn", *PEERS))])
     for where, record, models in (("GPU", gpu, MODELS["products_gpu"]), ("CPU", cpu, MODELS["products_cpu"])):
         for model, words in models.items():
-            of = {by: cell(record, "ms", ".0f", model=model, by=by) or "-" for by in (HVP, LINEARIZED, *PEERS)}
+            of = {
+                by: cell(record, "ms", ".0f", model=model, by=by) or "not measured" for by in (HVP, LINEARIZED, *PEERS)
+            }
             kept = cell(record, "ms", ".0f", model=model, by="PyHessian, one batch (graph kept)")
             of["PyHessian"] = (
-                f"{cell(record, 'ms', '.0f', model=model, by='PyHessian, loader')} ({kept})" if kept else "-"
+                f"{cell(record, 'ms', '.0f', model=model, by='PyHessian, loader')} ({kept})" if kept else "not measured"
             )
             rows.append([f"ms on a {where}: {words}", f"{of[HVP]}, {of[LINEARIZED]}", *(of[peer] for peer in PEERS)])
     torch = features["torch"].partition("+")[0]
