@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 import hessfn as hf
 from hessfn.core import tree
+from hessfn.engine import pipeline
+from hessfn.engine.fused import attention
+from hessfn.engine.op_definitions import by_definition
 
 pytest.importorskip("transformers", minversion="5.0")
 
@@ -64,6 +67,7 @@ def error(found: Any, truth: Tensor) -> float:
 
 
 PRODUCTS: dict[str, Callable[..., Any]] = {
+    "forward": lambda *args: hf.hvp(*args, mode="forward"),
     "traced": lambda *args: hf.hvp(*args, mode="traced"),
     "as it is": lambda *args: hf.hvp(*args, mode="double_backward"),
     "linearized": hf.linearized_hvp,
@@ -71,9 +75,14 @@ PRODUCTS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("how", HOW)
-def test_products_are_off_by_the_rounding_of_bfloat16(how: str) -> None:
+def test_products_are_off_by_the_rounding_of_bfloat16(how: str, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, loss, _, params, v, batch = narrow(how)
+    if tiled:
+        monkeypatch.setattr(attention, "WORTH", 1)
+        graph = pipeline.run(pipeline.LOSS, None, pipeline.Job(by_definition(loss), params, (batch,))).graph
+        assert len(graph.find_nodes(op="call_function", target=attention.attention)) == 2
     assert hf.find_mode(loss, params, batch).mode == "traced"
     truth = differences(model, Case("", lambda: model, batch), in_double(v))
     w = tree.map(lambda x: x.bfloat16().to(x.dtype), hf.gaussian(params, 1, seed=2)[0])
@@ -86,9 +95,10 @@ def test_products_are_off_by_the_rounding_of_bfloat16(how: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("how", HOW)
-def test_gauss_newton_products_are_off_by_the_rounding_of_bfloat16(how: str) -> None:
-    model, _, forward, params, v, batch = narrow(how, "eager")
+def test_gauss_newton_products_are_off_by_the_rounding_of_bfloat16(how: str, kind: str) -> None:
+    model, _, forward, params, v, batch = narrow(how, kind)
 
     def criterion(outputs: Any, batch: Any) -> Tensor:
         return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten())

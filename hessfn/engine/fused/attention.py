@@ -14,6 +14,7 @@ from hessfn.engine.fused.operation import Fused, call, is_followed, of_tangents,
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
+_WIDE = (torch.float32, torch.float64)
 WORTH = 1 << 18  # scores of a head: with fewer, the matrix of them all is faster
 
 
@@ -32,10 +33,17 @@ def scaled_dot_product_attention(
 
     It divides by the sum of the weights last, so that only one matrix of its size comes into the derivatives for two.
     """
-    wide = query.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(query.device.type)
-    if dropout_p or not wide or (is_causal and attn_mask is not None):
-        options: Any = {"scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    options: Any = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    if torch.is_autocast_enabled(device := query.device.type):
+        # Cast here: under a transform torch casts within the math kernel again, which then has no gradient.
+        given = _cast(torch.get_autocast_dtype(device), query, key, value, attn_mask)
+        with torch.autocast(device, enabled=False):
+            return scaled_dot_product_attention(*given, **options)
+    if query.dtype in (torch.bfloat16, torch.float16) and is_fused(query, key) and not dropout_p:
+        wider = _cast(torch.float32, query, key, value, attn_mask)  # sums over long rows, as in flash attention
+        return scaled_dot_product_attention(*wider, **options).to(query.dtype)
+    if dropout_p or query.dtype not in _WIDE or (is_causal and attn_mask is not None):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -47,6 +55,11 @@ def scaled_dot_product_attention(
     leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
     query, key, value = (x.expand(*leading, *x.shape[-2:]) for x in (query, key, value))
     return attention(query, key, value, attn_mask, is_causal, scale)[0]
+
+
+def _cast(dtype: torch.dtype, *given: Tensor | None) -> list[Any]:
+    """As autocast does, which leaves float64 and masks of booleans."""
+    return [x if x is None or x.dtype in (torch.float64, torch.bool) else x.to(dtype) for x in given]
 
 
 def is_fused(query: Tensor, key: Tensor, *_: Any, **__: Any) -> bool:
