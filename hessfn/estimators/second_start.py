@@ -135,4 +135,4 @@ def _ends(values: Tensor, which: Which, rtol: float, least: float) -> list[float
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, 0, 0, rows - len(x)))
+    return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])  # torch 2.9 cannot pad what has no columns
