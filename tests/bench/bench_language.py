@@ -1,6 +1,7 @@
 """Products of a GPT at a real vocabulary and at real lengths: time and memory, in gradients of the same batch.
 
-``python tests/bench/bench_language.py [vocabulary x batch x length ...]``: every number is of a process of its own.
+``python tests/bench/bench_language.py [vocabulary x batch x length [x width x layers] ...]``: 4 layers of 256 if it does
+not say; GPT-2 is 50257x1x1024x768x12. Every number is of a process of its own.
 Memory is the peak of the process beyond what it has with the model loaded and torch's rules imported; it includes the
 making of the product. Time is the median of products after the first.
 """
@@ -50,13 +51,13 @@ def bytes_of(what: str) -> int:
 
 
 def run(way: str, row: str, rounds: int) -> dict[str, float]:
-    vocabulary, batch, length = map(int, row.split("x"))
+    vocabulary, batch, length, width, layers = map(int, (*row.split("x"), 256, 4)[:5])
     torch.manual_seed(0)
     for warm in WAYS.values():  # what is imported at the first derivative is no memory of the product's
         small = {"w": torch.ones(3)}
         warm(lambda p, x: (p["w"].sin() * x).sum(), small, torch.ones(3))(small)
     ids = torch.randint(vocabulary, (batch, length + 1))
-    loss, params = hf.functionalize(GPT(vocabulary, 256, 4, length).eval(), nn.CrossEntropyLoss())
+    loss, params = hf.functionalize(GPT(vocabulary, width, layers, length).eval(), nn.CrossEntropyLoss())
     v = hf.gaussian(params, 1)[0]
     before = bytes_of("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
@@ -68,12 +69,17 @@ def run(way: str, row: str, rounds: int) -> dict[str, float]:
         start = time.perf_counter()
         matvec(v)
         seconds.append(time.perf_counter() - start)
-    return {"bytes": bytes_of("VmHWM") - before, "first": first, "seconds": statistics.median(seconds)}
+    return {
+        "bytes": bytes_of("VmHWM") - before,
+        "peak": bytes_of("VmHWM"),
+        "first": first,
+        "seconds": statistics.median(seconds),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", default=list(ROWS), help="vocabulary x batch x length")
+    parser.add_argument("rows", nargs="*", default=list(ROWS), help="vocabulary x batch x length [x width x layers]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--alone", choices=WAYS, help=argparse.SUPPRESS)
     record.add_option(parser)
@@ -82,7 +88,7 @@ def main() -> None:
         print(json.dumps(run(given.alone, given.rows[0], given.rounds)))
         return
     print(
-        f"{'GPT, 4 layers of 256':22} {'':16} {'MB':>7} {'in gradients':>12} {'s':>7} {'in gradients':>12} {'first':>7}"
+        f"{'GPT':26} {'':16} {'MB':>7} {'in gradients':>12} {'s':>7} {'in gradients':>12} {'first':>7} {'GB in all':>9}"
     )
     rows: list[dict[str, Any]] = []
     for row in given.rows:
@@ -95,7 +101,7 @@ def main() -> None:
             memory, seconds = (found[x] / unit[x] for x in ("bytes", "seconds"))
             rows.append({"row": row, "by": way, **found, "memory in gradients": memory, "time in gradients": seconds})
             cost = f"{found['bytes'] / 1e6:7.0f} {memory:12.2f} {found['seconds']:7.2f} {seconds:12.2f}"
-            print(f"{row:22} {way:16} {cost} {found['first']:7.2f}", flush=True)
+            print(f"{row:26} {way:16} {cost} {found['first']:7.2f} {found['peak'] / 1e9:8.2f}", flush=True)
     record.write(given.json, rows)
 
 
