@@ -1,7 +1,7 @@
 """Products of a GPT at a real vocabulary and at real lengths: time and memory, in gradients of the same batch.
 
-``python tests/bench/bench_language.py [vocabulary x batch x length [x width x layers] ...]``: 4 layers of 256 where it is
-not said; GPT-2 is 50257x1x1024x768x12. Every number is of a process of its own.
+``python tests/bench/bench_language.py [vocabulary x batch x length [x width x layers] ...]``: of 4 layers of 256, if no
+more is said; GPT-2 is 50257x1x1024x768x12. Every number is of a process of its own.
 Memory is the peak of the process beyond what it has with the model loaded and torch's rules imported; it includes the
 making of the product. Time is the median of products after the first.
 """
