@@ -76,9 +76,9 @@ class Seen(TorchDispatchMode):
         return out
 
 
-ROUNDED_ONCE = {"add", "sub", "rsub", "mul", "div", "sqrt", "_to_copy"}
+ROUNDED_ONCE = {"add", "sub", "rsub", "mul", "div", "sqrt", "copysign", "_to_copy"}
 WHOLE_NUMBERS = {"arange", "__and__", "__lshift__", "__rshift__", "__xor__", "bitwise_and", "bitwise_right_shift"}
-WHOLE_NUMBERS |= {"bitwise_xor"}
+WHOLE_NUMBERS |= {"bitwise_xor", "bitwise_or"}
 MOVED = {"empty", "view", "slice", "select", "stack", "unsqueeze", "copy", "detach"}
 
 
@@ -104,7 +104,7 @@ def test_chunks_and_threads_change_nothing(draw, monkeypatch):
     sizes = [0, 3, 700, 1, 1, 2000, 255, 257, 130]
     like = [torch.zeros(size) for size in sizes]
     whole = draw(torch.zeros(sum(sizes)), 1, seed=5)[0]
-    for chunk in (256, 512, 2**16):
+    for chunk in (256, 512, 2**17):
         monkeypatch.setattr(probes, "_CHUNK", chunk)
         assert torch.equal(tree.ravel(draw(like, 1, seed=5)[0])[0], whole)
     threads, wide = torch.get_num_threads(), torch.zeros(300_000)

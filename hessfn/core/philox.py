@@ -23,7 +23,9 @@ STEPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B  # what a round adds to the key
 
 HALF = 2**32 - 1
 FULL = 2**64 - 1
-SIGN = -(2**63)
+# As the bits of a float64: 1, 2^52 and 3 2^51, and 2^32 sqrt(1/2).
+ONE, UNITS, SIGNED_UNITS = 0x3FF << 52, 0x433 << 52, 0x867 << 51
+ROOT_HALF = 0x41E6A09E667F3BCD
 
 # Polynomials of least relative error (Remez), lowest power first, each within 2e-16 where it is used.
 # 2 atanh(s) / s in s^2, for s up to (sqrt 2 - 1) / (sqrt 2 + 1).
@@ -31,17 +33,16 @@ TWICE_ATANH = (
     2.0000000000000004, 0.6666666666655223, 0.400000000620163, 0.2857141598112638, 0.2222343717444317,
     0.18121854943489604, 0.1683856145556722,
 )  # fmt: skip
-# sin(pi/4 y) / y and cos(pi/4 y) in y^2, for y up to 1.
+# sin(pi/2 y) / y and cos(pi/2 y) in y^2, for y up to 1/2.
 SINE = (
-    0.7853981633974483, -0.08074551218828054, 0.0024903945701887364, -3.657620415845667e-05, 3.133616216638565e-07,
-    -1.7571492944970685e-09, 6.8771009223099044e-12,
+    1.5707963267948966, -0.6459640975062443, 0.07969262624603957, -0.004681754132282454,
+    0.00016044115029189453, -3.5986417551299964e-06, 5.633721075556274e-08,
 )  # fmt: skip
 COSINE = (
-    0.9999999999999999, -0.3084251375340372, 0.015854344243734567, -0.00032599188645403185, 3.5908591233415104e-06,
-    -2.4609457147438127e-08, 1.1363812026242461e-10,
+    0.9999999999999999, -1.2337005501361489, 0.25366950789975307, -0.020863480733058038,
+    0.0009192599355754267, -2.5200084118976642e-05, 4.654617405948912e-07,
 )  # fmt: skip
 LOG_2 = 0.6931471805599453
-ROOT_HALF = 0x41E6A09E667F3BCD  # 2^32 sqrt(1/2), as the bits of a float64
 
 
 def key_of(entropy: list[int]) -> Key:
@@ -82,27 +83,33 @@ def normals(words: Tensor) -> Tensor:
     The low half of a word is the radius: none is above 6.8, and the 32 bits are never zero in the logarithm. The high
     half is the angle: 30 bits within a quadrant, and two signs.
     """
-    radius = _minus_log((words & HALF).double().add_(0.5)).sqrt_()
-    # The angle is pi/4 (1 + y). Its sine and cosine are sums and differences of those of pi/4 y, times sqrt(1/2), which
-    # the radius takes: it is the root of -log u, not of -2 log u.
-    y = (words >> 32).bitwise_and_(2**30 - 1).double().add_(0.5 - 2.0**29).mul_(2.0**-29)
+    # A whole number becomes a float64 by its bits: below 2^52 it counts the units of [2^52, 2^53). This is exact, and
+    # takes half the time of a conversion.
+    u = (words & HALF).bitwise_or_(UNITS).view(torch.float64).sub_(2.0**52 - 0.5)
+    radius = _minus_log(u).sqrt_()
+    # 30 bits as those of a number in [1, 2), less 3/2: y in (-1/2, 1/2). The angle is pi/4 + pi/2 y. Its cosine and
+    # sine are the difference and the sum of those of pi/2 y, times sqrt(1/2), which the radius takes: it is the root
+    # of -log u, not of -2 log u.
+    y = (words >> 10).bitwise_and_((2**30 - 1) << 22).bitwise_or_(ONE).view(torch.float64).sub_(1.5 - 2.0**-31)
     square = y * y
     sine, cosine = _polynomial(square, SINE).mul_(y), _polynomial(square, COSINE)
     pair = torch.empty(len(words), 2, dtype=torch.float64, device=words.device)
-    for column, value, bits in ((0, cosine - sine, words & SIGN), (1, cosine.add_(sine), (words << 1) & SIGN)):
-        pair[:, column] = value.mul_(radius).view(torch.int64).bitwise_xor_(bits).view(torch.float64)
+    first, second = (cosine - sine).mul_(radius), cosine.add_(sine).mul_(radius)  # both positive
+    torch.copysign(first, words.view(torch.float64), out=pair[:, 0])
+    torch.copysign(second, (words << 1).view(torch.float64), out=pair[:, 1])
     return pair.flatten()
 
 
 def _minus_log(x: Tensor) -> Tensor:
-    """-log(x / 2^32) for x between 0 and 2^32."""
+    """-log(x / 2^32) for x between 0 and 2^32, in float64."""
     # x = 2^k 2^32 m with m in [sqrt(1/2), sqrt 2), and log m = 2 atanh((m - 1) / (m + 1)). Where x / 2^32 is near 1, k
     # is 0, so that nothing cancels. What is called m here has the factor 2^32.
     bits = x.view(torch.int64)
     k = (bits - ROOT_HALF).bitwise_right_shift_(52)
     m = (bits - (k << 52)).view(torch.float64)
     s = (2.0**32 - m).div_(m.add_(2.0**32))
-    return _polynomial(s * s, TWICE_ATANH).mul_(s).add_(k.double().mul_(-LOG_2))
+    k = k.add_(SIGNED_UNITS).view(torch.float64).sub_(1.5 * 2.0**52)
+    return _polynomial(s * s, TWICE_ATANH).mul_(s).add_(k.mul_(-LOG_2))
 
 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
