@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.integrate
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -173,7 +174,7 @@ def by_integration(a: np.ndarray, b: np.ndarray, sigma: float) -> float:
     x = np.linspace(min(a.min(), b.min()) - 9 * sigma, max(a.max(), b.max()) + 9 * sigma, 40001)
     p, q = smoothed(a, x, sigma) + 1e-300, smoothed(b, x, sigma) + 1e-300
     m = (p + q) / 2
-    return float(np.trapezoid(p * np.log(p / m) + q * np.log(q / m), x) / 2)
+    return float(scipy.integrate.trapezoid(p * np.log(p / m) + q * np.log(q / m), x) / 2)
 
 
 A = torch.cat([torch.linspace(0, 1, 58), torch.tensor([3.0, 5.0])]).double()
@@ -262,7 +263,7 @@ def test_the_error_and_the_bias_are_those_of_the_jackknife() -> None:
             for side, kept in zip(sides, rows, strict=True)
         )
         m = (p + q) / 2
-        return float(np.trapezoid(p * np.log(p / m) + q * np.log(q / m), x) / 2)
+        return float(scipy.integrate.trapezoid(p * np.log(p / m) + q * np.log(q / m), x) / 2)
 
     both = [[0, 1, 2], [0, 1, 2, 3]]
     whole = divergence(both)
