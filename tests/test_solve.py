@@ -186,10 +186,10 @@ def test_with_a_tolerance_it_stays_within_the_most(spectrum, basis_size):
 
 @dtypes
 def test_where_the_krylov_space_ends_so_does_the_search(dtype):
-    """Eight eigenvalues and one that is repeated: nine steps, of which rounding may ask once more."""
+    """Eight eigenvalues and one repeated: nine steps, an end, a check; rounding may ask for that twice."""
     matvec, _, _ = system("rank-deficient", dtype=dtype)
     found = hf.solve(matvec, B.to(dtype), damping=0.1, rtol=1e-30)
-    assert not found.converged and found.num_matvecs <= 2 * 10
+    assert not found.converged and found.num_matvecs <= 2 * 11
 
 
 def test_a_short_basis_costs_products_and_not_the_solution():
