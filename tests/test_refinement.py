@@ -190,7 +190,8 @@ def test_the_landscape_of_a_report_is_that_of_all_points(activation: Any) -> Non
     assert set(found.losses) == set(directions)
     for name, direction in directions.items():
         truth = hf.line(problem.loss, problem.params, direction, found.steps, whole)
-        assert visible(found.losses[name].numpy(), truth.numpy()) <= 0.01
+        # The tolerance is held by an estimate. A kink beside a point that is measured may hide from it, by a little.
+        assert visible(found.losses[name].numpy(), truth.numpy()) <= (0.02 if activation is nn.ReLU else 0.01)
         middle = slice(14, 17)  # beside the middle it is measured, so that the curve bends there as the Hessian says
         assert found.measured[name][middle].all()
         assert torch.allclose(found.losses[name][middle], truth[middle], rtol=1e-10)

@@ -175,7 +175,7 @@ def recur(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> tu
         diagonal = tree.dot(current, product)
         alpha.append(torch.where(ended, alpha[0], diagonal) if alpha else diagonal)
         previous = current
-        size, current, broken = _next(less(product, diagonal, current), eps * scale)
+        size, current, broken = _next(less(product, diagonal, current), 10 * eps * scale)
         ended = ended | broken
         beta.append(size)
     return torch.stack(alpha), torch.stack(beta[1:])
