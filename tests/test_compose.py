@@ -48,7 +48,7 @@ CONSUMERS = {
     "power_iter": lambda m, p: hf.power_iter(m, hf.gaussian(p, 1, seed=4)[0], max_matvecs=8, rtol=None),
     "lanczos": lambda m, p: hf.lanczos(m, hf.gaussian(p, 1)[0], 6),
     "eigsh": pairs_of,
-    "solve": lambda m, p: hf.solve(m, hf.gaussian(p, 1)[0], damping=2.0, rtol=None, max_matvecs=9),
+    "solve": lambda m, p: hf.solve(m, hf.gaussian(p, 1)[0], damping=2.0, rtol=None, max_matvecs=16),
     "hutchinson": lambda m, p: hf.hutchinson(m, signs(p)),
     "hutchinson_per_leaf": lambda m, p: hf.mean_traces(hf.hutchinson_per_leaf(m, signs(p)), p),
     "hutchinson_diag": lambda m, p: hf.hutchinson_diag(m, signs(p)),

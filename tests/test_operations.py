@@ -266,7 +266,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-def difference(model, criterion, batch, v, step=1e-3):
+def difference(model, criterion, batch, v, step=1e-4):
     """Five-point central difference of the model's own gradient, by plain autograd on copies of it."""
 
     def gradient(c):
