@@ -44,7 +44,8 @@ OF_THE_WORKSHOP = {"CONTRIBUTING.md", "docs/architecture.md", "docs/contract.md"
 # Run by a slow test, in test_callbacks.py: it needs packages of others, which warn.
 ELSEWHERE = {"docs/howto/callbacks.md"}
 # Some seconds each.
-SLOW = {f"docs/{page}.md" for page in ("report", "howto/blocks", "howto/layers", "howto/solving", "howto/vmap")}
+_SLOW = "report howto/blocks howto/huggingface howto/layers howto/reading_a_spectrum howto/solving howto/vmap"
+SLOW = {f"docs/{page}.md" for page in _SLOW.split()}
 
 TABLE_OF_PACKAGES = "docs/architecture.md", "| package | extra | for |"
 

@@ -109,7 +109,8 @@ class MeanForm(Generic[T, S]):
     """The mean of forms as they come, one at a time; a vector is kept beside the last one."""
 
     def __init__(self, parts: Parts[T, S]) -> None:
-        self._parts, self._rows = parts, list[_Row[S]]()
+        self._parts = parts
+        self._rows: list[_Row[S]] = []
         self._mean: Any = None  # of z * Az
         self._numel: Any = None
 

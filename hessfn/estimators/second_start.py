@@ -38,6 +38,9 @@ class Chain:
         the pending rows, along which the next product must be. Steps within the rows that there are need none."""
         outside = self._step(H, done, pending)
         while not self.closed() and torch.linalg.vector_norm(outside) <= 10 * self._floor:
+            if self._X.shape[1] + self._Y.shape[1] >= done:  # they span the rows: what is left of a step is rounding
+                self.beta[-1] = 0.0
+                break
             self.latest = self.latest / self.beta[-1]
             outside = self._step(H, done, pending)
         return outside
