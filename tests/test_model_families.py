@@ -53,7 +53,7 @@ and padded on the left and on the right (eager attention: on the left), with the
 Padding has no label, and neither has a token that padding predicts. Where a model has no finite gradient in float64,
 since the least number of float64 in its mask is minus infinity in the float32 of its softmax, it runs in float32.
 Embeddings with `padding_idx` are moved in their other rows, since gradients take that row for a constant.
-"""
+"""  # noqa: E501
 
 
 class Found(NamedTuple):
