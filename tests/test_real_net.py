@@ -118,7 +118,7 @@ def test_what_shares_its_probes_agrees_and_parts_make_the_whole():
 
 
 def shared_and_kept(rank, size, folder):
-    loss, params, (x, y), _ = resnet20(5)
+    loss, params, (x, y), _ = resnet20(5, torch.float64)
     mine, v = ((x[:2], y[:2]) if rank == 0 else (x[2:], y[2:])), hf.gaussian(params, 1)[0]
 
     def mean_of(matvec):
