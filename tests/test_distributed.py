@@ -245,6 +245,7 @@ def small():
 """
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_report_of_one_process_and_one_progress_bar(tmp_path: Path) -> None:
     (tmp_path / "small.py").write_text(PROBLEM)
     options = "--dtype float64 -k 1 --num-probes 3 --num-runs 1 --num-steps 4 --num-activation-probes 2"

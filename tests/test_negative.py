@@ -71,7 +71,8 @@ def test_the_share_is_that_of_the_spectrum_within_both_errors(name: str) -> None
     assert found.share.num_matvecs > 0
 
 
-@pytest.mark.parametrize("name", ["outliers", pytest.param("two sides", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["outliers", "two sides"])
 def test_the_interval_of_two_probes_holds(name: str) -> None:
     """The spread of two says little: an interval by it has to be twelve errors wide."""
     d = BULKS[name][::4]

@@ -263,6 +263,7 @@ QUICK: dict[str, Any] = {"k": 1, "num_probes": 200, "num_runs": 1, "num_steps": 
 QUICK |= {"num_activation_probes": 30}
 
 
+@pytest.mark.slow
 def test_a_report_is_of_all_samples(tmp_path: Path) -> None:
     criterion, y = KNOWN["class weights"]
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 3)))

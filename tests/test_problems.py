@@ -54,6 +54,7 @@ print(json.dumps([torch.get_num_threads(), *pairs.values.tolist(), float(trace.m
 """
 
 
+@pytest.mark.slow
 def test_digits_has_the_same_curvature_with_any_number_of_threads() -> None:
     found = []
     for threads in (1, 2):

@@ -82,6 +82,7 @@ def test_sketches_and_functions_of_the_spectrum_agree_on_the_trace():
     assert abs(sum_of_diagonal - trace.mean) <= 0.3 * trace.mean  # its error is known entry by entry only
 
 
+@pytest.mark.slow
 def test_gauss_newton_and_fisher_are_what_they_are_made_of():
     _, params, (x, y), model = resnet20(10, torch.float64)  # so sure a net has differences of like numbers
     forward, criterion, v = hf.stateless(model)[0], torch.nn.CrossEntropyLoss(), hf.gaussian(params, 1)[0]
@@ -95,6 +96,7 @@ def test_gauss_newton_and_fisher_are_what_they_are_made_of():
         hf.check_matvec(matvec, params)
 
 
+@pytest.mark.slow
 def test_what_shares_its_probes_agrees_and_parts_make_the_whole():
     loss, params, (x, y), _ = resnet20(10, torch.float64)
     matvec, probes = hf.hvp(loss, params, (x, y)), hf.rademacher(params, 3)
