@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
@@ -58,7 +57,7 @@ def rademacher(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
     >>> len(probes), probes[3].abs()
     (100, tensor([1., 1., 1., 1.]))
     """
-    return _Probes("_signs", like, num, seed, "rademacher(like, num)")
+    return _probes("_signs", like, num, seed, "rademacher(like, num)")
 
 
 def gaussian(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
@@ -85,7 +84,7 @@ def gaussian(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
     >>> gaussian({"w": torch.zeros(2, 3)}, 5, seed=1)[0]["w"].shape
     torch.Size([2, 3])
     """
-    return _Probes("_normals", like, num, seed, "gaussian(like, num)")
+    return _probes("_normals", like, num, seed, "gaussian(like, num)")
 
 
 def each(function: Callable[[T], S], probes: Iterable[T], batch_size: int = 1) -> Iterator[S]:
@@ -108,39 +107,47 @@ def each(function: Callable[[T], S], probes: Iterable[T], batch_size: int = 1) -
             yield tree.map(lambda x: x[i], results)  # noqa: B023
 
 
+# Shapes of leaves side by side, and what they have in common.
+Run = tuple[list[torch.Size], tuple[torch.dtype, torch.device, Layout | None]]
+
+
+def _probes(draw: str, like: T, num: int, seed: int | Tensor, call: str) -> Sequence[T]:
+    require_vector(like, "like", call)
+    if not hasattr(num, "__index__"):
+        raise InvalidInput(f"{call}: num is {kind(num)}, not a whole number")
+    if isinstance(seed, Tensor) and (seed.dim() or seed.is_floating_point() or seed.is_complex()):
+        raise InvalidInput(
+            f"{call}: seed is {kind(seed)} and {seed.dtype}, not a whole number: of several seeds give "
+            "torch.func.vmap one at a time"
+        )
+    if num < 0 or (not isinstance(seed, Tensor) and seed < 0):
+        raise InvalidInput(f"num={num} and seed={seed} must not be negative")
+    if tree.numel(like) == 0:
+        raise InvalidInput("the tree to draw for has no entries: there must be at least one parameter")
+    if any(leaf.is_complex() for leaf in tree.leaves(like)):
+        raise InvalidInput(f"{call}: like has complex entries; give a tree like its real and imaginary parts")
+    # Shapes only: a lazy sequence must not keep the parameters alive. Leaves side by side are drawn together, for
+    # small ones cost launches. One that lies in parts is whole while it is drawn: it comes alone.
+    runs: list[Run] = []
+    for leaf in tree.leaves(like):
+        kinds = leaf.dtype, leaf.device, layout(leaf)
+        if runs and kinds[2] is None and kinds == runs[-1][1]:
+            runs[-1][0].append(leaf.shape)
+        else:
+            runs.append(([leaf.shape], kinds))
+    blank: T = tree.map(lambda leaf: 0, like)
+    return _Probes(draw, seed, range(num), runs, blank)
+
+
 class _Probes(Sequence[T]):
-    def __init__(self, draw: str, like: T, num: int, seed: int | Tensor, call: str) -> None:
-        require_vector(like, "like", call)
-        if not hasattr(num, "__index__"):
-            raise InvalidInput(f"{call}: num is {kind(num)}, not a whole number")
-        if isinstance(seed, Tensor) and (seed.dim() or seed.is_floating_point() or seed.is_complex()):
-            raise InvalidInput(
-                f"{call}: seed is {kind(seed)} and {seed.dtype}, not a whole number: of several seeds give "
-                "torch.func.vmap one at a time"
-            )
-        if num < 0 or (not isinstance(seed, Tensor) and seed < 0):
-            raise InvalidInput(f"num={num} and seed={seed} must not be negative")
-        if tree.numel(like) == 0:
-            raise InvalidInput("the tree to draw for has no entries: there must be at least one parameter")
-        if any(leaf.is_complex() for leaf in tree.leaves(like)):
-            raise InvalidInput(f"{call}: like has complex entries; give a tree like its real and imaginary parts")
-        self._draw, self._seed, self._indices = draw, seed, range(num)
-        # Shapes only: a lazy sequence must not keep the parameters alive. Leaves side by side are drawn together, for
-        # small ones cost launches. One that lies in parts is whole while it is drawn: it comes alone.
-        self._runs: list[tuple[list[torch.Size], tuple[torch.dtype, torch.device, Layout | None]]] = []
-        for leaf in tree.leaves(like):
-            kinds = leaf.dtype, leaf.device, layout(leaf)
-            if self._runs and kinds[2] is None and kinds == self._runs[-1][1]:
-                self._runs[-1][0].append(leaf.shape)
-            else:
-                self._runs.append(([leaf.shape], kinds))
-        self._blank: T = tree.map(lambda leaf: 0, like)
+    def __init__(self, draw: str, seed: int | Tensor, indices: range, runs: list[Run], blank: T) -> None:
+        self._draw, self._seed, self._indices, self._runs, self._blank = draw, seed, indices, runs, blank
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __iter__(self) -> Iterator[T]:
-        return map(self.__getitem__, range(len(self)))
+        return (self[i] for i in range(len(self)))
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -148,9 +155,7 @@ class _Probes(Sequence[T]):
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
         if isinstance(index, slice):
-            part = copy.copy(self)
-            part._indices = self._indices[index]
-            return part
+            return _Probes(self._draw, self._seed, self._indices[index], self._runs, self._blank)
         index, leaves, start = self._indices[index], [], 0
         opaque = isinstance(self._seed, Tensor) or torch.compiler.is_compiling()
         draw = torch.ops.hessfn.draw if opaque else _draw
