@@ -108,9 +108,10 @@ def gauss_newton(model: nn.Module, batch: Any, v: Any) -> Tensor:
 def test_products_are_right_in_a_trace(name: str, kind: str) -> None:
     model, batch = drawn(built(name, kind)), batch_of(5, 4, LENGTH)
     loss, params = hf.functionalize(model, own_loss)
-    assert hf.find_mode(loss, params, batch).mode == "traced"
     v = hf.gaussian(params, 1, seed=5)[0]
     truth, wide = differences(model, Case("", built(name, kind), batch), v), in_double(loss)
+    # Eager attention casts its scores to float32, in which the mask of float64 is infinite: a padded row is then NaN.
+    assert hf.find_mode(loss if kind == "sdpa" else wide, params, batch).mode == "traced"
     assert error(hf.hvp(wide, params, batch, mode="traced", check=False)(v), truth) <= 1e-7
     assert error(hf.linearized_hvp(wide, params, batch, check=False)(v), truth) <= 1e-7
     forward = in_double(hf.stateless(model)[0])

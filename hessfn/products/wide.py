@@ -73,9 +73,15 @@ class _Mode(TorchFunctionMode):
             args, kwargs = self._with_padding(*args, **kwargs)
         if func is torch.autograd.grad and not self._has_derivative(*args, **kwargs):
             return self._constant(func, args, kwargs)
-        if func in _CUTS or (self.tape.all_without_grad and not torch.is_grad_enabled()):
+        if self._is_cut(func):
             return self._constant(func, args, kwargs)
         return self._wide(func(*args, **kwargs))
+
+    def _is_cut(self, func: Any) -> bool:
+        if torch.is_grad_enabled():
+            return func in _CUTS
+        # Within the forward of a custom Function nothing is cut off; what asks for data there writes to the tensor.
+        return self.tape.all_without_grad or (func in _CUTS and func != _DATA)
 
     def _has_derivative(self, outputs: Any, *args: Any, create_graph: bool = False, **_: Any) -> bool:
         """Of a gradient within the loss, which is a constant where it has no graph; not of that of the loss."""
@@ -104,7 +110,8 @@ class _Mode(TorchFunctionMode):
         return (input, torch.where(padding[:, None], fixed, weight), None, *args), kwargs
 
 
-_CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_CUTS = (Tensor.detach, torch.detach, _DATA)
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 _COMPLEX_CASTS = (Tensor.cfloat, Tensor.chalf)  # type: ignore[attr-defined]
 _WIDE = {
