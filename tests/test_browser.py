@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import MARKS, chromium
 from reports import changed, report_of, trained, truth, written
 
 from hessfn.reporting import html
 from hessfn.reporting.compare import compare
 
-webdriver = pytest.importorskip("selenium.webdriver")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.skipif(not CHROMIUM or not DRIVER, reason="needs chromium and chromium-driver: apt-get install them"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # selenium's sockets
-]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --enable-unsafe-swiftshader --disable-dev-shm-usage --disable-quic "
-    "--no-first-run --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars"
-)
+pytestmark = MARKS
 NASTY = "</script><script>document['title'] = 'broken'</script>$x"
 
 
@@ -48,15 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.set_script_timeout(60)
-    yield driver
-    driver.quit()
+    flags = "--enable-unsafe-swiftshader", "--hide-scrollbars"
+    with chromium(tmp_path_factory.mktemp("profile"), *flags, seconds=60) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module", params=["a/report.html", "two.html", "three.html"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tools_of import tool
 
 ROOT = Path(__file__).parents[1]
 RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -25,11 +25,7 @@ TRIED = [row for row in FEATURES if row["has"] or "Error" in row["why"]]  # of t
 
 @pytest.fixture(scope="module")
 def numbers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_numbers", ROOT / "tools" / "readme_numbers.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool("readme_numbers")
 
 
 @pytest.fixture(scope="module")

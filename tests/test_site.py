@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import MARKS, chromium, webdriver
 
-webdriver = pytest.importorskip("selenium.webdriver")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SITE = Path(os.environ.get("HESSFN_SITE", ""))
 pytestmark = [
     pytest.mark.skipif("HESSFN_SITE" not in os.environ, reason="needs a site: `make docs` builds one and runs this"),
-    pytest.mark.skipif(not CHROMIUM or not DRIVER, reason="needs chromium and chromium-driver: apt-get install them"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # selenium's sockets
+    *MARKS,
 ]
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync"
-)
 # One of each kind of function stands for the reference.
 FUNCTIONS = ("report", "eigsh", "Estimate", "plot.density_plot", "training.lightning.CurvatureCallback", "JournalError")
 PAGES = [
@@ -51,15 +44,8 @@ return found.slice(0, 5);
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.set_script_timeout(30)
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 def seen(browser: Any, page: str, width: int = 1400) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from nets import NETS, Recurrent, classes, conv_net, normal, problem, seeded
 from packaging.requirements import Requirement
 from packaging.version import Version
+from tools_of import tool
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -30,20 +30,16 @@ DEPENDENCIES = re.findall(r'"(.*?)"', re.findall(r"^dependencies = \[(.*?)\]$", 
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("versions", ROOT / "tools" / "versions.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def versions() -> ModuleType:
+    return tool("versions")
 
 
-def test_the_bounds_are_what_is_run(tool: ModuleType) -> None:
-    pinned = tool.constraints("oldest")
+def test_the_bounds_are_what_is_run(versions: ModuleType) -> None:
+    pinned = versions.constraints("oldest")
     for text in DEPENDENCIES:
         name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)", text).groups()
         assert f"{name}=={bound}" in pinned
-    assert tool.constraints("newest") == []
+    assert versions.constraints("newest") == []
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert "tools/versions.py constraints $*" in makefile and "-m core" in makefile
     assert "versions-oldest" in (ROOT / ".ci" / "run").read_text("utf-8")
@@ -58,15 +54,15 @@ def test_what_is_installed_is_within_the_bounds_and_at_them_where_it_is_to_be() 
             assert installed == Version(bound.version)
 
 
-def test_pythons_are_those_that_are_named(tool: ModuleType) -> None:
-    named = tool.pythons()
+def test_pythons_are_those_that_are_named(versions: ModuleType) -> None:
+    named = versions.pythons()
     assert f'requires-python = ">={named[0]}"' in PYPROJECT
     assert named == [f"3.{minor}" for minor in range(int(named[0][2:]), int(named[-1][2:]) + 1)]
     assert f"3.{sys.version_info.minor}" in named
     assert f'python_version = "{named[0]}"' in PYPROJECT  # of mypy
 
 
-def test_the_page_that_says_how_to_install_says_the_bounds(tool: ModuleType) -> None:
+def test_the_page_that_says_how_to_install_says_the_bounds(versions: ModuleType) -> None:
     bounds = dict(re.fullmatch(r"([\w-]+)>=([\d.]+)", text).groups() for text in DEPENDENCIES)
     page = " ".join((ROOT / "docs" / "quickstart.md").read_text("utf-8").split())
     said = re.search(
@@ -74,8 +70,8 @@ def test_the_page_that_says_how_to_install_says_the_bounds(tool: ModuleType) -> 
     )
     assert said is not None
     assert [*said.groups()] == [
-        tool.pythons()[0],
-        tool.pythons()[-1],
+        versions.pythons()[0],
+        versions.pythons()[-1],
         *(bounds[n] for n in ("torch", "numpy", "scipy")),
     ]
 

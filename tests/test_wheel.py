@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+from tools_of import tool
 
 ROOT = Path(__file__).parents[1]
 VERSION = importlib.metadata.version("hessfn")
@@ -105,11 +105,7 @@ def test_the_version_is_that_of_the_installed_package(environment: Path, tmp_pat
 def release() -> ModuleType:
     if not (ROOT / ".git").exists():
         pytest.skip("this is no clone: only git knows which files are the project's")
-    spec = importlib.util.spec_from_file_location("release", ROOT / "tools" / "release.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool("release")
 
 
 def test_the_distributions_have_every_file_and_nothing_that_was_compiled(
