@@ -141,26 +141,24 @@ def is_view(func: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-@contextlib.contextmanager
-def without_onednn() -> Iterator[None]:
+def without_onednn() -> contextlib.AbstractContextManager[None]:
     """oneDNN's kernels off. ``torch.backends.mkldnn.flags`` also sets what warns where there is no Intel GPU."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+    return _off(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled)
+
+
+def without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """cuDNN's kernels off. ``torch.backends.cudnn.flags`` also asks for TF32, by names that torch 2.9 warns of."""
+    return _off(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled)
 
 
 @contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
-    """cuDNN's kernels off. ``torch.backends.cudnn.flags`` also asks for TF32, by names that torch 2.9 warns of."""
-    enabled = torch._C._get_cudnn_enabled()
-    torch._C._set_cudnn_enabled(False)
+def _off(is_on: Callable[[], bool], switch: Callable[[bool], None]) -> Iterator[None]:
+    before = is_on()
+    switch(False)
     try:
         yield
     finally:
-        torch._C._set_cudnn_enabled(enabled)
+        switch(before)
 
 
 def uncompiled_part(x: Any) -> Any:

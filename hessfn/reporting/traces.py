@@ -14,7 +14,7 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.free_memory import free_bytes
 from hessfn.core.probes import rademacher
-from hessfn.core.results import EigenPairs, Estimate, ProductRounding
+from hessfn.core.results import Estimate, ProductRounding
 from hessfn.core.tree import Tree
 from hessfn.core.warn import warn
 from hessfn.estimators.control_variate import ControlVariate, plus
@@ -53,12 +53,12 @@ class _Means:
     """The trace and those of the layers, whose errors are known from the products better than from the samples."""
 
     def __init__(self, known: ControlVariate[Tree]) -> None:
-        self._known = known
+        self.known = known
         self._total: MeanForm[Tree, Tensor] = MeanForm(whole())
         self._layers: MeanForm[Tree, Tree] = MeanForm(per_leaf())
 
     def add(self, z: Tree, image: Tree) -> None:
-        rest = self._known.rest(z, image)
+        rest = self.known.rest(z, image)
         self._total.add(form(z, rest, whole()))
         self._layers.add(form(z, rest, per_leaf()))
 
@@ -66,10 +66,10 @@ class _Means:
         return len(self._total)
 
     def total(self) -> Estimate[Tensor]:
-        return plus(self._total.estimate(), self._known.trace())
+        return plus(self._total.estimate(), self.known.trace())
 
     def layers(self, names: list[str]) -> Estimate[dict[str, Tensor]]:
-        found = plus(self._layers.estimate(), self._known.traces())
+        found = plus(self._layers.estimate(), self.known.traces())
 
         def named(x: Any) -> Any:
             return dict(zip(names, tree.leaves(x), strict=True))
@@ -126,7 +126,7 @@ def _sampled(
     rtol = options.rtol_trace
     open_ended = rtol is not None or options.minutes is not None
     probes = rademacher(measured.params, MOST_PROBES if open_ended else options.num_probes, seed=options.seed)
-    theta, terms = found.space.values, _terms(found.space)
+    theta, terms = found.space.values, _terms(means.known)
     rows = torch.cat([(theta == value).nonzero()[0] for value in found.eigen.values])
     of_groups = theta[None].repeat(found.group_eigenvalues.shape[1], 1)  # (g, j)
     of_groups[:, rows] = found.group_eigenvalues.T
@@ -145,9 +145,8 @@ def _sampled(
             return
 
 
-def _terms(space: EigenPairs) -> Callable[[Tree], Tensor]:
+def _terms(pairs: ControlVariate[Tree]) -> Callable[[Tree], Tensor]:
     """``z -> (j, l)``: ``(q_il'z_l)(q_i'z) - ||q_il||^2`` of every pair i and leaf l, whose mean is 0."""
-    pairs = ControlVariate(space, "traces of a report")
     squares = pairs.leaf_squares().cpu()
 
     def terms(z: Tree) -> Tensor:
