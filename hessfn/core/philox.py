@@ -77,6 +77,11 @@ def signs(words: Tensor) -> Tensor:
     return bits.view(torch.int8).mul_(2).sub_(1).flatten()
 
 
+def uniforms(words: Tensor) -> Tensor:
+    """A number in [0, 1) from every word, as float64: its upper 53 bits, as NumPy's ``random`` has them."""
+    return (words >> 11).bitwise_and_(2**53 - 1).to(torch.float64).mul_(2.0**-53)
+
+
 def normals(words: Tensor) -> Tensor:
     """Two independent normal numbers from every word, ``(2 words,)``, in float64: Box and Muller (1958).
 

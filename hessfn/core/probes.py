@@ -24,7 +24,11 @@ class _Draw(NamedTuple):
 
 
 # The name is part of the seed: signs and normals of one seed must not come from the same bits.
-_DRAWS = {"_signs": _Draw(philox.signs, 256), "_normals": _Draw(philox.normals, 8)}
+_DRAWS = {
+    "_signs": _Draw(philox.signs, 256),
+    "_normals": _Draw(philox.normals, 8),
+    "_uniforms": _Draw(philox.uniforms, 4),
+}
 
 # So many entries at a time: few enough for a CPU's cache, enough to be worth the launches elsewhere.
 _CHUNK, _CHUNK_ELSEWHERE = 2**17, 2**22
@@ -87,6 +91,11 @@ def gaussian(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
     return _probes("_normals", like, num, seed, "gaussian(like, num)")
 
 
+def uniform(like: T, num: int, *, seed: int | Tensor = 0) -> Sequence[T]:
+    """``num`` random trees with independent entries, uniform in [0, 1): otherwise as :func:`gaussian`."""
+    return _probes("_uniforms", like, num, seed, "uniform(like, num)")
+
+
 def each(function: Callable[[T], S], probes: Iterable[T], batch_size: int = 1) -> Iterator[S]:
     """``function(probe)`` for every probe, so many at a time under ``vmap``.
 
@@ -115,11 +124,7 @@ def _probes(draw: str, like: T, num: int, seed: int | Tensor, call: str) -> Sequ
     require_vector(like, "like", call)
     if not hasattr(num, "__index__"):
         raise InvalidInput(f"{call}: num is {kind(num)}, not a whole number")
-    if isinstance(seed, Tensor) and (seed.dim() or seed.is_floating_point() or seed.is_complex()):
-        raise InvalidInput(
-            f"{call}: seed is {kind(seed)} and {seed.dtype}, not a whole number: of several seeds give "
-            "torch.func.vmap one at a time"
-        )
+    require_seed(seed, call)
     if num < 0 or (not isinstance(seed, Tensor) and seed < 0):
         raise InvalidInput(f"num={num} and seed={seed} must not be negative")
     if tree.numel(like) == 0:
@@ -137,6 +142,14 @@ def _probes(draw: str, like: T, num: int, seed: int | Tensor, call: str) -> Sequ
             runs.append(([leaf.shape], kinds))
     blank: T = tree.map(lambda leaf: 0, like)
     return _Probes(draw, seed, range(num), runs, blank)
+
+
+def require_seed(seed: int | Tensor, call: str) -> None:
+    if isinstance(seed, Tensor) and (seed.dim() or seed.is_floating_point() or seed.is_complex()):
+        raise InvalidInput(
+            f"{call}: seed is {kind(seed)} and {seed.dtype}, not a whole number: of several seeds give "
+            "torch.func.vmap one at a time"
+        )
 
 
 class _Probes(Sequence[T]):

@@ -24,7 +24,7 @@ from hessfn.losses.weights import knowing, of_criterion
 from hessfn.products.gauss_newton import call_of, says_what_is_missing
 from hessfn.products.modes import differentiating
 from hessfn.products.outputs import outputs_of, pushforward, refuse_own_loss, sides, targets_of, value_of
-from hessfn.products.predictive import generator, mean_of_draws, require_distribution
+from hessfn.products.predictive import mean_of_draws, require_distribution, seed_of
 
 
 @says_what_is_missing
@@ -35,7 +35,7 @@ def fvp(
     batch: Any,
     *,
     num_samples: int | None = None,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     check: bool = True,
 ) -> MatVec[T]:
     """Products with the empirical Fisher matrix ``1/B sum_i g_i g_i'``, ``g_i`` the gradient of sample ``i``'s loss.
@@ -53,7 +53,8 @@ def fvp(
         forward, criterion, params, batch: as for :func:`ggnvp`. Samples lie along the first axis of outputs and
             targets, and the output of a sample depends on that sample alone.
         num_samples: draws for each sample; None for the targets of the batch.
-        seed: of the draws, which depend on it and on the data alone: every product has the same.
+        seed: of the draws, which depend on it and on the data alone: every product has the same, on every device. An
+            integer, or an integer tensor ``()``, over which ``vmap`` may go.
         check: whether the first product checks that the criterion is the mean, or the sum, over single samples.
 
     Returns:
@@ -106,11 +107,11 @@ def _alike(weight_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _monte_carlo(
-    forward: Any, criterion: Any, params: T, batch: Any, both: tuple[Any, Any], num_samples: int, seed: int
+    forward: Any, criterion: Any, params: T, batch: Any, both: tuple[Any, Any], num_samples: int, seed: int | Tensor
 ) -> MatVec[T]:
-    if num_samples < 1 or seed < 0:
-        raise InvalidInput(f"num_samples={num_samples} must be at least 1, and seed={seed} not negative")
-    predict = require_distribution(criterion, call_of(fvp))
+    if num_samples < 1:
+        raise InvalidInput(f"num_samples={num_samples} must be at least 1")
+    predict, own_seed = require_distribution(criterion, call_of(fvp)), seed_of(seed, batch, call_of(fvp))
     inputs, targets = both
 
     @recorded
@@ -122,8 +123,7 @@ def _monte_carlo(
             if not isinstance(predictions, Tensor) or not predictions.dim() or not predictions.is_floating_point():
                 raise InvalidInput(f"{call_of(fvp)}: targets are drawn by a tensor of outputs, not {kind(predictions)}")
             (tangent,) = out.pushforward(v)
-            draws = generator(seed, batch)
-            slopes = [mean_of_draws(predict(predictions, targets), tangent, num_samples, draws)]
+            slopes = [mean_of_draws(predict(predictions, targets), tangent, num_samples, own_seed)]
             return tree.owned(out.pullback(slopes))
 
     return matvec

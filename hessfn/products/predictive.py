@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import checksum
+from hessfn.core.probes import gaussian, require_seed, uniform
 from hessfn.losses.criteria import parts_of
 
 Settings = dict[str, Any]
@@ -22,7 +22,9 @@ class Predicted(NamedTuple):
 
     mass: Tensor  # what an entry counts, by class weights and such: of its variance a factor
     divisor: float | Tensor  # of the mean
-    draw: Callable[[np.random.Generator], Tensor]  # to a slope of the negative log-likelihood, like the outputs
+    numbers: Callable[..., Sequence[Tensor]]  # uniform or normal ones
+    like: Tensor  # the shape of the numbers for one draw, and where they are drawn
+    draw: Callable[[Tensor], Tensor]  # from them to a slope of the negative log-likelihood, like the outputs
 
 
 def require_distribution(criterion: Any, call: str) -> Callable[[Tensor, Tensor], Predicted]:
@@ -44,27 +46,33 @@ def require_distribution(criterion: Any, call: str) -> Callable[[Tensor, Tensor]
     return lambda outputs, targets: made(outputs, targets, settings)
 
 
-def generator(seed: int, batch: Any) -> np.random.Generator:
-    """A function of the seed and the data: other batches have other draws, on every device the same."""
-    try:
-        bits = int(checksum(batch).sum()) % 2**63
-    except RuntimeError:  # vmap goes over the data, which have no one sum
-        bits = 0
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, bits, *b"fvp"])))
+def seed_of(seed: int | Tensor, batch: Any, call: str) -> Tensor:
+    """A function of the seed and the data, ``()`` on the CPU: other batches have other draws, on every device the same.
+
+    Raises:
+        InvalidInput: the seed is negative, or not one whole number.
+    """
+    require_seed(seed, call)
+    if not isinstance(seed, Tensor):
+        if seed < 0:
+            raise InvalidInput(f"{call}: seed={seed} must not be negative")
+        seed = torch.tensor(seed % 2**63)
+    of_data = checksum(batch).sum().cpu()
+    return (_FACTOR * (seed.cpu() + 1) + of_data).bitwise_and(2**63 - 1)
 
 
-def mean_of_draws(predicted: Predicted, tangent: Tensor, num_samples: int, rng: np.random.Generator) -> Tensor:
+# Odd, and no size that sums of bits have: seed and data do not make up for each other, nor are both 0.
+_FACTOR = 0x4BE98134A5976FD3
+
+
+def mean_of_draws(predicted: Predicted, tangent: Tensor, num_samples: int, seed: Tensor) -> Tensor:
     """``E_s r_s (r_s' t)`` of every sample, with ``r_s`` the slopes of draws: on average the criterion's Hessian."""
     root, total = predicted.mass.sqrt().to(tangent), torch.zeros_like(tangent)
-    for _ in range(num_samples):
-        slope = root * predicted.draw(rng).to(tangent)
+    for numbers in predicted.numbers(predicted.like, num_samples, seed=seed):
+        slope = root * predicted.draw(numbers).to(tangent)
         along = (slope * tangent).reshape(len(tangent), -1).sum(1)
         total = total + slope * along.reshape(-1, *[1] * (tangent.dim() - 1))
     return total / (num_samples * torch.as_tensor(predicted.divisor).to(tangent))
-
-
-def _uniform(rng: np.random.Generator, like: Tensor) -> Tensor:
-    return torch.from_numpy(rng.random(tuple(like.shape))).to(like.device)
 
 
 def _categorical(outputs: Tensor, targets: Tensor, settings: Settings, logits: bool = True) -> Predicted:
@@ -74,13 +82,13 @@ def _categorical(outputs: Tensor, targets: Tensor, settings: Settings, logits: b
     probabilities = outputs.detach().double().softmax(1)
     to_now = probabilities.cumsum(1)
 
-    def draw(rng: np.random.Generator) -> Tensor:
-        uniform = _uniform(rng, to_now[:, :1])
-        drawn = (to_now < uniform).sum(1, keepdim=True).clamp(max=outputs.shape[1] - 1)
+    def draw(numbers: Tensor) -> Tensor:
+        drawn = (to_now < numbers).sum(1, keepdim=True).clamp(max=outputs.shape[1] - 1)
         chosen = torch.zeros_like(probabilities).scatter(1, drawn, 1.0)
         return probabilities - chosen if logits else -chosen
 
-    return Predicted(mass.unsqueeze(1), divisor if settings.get("reduction", "mean") == "mean" else 1.0, draw)
+    divisor = divisor if settings.get("reduction", "mean") == "mean" else 1.0
+    return Predicted(mass.unsqueeze(1), divisor, uniform, to_now[:, :1], draw)
 
 
 def _class_mass(outputs: Tensor, targets: Tensor, settings: Settings) -> tuple[Tensor, float | Tensor]:
@@ -105,11 +113,8 @@ def _normal(outputs: Tensor, targets: Tensor, settings: Settings) -> Predicted:
     """Of variance 1/2, as (o - y)^2 has it."""
     if settings.get("weight") is not None:
         raise InvalidInput("mse_loss with a weight is of no known likelihood: leave it out")
-
-    def draw(rng: np.random.Generator) -> Tensor:
-        return 2**0.5 * torch.from_numpy(rng.standard_normal(tuple(outputs.shape))).to(outputs.device)
-
-    return Predicted(torch.ones_like(outputs), _numel(outputs, settings), draw)
+    mass = torch.ones_like(outputs)
+    return Predicted(mass, _numel(outputs, settings), gaussian, mass, lambda numbers: 2**0.5 * numbers)
 
 
 def _bernoulli(outputs: Tensor, targets: Tensor, settings: Settings) -> Predicted:
@@ -120,10 +125,10 @@ def _bernoulli(outputs: Tensor, targets: Tensor, settings: Settings) -> Predicte
         mass = mass * settings["weight"].detach()
     probability = outputs.detach().double().sigmoid()
 
-    def draw(rng: np.random.Generator) -> Tensor:
-        return probability - (_uniform(rng, probability) < probability).double()
+    def draw(numbers: Tensor) -> Tensor:
+        return probability - (numbers < probability).double()
 
-    return Predicted(mass, _numel(outputs, settings), draw)
+    return Predicted(mass, _numel(outputs, settings), uniform, probability, draw)
 
 
 def _numel(outputs: Tensor, settings: Settings) -> float:
