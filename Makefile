@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow check versions versions-oldest versions-newest bench notebooks docs dist release nightly clean
+.PHONY: demo test slow check versions bench notebooks docs dist release nightly clean
 .DELETE_ON_ERROR:
+.PRECIOUS: .venv-%/.ready
 
 # The net is so small that threads would mostly wait for each other.
 demo: $(READY)
@@ -25,11 +26,12 @@ check: $(READY)
 	$(BIN)/python -m pytest --doctest-modules hessfn
 
 # The core of the suite (tests/conftest.py) on the oldest versions that pyproject.toml allows, and on the newest, each in an
-# environment of its own. On Linux the package index has torch with CUDA alone, gigabytes of it; where it can be reached,
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has it without.
+# environment of its own. `make versions-2.12 PYTHON=python3.12` runs it on that torch. On Linux the package index has torch
+# with CUDA alone, gigabytes of it; where it can be reached, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has it
+# without.
 versions: versions-oldest versions-newest
 
-versions-oldest versions-newest: versions-%: .venv-%/.ready
+versions-%: .venv-%/.ready
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses auto -m core
 
 .venv-%/.ready: pyproject.toml tools/versions.py

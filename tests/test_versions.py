@@ -40,6 +40,7 @@ def test_the_bounds_are_what_is_run(versions: ModuleType) -> None:
         name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)", text).groups()
         assert f"{name}=={bound}" in pinned
     assert versions.constraints("newest") == []
+    assert versions.constraints("2.12") == ["torch==2.12.*"] and versions.python("2.12") == sys.executable
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert "tools/versions.py constraints $*" in makefile and "-m core" in makefile
     assert "versions-oldest" in (ROOT / ".ci" / "run").read_text("utf-8")

@@ -1,6 +1,7 @@
 """What `make versions` runs: the oldest versions that pyproject.toml allows, and the newest that can be had.
 
 python tools/versions.py constraints oldest    # the lower bounds, as constraints of pip
+python tools/versions.py constraints 2.12      # a torch between the two
 python tools/versions.py python newest         # the newest Python on this machine that pyproject.toml names
 """
 
@@ -15,7 +16,12 @@ PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
 
 
 def constraints(side: str) -> list[str]:
-    """Of the oldest: every dependency at its lower bound. Of the newest: none, so that pip takes the newest."""
+    """Of the oldest: every dependency at its lower bound. Of the newest: none, so that pip takes the newest.
+
+    Of a number: that minor version of torch, and the newest of all else.
+    """
+    if side not in ("oldest", "newest"):
+        return [f"torch=={side}.*"]
     required = [requirement.replace(">=", "==") for name in ("dependencies", "demo") for requirement in listed(name)]
     return [*required, "pyparsing<3.3"] if side == "oldest" else []  # newer ones warn matplotlib 3.8 of its own calls
 
@@ -31,7 +37,9 @@ def pythons() -> list[str]:
 
 
 def python(side: str) -> str:
-    """The interpreter to take: the oldest, or the newest, that runs here."""
+    """The interpreter to take: the oldest, or the newest, that runs here; for a number the one that runs this."""
+    if side not in ("oldest", "newest"):
+        return sys.executable
     versions = pythons() if side == "oldest" else pythons()[::-1]
     found = (
         path
