@@ -16,10 +16,11 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_matvec, require_probes
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import Estimate
-from hessfn.core.tree import MatVec, T
+from hessfn.core.tree import MatVec, T, Tree
 from hessfn.estimators import krylov
-from hessfn.estimators.quadratic_forms import Parts, degrees, form, mean_form, whole
-from hessfn.estimators.running_mean import estimate, measured
+from hessfn.estimators.quadratic_forms import TELLING, Parts, degrees, form, kurtosis, mean_form, whole
+from hessfn.estimators.running_mean import measured
+from hessfn.estimators.through_origin import slopes
 
 
 def hutchpp(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
@@ -32,7 +33,9 @@ def hutchpp(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
         probes: ``rademacher(params, p)``.
 
     Returns:
-        ``mean``, ``stderr`` (of the second part; the first is exact) and ``num_matvecs``.
+        ``mean``, ``stderr`` (of the second part; the first is exact) and ``num_matvecs``. Fewer than six Rademacher
+        probes may all miss an eigenvector of two entries, so that ``stderr`` is half of the largest eigenvalue found,
+        as far as its own vector is one of few entries.
 
     Cost: 3p/2 products; p/2 vectors kept, three times that during the orthogonalisation.
 
@@ -49,7 +52,7 @@ def hutchpp(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     space, probes = _open(matvec, probes, "hutchpp(matvec, probes)")
     half = len(probes) // 2
     q = _sketch(space, probes[:half]).q
-    inside = torch.stack([tree.dot(row, space.matvec(row)) for row in q]).sum()
+    quotients = torch.stack([tree.dot(row, space.matvec(row)) for row in q])
     tests = map(space.ravel, probes[half:])
 
     def outside(v: Tensor) -> Tensor:
@@ -58,7 +61,10 @@ def hutchpp(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     parts: Parts[Tensor, Tensor] = whole()
     found = mean_form((form(z, outside(space.matvec(outside(z))), parts) for z in tests), parts)
     space.finished(found.mean)
-    return found._replace(mean=inside + found.mean, num_matvecs=torch.tensor(half + len(probes)))
+    stderr = _beside_what_hides(found.stderr, q, quotients, probes)
+    return found._replace(
+        mean=quotients.sum() + found.mean, stderr=stderr, num_matvecs=torch.tensor(half + len(probes))
+    )
 
 
 def xtrace(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
@@ -72,7 +78,8 @@ def xtrace(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
         probes: ``gaussian(params, p)``, p <= n. Rademacher probes leave a bias, far below the standard error.
 
     Returns:
-        ``mean``, ``stderr`` and ``num_matvecs``.
+        ``mean``, ``stderr`` and ``num_matvecs``. Of fewer than six Rademacher probes ``stderr`` is as for
+        :func:`hutchpp`.
 
     Cost: 2p products; p vectors kept, three times that during the orthogonalisation.
 
@@ -117,17 +124,19 @@ def xtrace(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     variances = 2 * (n - p + 1) * (squares / size - (outside / size).square()).clamp(min=0)
     alone = (variances.mean() / p).sqrt()
     stderr = _with_covariance(alone, ((change * change.mT).sum() - change.diagonal().square().sum()), p)
+    stderr = _beside_what_hides(stderr, q, h.diagonal(), probes)
     return measured(samples.mean(), stderr, 2 * p, degrees(variances.detach()))
 
 
 def xdiag(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
     """The diagonal by XDiag: exact on the range of a sketch, ``z * Az`` on its complement, probes left out in turn.
 
-    ``d_i = diag(Q_i Q_i' A) + z_i * (I - Q_i Q_i') A z_i``, with Q_i a basis of A times all probes but the i-th; the
-    mean of the d_i is unbiased. ``stderr`` includes their covariance, as that of :func:`xtrace` does.
+    ``sum z_i y_i / sum z_i^2`` with ``y_i = z_i diag(Q_i Q_i' A) + (I - Q_i Q_i') A z_i``, where Q_i is a basis of A
+    times all probes but the i-th. For signs it is the mean of the ``z_i y_i``. It is unbiased. ``stderr`` includes the
+    covariance of the summands, as that of :func:`xtrace` does.
 
     Args:
-        probes: ``rademacher(params, p)``, p <= n.
+        probes: ``rademacher(params, p)``, p <= n. Gaussian ones are right too, with a larger error.
 
     Returns:
         ``mean`` and ``stderr``, trees like the probes, and ``num_matvecs``.
@@ -152,15 +161,18 @@ def xdiag(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
     out, image = s.mT.to(q.dtype) @ q, s.mT.to(q.dtype) @ aq  # row i: s_i as a vector, A s_i
     along = (s * r).sum(0).to(q.dtype)
     cosine, sine = (x.to(q.dtype) for x in _angles(s))
-    alone = estimate(whole - out[i] * image[i] + z[i] * out[i] * along[i] for i in range(p))
+    # A regression of y_i on z_i is free of the spread of z_i^2, which skews the mean of z_i y_i for Gaussian probes.
+    alone = slopes((z[i], z[i] * (whole - out[i] * image[i]) + out[i] * along[i]) for i in range(p))
 
-    def change(i: int, j: int) -> Tensor:  # by how much d_i changes where probe j is left out too
+    def change(i: int, j: int) -> Tensor:  # by how much z_i y_i changes where probe j is left out too
         u, au = ((x[j] - cosine[i, j] * x[i]) / sine[i, j] for x in (out, image))
-        return u * (au + z[i] * along[i] * cosine[i, j] / sine[i, j])
+        return u * z[i] * (au * z[i] + along[i] * cosine[i, j] / sine[i, j])
 
-    products = torch.zeros_like(tree.wide(whole))  # the sum over ordered pairs, in the unit of d^2
+    products = torch.zeros_like(tree.wide(whole))  # the sum over ordered pairs, in the unit of y^2
     for i, j in itertools.combinations(range(p), 2):
         products = products + 2 * tree.wide(change(i, j)) * tree.wide(change(j, i))
+    weight = tree.wide(z).square().sum(0)
+    products = products * torch.where(weight > 0, p / torch.where(weight > 0, weight, 1.0), 1.0).square()  # 1 of signs
     stderr = _with_covariance(tree.wide(alone.stderr), products, p)
     # The sketches cost degrees of freedom: about a third, as seen.
     return measured(space.unravel(alone.mean), space.unravel(stderr), 2 * p, torch.tensor(2 * (p - 1) / 3).double())
@@ -215,6 +227,23 @@ def _with_covariance(stderr: Tensor, products: Tensor, p: int) -> Tensor:
     t_i and t_j is the mean of ``(t_i - t_ij)(t_j - t_ji)``. ``products`` is the sum of these over ordered pairs.
     """
     return (stderr.square() + products.clamp(min=0) / (p * (p - 1))).sqrt()
+
+
+def _beside_what_hides(stderr: Tensor, q: Tensor, quotients: Tensor, probes: Sequence[Tree]) -> Tensor:
+    """The standard error with what so few sign probes cannot see, of a sketch with rows q.
+
+    An eigenvector of two entries has a twin, of the other sign in one of them. If the two entries have the same product
+    of signs in all probes, no probe sees the twin, whose eigenvalue may be as large. So the interval reaches as far as
+    the largest quotient of a row, as far as the row is of two entries: ``2 sum q_i^4`` is 1 then, and 6 / n of a vector
+    without structure.
+    """
+    if len(probes) >= TELLING:
+        return stderr
+    is_sign = (2 - torch.stack([kurtosis(z) for z in probes]).mean()).clamp(0, 1)  # 0 of Gaussian probes
+    narrow = (2 * tree.wide(q).pow(4).sum(1)).clamp(max=1)
+    hidden = (quotients.abs() * narrow * is_sign).detach().amax() / 2  # the interval has two of these, or more
+    together = torch.hypot(stderr, torch.where(hidden > 0, hidden, 1.0))
+    return torch.where(hidden > 0, together, stderr)
 
 
 def _open(matvec: MatVec[T], probes: Iterable[T], call: str) -> tuple[krylov.Space[T], Sequence[T]]:
