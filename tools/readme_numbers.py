@@ -115,9 +115,10 @@ def peers() -> Lines:
             rows.append([f"ms on a {where}: {words}", f"{of[HVP]}, {of[LINEARIZED]}", *(of[peer] for peer in PEERS)])
     torch = features["torch"].partition("+")[0]
     words = (
-        f"Yes: a call that was right on {features['date']}, torch {torch} (`tests/bench/bench_features.py`). "
-        "Times are of a product, by `hvp` and `linearized_hvp`; PyHessian over a loader (of one batch, its graph "
-        f"kept). GPU: {place(gpu)}. CPU: {place(cpu)}. [More](docs/benchmarks.md)."
+        f"*Yes* means that a call gave the right result on {features['date']}, with torch {torch} "
+        "(`tests/bench/bench_features.py`). Times are for one product. The two of hessfn are `hvp` and "
+        "`linearized_hvp`; the two of PyHessian are over a loader and, in parentheses, of one batch with its graph kept. "
+        f"GPU: {place(gpu)}. CPU: {place(cpu)}. [More](docs/benchmarks.md)."
     )
     return [*table(["", "hessfn", *with_versions(PEERS, features)], rows), "", *textwrap.wrap(words, 120)]
 
