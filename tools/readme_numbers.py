@@ -117,7 +117,8 @@ def peers() -> Lines:
     words = (
         f"*Yes* means that a call gave the right result on {features['date']}, with torch {torch} "
         "(`tests/bench/bench_features.py`). Times are for one product. The two of hessfn are `hvp` and "
-        "`linearized_hvp`; the two of PyHessian are over a loader and, in parentheses, of one batch with its graph kept. "
+        "`linearized_hvp`; the two of PyHessian are over a loader and, in parentheses, of one batch with its graph "
+        "kept. "
         f"GPU: {place(gpu)}. CPU: {place(cpu)}. [More](docs/benchmarks.md)."
     )
     return [*table(["", "hessfn", *with_versions(PEERS, features)], rows), "", *textwrap.wrap(words, 120)]
