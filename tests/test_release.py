@@ -79,9 +79,20 @@ def test_the_readme_leads_to_the_files_of_its_version_on_the_package_index() -> 
 def test_ci_calls_the_targets_that_there_are() -> None:
     targets = set(re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[0].split())
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
-    called = set(re.findall(r"run: make (\w[\w-]*)", workflow)) | set(re.findall(r"target: (\w[\w-]*)", workflow))
+    called = set(re.findall(r"run: make (\w[\w-]*)", workflow)) | set(re.findall(r"target: (\w[\w.-]*)", workflow))
     called |= {name for names in re.findall(r"target: \[(.+)\]", workflow) for name in names.split(", ")}
-    assert {"test", "slow", "check", "docs", "dist", "nightly"} <= called <= targets
+    versions = {name for name in called if re.fullmatch(r"versions-(oldest|newest|\d+\.\d+)", name)}
+    assert {"test", "slow", "check", "docs", "dist", "nightly"} <= called - versions <= targets
+
+
+def test_ci_runs_every_torch_between_the_bounds() -> None:
+    (oldest,) = re.findall(r'"torch>=2\.(\d+)"', PROJECT)
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8")
+    between = [int(minor) for minor in re.findall(r"target: versions-2\.(\d+) ", workflow)]
+    assert between == list(range(int(oldest) + 1, int(oldest) + 1 + len(between)))
+    newest = re.findall(r"torch 2\.\d+ to 2\.(\d+)", (ROOT / "CHANGELOG.md").read_text("utf-8"))[0]
+    assert between[-1] + 1 == int(newest)
+    assert workflow.count("target: versions-oldest") == 1
 
 
 def test_ci_runs_every_python_that_the_package_claims() -> None:
