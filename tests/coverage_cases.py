@@ -26,6 +26,7 @@ from hessfn.estimators.spectrum import slq
 from hessfn.estimators.squared_norms import squared_frobenius, squared_row_norms
 
 N, BLOCK = 60, 10
+MOST_AT_ONCE = 1000  # trials
 _i = torch.arange(N).double()
 _random = np.random.default_rng(5)
 
@@ -104,6 +105,13 @@ def _traces(matrix: Tensor) -> Tensor:
     return matrix.diagonal().reshape(-1, BLOCK).sum(1)
 
 
+KINDS = {  # of probes, that the estimator is documented for; of all others signs
+    "xtrace": ("gaussian", "rademacher"),
+    "xdiag": ("rademacher", "gaussian"),
+    "trace_of": ("gaussian",),
+    "trace_of, eigenpairs": ("gaussian",),
+}
+
 Run = Callable[[Tensor, list[Tensor]], Estimate[Any]]
 Truth = Callable[[Tensor], Tensor]
 
@@ -135,8 +143,11 @@ ESTIMATORS: dict[str, tuple[Run, Truth]] = {
 }
 
 
-def coverage(estimator: str, matrix: str, kind: str, num_probes: int, num_trials: int = 1000) -> float:
+def coverage(estimator: str, matrix: str, kind: str, num_probes: int, num_trials: int = 1000, seed: int = 1) -> float:
     """The share of the trials, and of the entries of the result, whose 95 % interval holds the exact value."""
+    if num_trials > MOST_AT_ONCE:  # in parts, so that memory does not grow
+        parts = range(seed, seed + num_trials // MOST_AT_ONCE)
+        return sum(coverage(estimator, matrix, kind, num_probes, MOST_AT_ONCE, part) for part in parts) / len(parts)
     run, truth = ESTIMATORS[estimator]
     A = MATRICES[matrix]
     exact = truth(A)
@@ -147,7 +158,23 @@ def coverage(estimator: str, matrix: str, kind: str, num_probes: int, num_trials
             return torch.stack(list(lower.values())), torch.stack(list(upper.values()))
         return lower, upper
 
-    lower, upper = vmap(ends)(draw(kind, num_trials, num_probes))
+    lower, upper = vmap(ends)(draw(kind, num_trials, num_probes, seed))
     # What is exact but for rounding has no interval to speak of.
     slack = 1e-10 * exact.abs().max() + 1e-12 * (A.norm() if exact.abs().max() < A.norm() else A.square().sum())
     return float(((lower - slack <= exact) & (exact <= upper + slack)).double().mean())
+
+
+def held(estimator: str, matrix: str, kind: str, num_probes: int) -> tuple[bool, float]:
+    """Whether intervals of 95 % hold, and the share that did: as many trials as it takes to tell 95 from 92.5 %.
+
+    A share passes that is three standard errors above 92.5 %, after 1000, 2000 or 4000 trials. In the end that is
+    93.75 %, which is 3.6 standard errors below 95 %.
+    """
+    shares: list[float] = []
+    for most in (1, 2, 4):
+        while len(shares) < most:
+            shares.append(coverage(estimator, matrix, kind, num_probes, seed=1 + len(shares)))
+        share = sum(shares) / most
+        if share >= 0.925 + 3 * math.sqrt(0.925 * 0.075 / (1000 * most)):
+            return True, share
+    return False, share

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from coverage_cases import ESTIMATORS, MATRICES, N, coverage, draw
+from coverage_cases import ESTIMATORS, KINDS, MATRICES, N, coverage, draw, held
 from scipy.special import stdtrit
 from scipy.stats import chi2
 from torch.func import vmap
@@ -10,35 +10,31 @@ from torch.func import vmap
 from hessfn.core.probes import gaussian, rademacher
 from hessfn.core.results import Estimate, Quadrature
 from hessfn.estimators.hutchinson import hutchinson, hutchinson_diag, hutchinson_per_leaf
-from hessfn.estimators.leave_one_out import xtrace
+from hessfn.estimators.leave_one_out import hutchpp, xdiag, xtrace
 from hessfn.estimators.spectrum import density, density_band
 from hessfn.estimators.squared_norms import squared_frobenius
 
 HARD = ["one eigenvalue", "one over a GOE bulk", "trace cancels", "one off-diagonal pair", "ten decades of blocks"]
 OF_SPECTRA = ["trace_of", "trace_of, eigenpairs"]
+COSTLY = ["xtrace", "xdiag", *OF_SPECTRA]
 FAST = [name for name in ESTIMATORS if name not in OF_SPECTRA]
-LEAST = 0.93  # of 1000 trials of which 95 % hold, fewer do once in 500 times
 FLAT = torch.zeros(N, dtype=torch.float64)
 
 
-def kind_of(estimator):
-    return "gaussian" if estimator in ("xtrace", *OF_SPECTRA) else "rademacher"
+def failed(estimator, matrices, kind, num_probes):
+    found = {matrix: held(estimator, matrix, kind, num_probes) for matrix in matrices}
+    return {matrix: share for matrix, (is_held, share) in found.items() if not is_held}
 
 
 @pytest.mark.parametrize("num_probes", [5, 10])
 @pytest.mark.parametrize("estimator", FAST)
 def test_intervals_hold_for_few_probes(estimator, num_probes):
-    covered = {matrix: coverage(estimator, matrix, kind_of(estimator), num_probes) for matrix in HARD}
-    assert min(covered.values()) >= LEAST, covered
+    assert not failed(estimator, HARD, KINDS.get(estimator, ["rademacher"])[0], num_probes)
 
 
-@pytest.mark.parametrize("matrix", HARD)
-def test_intervals_of_thirty_probes_hold(matrix):
-    covered = {
-        name: coverage(name, matrix, "rademacher", 30)
-        for name in ("hutchinson", "hutchinson, eigenpairs", "hutchinson_per_leaf", "squared_frobenius")
-    }
-    assert min(covered.values()) >= LEAST, covered
+@pytest.mark.parametrize("estimator", ["hutchinson", "squared_frobenius"])
+def test_intervals_of_thirty_probes_hold(estimator):
+    assert not failed(estimator, HARD, "rademacher", 30)
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
@@ -46,7 +42,8 @@ def test_intervals_of_thirty_probes_hold(matrix):
 def test_intervals_are_no_wider_than_they_must_be(kind, num_probes):
     """On a matrix without outliers the variance is known from the products, better than from the samples."""
     for estimator in ("hutchinson", "hutchinson, eigenpairs", "hutchinson_diag"):
-        assert LEAST <= coverage(estimator, "GOE", kind, num_probes) <= 0.975
+        assert held(estimator, "GOE", kind, num_probes)[0]
+        assert coverage(estimator, "GOE", kind, num_probes) <= 0.975
     A, z = MATRICES["GOE"], draw(kind, 300, num_probes)
     lower, upper = vmap(lambda z: hutchinson(lambda v: A @ v, list(z.unbind())).interval())(z)
     from_samples = 2 * float(stdtrit(num_probes - 1, 0.975)) * vmap(lambda z: ((z @ A) * z).sum(1).std())(z)
@@ -57,11 +54,32 @@ def test_intervals_are_no_wider_than_they_must_be(kind, num_probes):
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_intervals_hold_on_every_matrix(estimator, matrix):
-    kinds = ["gaussian"] if estimator in OF_SPECTRA else ["rademacher"] if estimator == "xdiag" else None
-    counts = (5, 10) if estimator in ("xtrace", "xdiag", *OF_SPECTRA) else (5, 10, 30)
-    for kind in kinds or ["rademacher", "gaussian"]:
-        for num_probes in counts:
-            assert coverage(estimator, matrix, kind, num_probes) >= LEAST, (kind, num_probes)
+    many = (30,) if matrix == "one over a GOE bulk" or estimator not in COSTLY else ()
+    for kind in KINDS.get(estimator, ("rademacher", "gaussian")):
+        for num_probes in (5, 10, *many):
+            assert not failed(estimator, [matrix], kind, num_probes), (kind, num_probes)
+
+
+@pytest.mark.parametrize("estimator", ["hutchpp", "xtrace"])
+def test_few_signs_say_what_they_may_have_missed(estimator):
+    """One pair of entries: in one of 16 trials no probe sees its smaller eigenvalue, as large as the larger one."""
+    A = MATRICES["one off-diagonal pair"]
+    run = {"hutchpp": hutchpp, "xtrace": xtrace}[estimator]
+    z = draw("rademacher", 1000, 5)
+    unseen = (z[:, :, 0] * z[:, :, 1]).sum(1).abs() == 5
+    assert 40 <= int(unseen.sum()) <= 90
+    found = vmap(lambda z: run(lambda v: A @ v, list(z.unbind())).interval())(z[unseen])
+    assert (found[0] <= A.trace()).all() and (A.trace() <= found[1]).all()
+    # A vector that is spread over many entries hides from few probes seldom: it adds next to nothing.
+    flat = torch.ones(N, N).double()
+    assert run(lambda v: flat @ v, list(z[0].unbind())).stderr < 0.05 * N
+
+
+def test_a_diagonal_from_a_sketch_is_unbiased_for_any_probes():
+    A = MATRICES["ten decades"]
+    means = vmap(lambda z: xdiag(lambda v: A @ v, list(z.unbind())).mean)(draw("gaussian", 4000, 6))
+    error = means.mean(0) - A.diagonal()
+    assert (error.abs() <= 4.5 * means.std(0) / len(means) ** 0.5 + 1e-12).all()
 
 
 def test_an_error_is_what_the_products_know_where_the_samples_agree_by_chance():

@@ -34,8 +34,7 @@ def hutchpp(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
 
     Returns:
         ``mean``, ``stderr`` (of the second part; the first is exact) and ``num_matvecs``. Fewer than six Rademacher
-        probes may all miss an eigenvector of two entries, so that ``stderr`` is half of the largest eigenvalue found,
-        as far as its own vector is one of few entries.
+        probes may all miss an eigenvector of two entries: if one is found, ``stderr`` allows for a second one.
 
     Cost: 3p/2 products; p/2 vectors kept, three times that during the orthogonalisation.
 
@@ -233,7 +232,7 @@ def _beside_what_hides(stderr: Tensor, q: Tensor, quotients: Tensor, probes: Seq
     """The standard error with what so few sign probes cannot see, of a sketch with rows q.
 
     An eigenvector of two entries has a twin, of the other sign in one of them. If the two entries have the same product
-    of signs in all probes, no probe sees the twin, whose eigenvalue may be as large. So the interval reaches as far as
+    of signs in all probes, no probe sees the twin, whose eigenvalue may be as large. So the interval reaches beyond
     the largest quotient of a row, as far as the row is of two entries: ``2 sum q_i^4`` is 1 then, and 6 / n of a vector
     without structure.
     """
@@ -241,7 +240,7 @@ def _beside_what_hides(stderr: Tensor, q: Tensor, quotients: Tensor, probes: Seq
         return stderr
     is_sign = (2 - torch.stack([kurtosis(z) for z in probes]).mean()).clamp(0, 1)  # 0 of Gaussian probes
     narrow = (2 * tree.wide(q).pow(4).sum(1)).clamp(max=1)
-    hidden = (quotients.abs() * narrow * is_sign).detach().amax() / 2  # the interval has two of these, or more
+    hidden = 0.6 * (quotients.abs() * narrow * is_sign).detach().amax()  # the interval has two of these, or more
     together = torch.hypot(stderr, torch.where(hidden > 0, hidden, 1.0))
     return torch.where(hidden > 0, together, stderr)
 
