@@ -74,7 +74,8 @@ release: $(READY)
 # What the next torch will change: make nightly VENV=.venv-nightly keeps it out of the usual environment.
 TORCH_NIGHTLY ?= https://download.pytorch.org/whl/nightly/cpu
 nightly: $(READY)
-	$(BIN)/python -m pip install --quiet --upgrade --pre torch torchvision --index-url $(TORCH_NIGHTLY)
+	-$(BIN)/python -m pip install --quiet --upgrade --pre torch torchvision --index-url $(TORCH_NIGHTLY)
+	@$(BIN)/python -c "import sys, torch; 'dev' in torch.__version__ or sys.exit(f'torch is {torch.__version__}: its nightly build cannot be had from $(TORCH_NIGHTLY), and nothing is tested')"
 	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
 
 clean:
