@@ -55,12 +55,28 @@ html_copy_source = html_show_sphinx = html_use_index = html_domain_indices = Fal
 pygments_style, pygments_dark_style = "tango", "monokai"
 
 
+def _spaced(markup: str) -> str:
+    """Bars and names of functions as TeX sets them.
+
+    A bar by itself is as high as a letter; \\left makes it grow. A name has a thin space before it, unless an operator
+    is there, and one after it, unless a bracket or a space is there.
+    """
+    markup = re.sub(r"<mo(?: class=\"math(?:open|close)\")?>‖</mo>", '<mo stretchy="false">‖</mo>', markup)
+
+    def name(found: re.Match[str]) -> str:
+        before, word, bracket = found.groups(default="")
+        space = [f'{side}space="{0.167 if wanted else 0}em"' for side, wanted in (("l", before), ("r", not bracket))]
+        return f"{before}<mo {' '.join(space)}>{word}</mo>{bracket}"
+
+    bracket = r'\s*<(?:mo stretchy="false">\(|mspace)'
+    return re.sub(rf"(</m(?!o)\w+>\s*)?<mi[^>]*>(\w+)</mi>\s*<mo>&ApplyFunction;</mo>({bracket})?", name, markup)
+
+
 def _math(self: Any, node: Any) -> None:
     """Browsers draw MathML by themselves: no script, no network."""
     block = node.tagname == "math_block"
     try:
-        # A bar by itself is as high as a letter; \left makes it grow.
-        markup = tex2mathml(node.astext(), as_block=block).replace("<mo>‖</mo>", '<mo stretchy="false">‖</mo>')
+        markup = _spaced(tex2mathml(node.astext(), as_block=block))
     except (MathError, IndexError) as error:  # the second is of an index or exponent of nothing
         logging.getLogger(__name__).warning("formula %r: %s", node.astext(), error, location=node)
         markup = ""

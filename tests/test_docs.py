@@ -155,6 +155,13 @@ def test_every_public_name_is_in_the_reference() -> None:
 # The site.
 
 
+@pytest.mark.parametrize("page", sorted(page for page in PAGES if page.startswith("docs/")))
+def test_lines_of_code_fit_the_column(page: str) -> None:
+    """At most 98 letters are seen in a window 1400 wide; what is longer, a reader has to scroll for."""
+    blocks = re.findall(r"^```\w+\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 98] == []
+
+
 def test_every_notebook_is_among_the_tutorials_and_the_introduction_is_the_first() -> None:
     told = re.findall(r"<notebooks/(\w+)>", PAGES["docs/tutorials.md"])
     assert told[0] == "hessian_tutorial"
