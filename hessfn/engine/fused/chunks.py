@@ -4,18 +4,22 @@ Notation: ``z = x W' + b`` the logits (or x itself where there is no W), ``lse``
 ``total_i lse_i - part_i z_iy - z_i s`` with y its target, ``part_i`` what it weighs, ``s`` what all classes are given
 (label smoothing), ``total_i = part_i + sum(s)``. Tangents begin with d and are None where they are 0.
 
-A chunk is (c, rows): matrix products that make it, and that take it, are faster so.
+Of a chunk only matrix products are taken: a derivative by the logits is made of exponentials K, of ``K * dz``, of ones
+at the targets and of s, and is never written down. A chunk is (c, rows): matrix products that make it, and that take
+it, are faster so. Those that make it are half as fast where a row of its memory is not a multiple of 64 numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 ENTRIES = 1 << 24  # of a chunk
+_ALIGNED = 64  # rows
 
 
 class Logits(NamedTuple):
@@ -37,13 +41,16 @@ class Labels(NamedTuple):
     def total(self) -> Tensor:
         return self.part if self.smooth is None else self.part + self.smooth.sum()
 
+    def of(self, rows: slice) -> Labels:
+        return Labels(self.target[rows], self.part[rows], self.smooth)
+
 
 def losses(z: Logits, y: Labels) -> Tensor:
     """Those of the rows, (n,)."""
-    out = _of(z).new_empty(len(_of(z)))
-    for rows in _chunks(z):
-        logits = _logits(z, rows)
-        linear = _linear(logits, y, rows)
+    out, room = _of(z).new_empty(len(_of(z))), _Room(z)
+    for rows in room.chunks():
+        logits = _logits(z, rows, room)
+        linear = _linear(logits, y.of(rows))
         _, top, sums = _exponentials(logits, z)
         out[rows] = y.total[rows] * (top + sums.log()) - linear
     return out
@@ -51,12 +58,12 @@ def losses(z: Logits, y: Labels) -> Tensor:
 
 def tangents(z: Logits, y: Labels, d: Logits) -> Tensor:
     """Those of :func:`losses`."""
-    out = _of(z).new_zeros(len(_of(z)))
-    for rows in _chunks(z):
-        change = _change(z, d, rows)
+    out, room = _of(z).new_zeros(len(_of(z))), _Room(z)
+    for rows in room.chunks():
+        change = _change(z, d, rows, room)
         if change is not None:
-            linear = _linear(change, y, rows)
-            weights, _, sums = _exponentials(_logits(z, rows), z)
+            linear = _linear(change, y.of(rows))
+            weights, _, sums = _exponentials(_logits(z, rows, room), z)
             out[rows] = y.total[rows] * change.mul_(weights).sum(0) / sums - linear
     return out
 
@@ -71,53 +78,148 @@ def gradients(
     wanted_tangents: Sequence[bool] = (False,) * 3,
 ) -> tuple[Any, ...]:
     """Those of ``sum_i g_i loss_i`` by x, weight and bias, and their tangents in one pass; None where not wanted."""
-    found, dfound = (_blank(z, which) for which in (wanted, wanted_tangents))
-    for rows in _chunks(z):
-        change = None if d is None else _change(z, d, rows)
-        weights, _, sums = _exponentials(_logits(z, rows), z)
-        scale = y.total[rows] / sums
-        if change is not None:
-            along = change.mul_(weights).sum(0) / sums
-            change.addcmul_(weights, along, value=-1).mul_(scale * g[rows])
-        by_logits = weights.mul_(scale).scatter_add_(0, y.target[None, rows], -y.part[None, rows])
-        if y.smooth is not None:
-            by_logits.sub_(y.smooth[:, None])
-        if dg is not None:
-            change = by_logits * dg[rows] if change is None else change.addcmul_(by_logits, dg[rows])
-        by_logits.mul_(g[rows])
-        _add(found, by_logits, z, rows)
-        if change is not None:
-            _add(dfound, change, z, rows)
-        if d is not None and z.weight is not None:
-            _add(dfound, by_logits, d._replace(bias=None), rows)
+    found, dfound, room = _blank(z, wanted), _blank(z, wanted_tangents), _Room(z)
+    by_rows = z.weight is not None and (wanted[0] or wanted_tangents[0])
+    for rows in room.chunks():
+        change = None if d is None else _change(z, d, rows, room)
+        weights, _, sums = _exponentials(_logits(z, rows, room), z)
+        pulled = weights.T @ z.weight if by_rows else None  # type: ignore[operator]
+        chunk = _Chunk(rows, weights, pulled, sums, y.of(rows), g[rows], None if dg is None else dg[rows])
+        _add(found, chunk, z)
+        if d is not None:
+            _add_tangents(dfound, chunk, z, d, change)
     return *found, *dfound
 
 
 def softmax(z: Logits) -> Tensor:
     """Of all logits, (c, n): what a linearized product keeps."""
-    parts = [_exponentials(_logits(z, rows), z) for rows in _chunks(z)]
-    return torch.cat([weights.div_(sums) for weights, _, sums in parts], 1)
+    room, out = _Room(z), _of(z).new_empty(_num_classes(z), len(_of(z)))
+    for rows in room.chunks():
+        weights, _, sums = _exponentials(_logits(z, rows, room), z)
+        torch.div(weights, sums, out=out[:, rows])
+    return out
 
 
-def tangents_with(weights: Tensor, z: Logits, y: Labels, g: Tensor, d: Logits, wanted: Sequence[bool]) -> list[Any]:
-    """The tangents of :func:`gradients` where the softmax is known, through a matrix product."""
-    found = by_x, by_weight, _ = _blank(z, wanted)
-    for rows in _chunks(z):
-        known, change, scale = weights[:, rows], _change(z, d, rows), g[rows] * y.total[rows]
-        if change is not None:
-            along = change.mul_(known).sum(0)
-            _add(found, change.addcmul_(known, along, value=-1).mul_(scale), z, rows)
-        # By the logits the gradient is scale P - g part at the target - g s: of it only products are taken.
-        target, part = y.target[rows], (g[rows] * y.part[rows])[:, None]
-        if by_x is not None and d.weight is not None:
-            by_x[rows] += scale[:, None] * (known.T @ d.weight) - part * d.weight[target]
-            if y.smooth is not None:
-                by_x[rows] -= g[rows, None] * (y.smooth @ d.weight)
-        if by_weight is not None and d.x is not None:
-            by_weight.addmm_(known, d.x[rows] * scale[:, None]).index_add_(0, target, part * d.x[rows], alpha=-1)
-            if y.smooth is not None:
-                by_weight.addr_(y.smooth, g[rows] @ d.x[rows], alpha=-1)
+def tangents_with(
+    weights: Tensor, pulled: Tensor, z: Logits, y: Labels, g: Tensor, d: Logits, wanted: Sequence[bool]
+) -> list[Any]:
+    """The tangents of :func:`gradients` through a matrix product by W, where the softmax P is known, and ``P' W``."""
+    found, room, ones = _blank(z, wanted), _Room(z), torch.ones_like(g)
+    for rows in room.chunks():
+        chunk = _Chunk(rows, weights[:, rows], pulled[rows], ones[rows], y.of(rows), g[rows], None)
+        _add_tangents(found, chunk, z, d, _change(z, d, rows, room))
     return found
+
+
+class _Chunk(NamedTuple):
+    """Some rows. A derivative by their logits is ``K diag(a) + E diag(b) + s c'``, where E has ones at the targets."""
+
+    rows: slice
+    weights: Tensor  # K (c, rows), the softmax times ``sums``
+    pulled: Tensor | None  # K' W
+    sums: Tensor
+    y: Labels
+    g: Tensor
+    dg: Tensor | None
+
+    @property
+    def gradient(self) -> _Combination:
+        return _Combination(self.g * self.y.total / self.sums, -self.g * self.y.part, -self.g)
+
+    def tangent(self, along: Tensor) -> _Combination:
+        """But for ``K * dz`` by the same a; ``along``: its sums over the classes."""
+        by_sums = -along * self.g * self.y.total / self.sums**2
+        if self.dg is None:
+            zero = torch.zeros_like(by_sums)
+            return _Combination(by_sums, zero, zero)
+        change = self._replace(g=self.dg).gradient
+        return change._replace(weights=change.weights + by_sums)
+
+
+class _Combination(NamedTuple):
+    weights: Tensor  # a (rows,)
+    targets: Tensor  # b (rows,)
+    smooth: Tensor  # c (rows,)
+
+
+def _add(found: list[Any], chunk: _Chunk, z: Logits) -> None:
+    by_x, by_weight, by_bias = found
+    by = chunk.gradient
+    if by_x is not None:
+        by_x[chunk.rows] += _times_weight(by, chunk, z.weight, chunk.pulled)
+    if by_weight is not None:
+        _add_times(by_weight, chunk, [(by, _of(z)[chunk.rows])])
+    if by_bias is not None:
+        _add_times(by_bias[:, None], chunk, [(by, _column(by))])
+
+
+def _add_tangents(found: list[Any], chunk: _Chunk, z: Logits, d: Logits, change: Tensor | None) -> None:
+    """``change``: dz, which is changed."""
+    by_x, by_weight, by_bias = found
+    by = chunk.gradient
+    moved = None if change is None else change.mul_(chunk.weights)
+    dby = chunk.tangent(torch.zeros_like(chunk.g) if moved is None else moved.sum(0))
+    if by_x is not None:
+        total = _times_weight(dby, chunk, z.weight, chunk.pulled)
+        if moved is not None:
+            total += by.weights[:, None] * (moved.T if z.weight is None else moved.T @ z.weight)
+        if d.weight is not None:
+            total += _times_weight(by, chunk, d.weight, None)
+        by_x[chunk.rows] += total
+    if by_weight is not None:
+        x = _of(z)[chunk.rows]
+        terms = [(dby, x)] if d.x is None else [(dby, x), (by, d.x[chunk.rows])]
+        _add_times(by_weight, chunk, terms)
+        if moved is not None:
+            by_weight.addmm_(moved, by.weights[:, None] * x)
+    if by_bias is not None:
+        _add_times(by_bias[:, None], chunk, [(dby, _column(dby))])
+        if moved is not None:
+            by_bias += moved @ by.weights
+
+
+def _column(by: _Combination) -> Tensor:
+    return torch.ones_like(by.weights)[:, None]
+
+
+def _times_weight(by: _Combination, chunk: _Chunk, weight: Tensor | None, pulled: Tensor | None) -> Tensor:
+    """The derivative (c, rows), transposed, times W (c, d), or itself where there is none; ``pulled``: K' W."""
+    y = chunk.y
+    if weight is None:
+        found = (chunk.weights * by.weights).T.scatter_add_(1, y.target[:, None], by.targets[:, None])
+        return found if y.smooth is None else found + by.smooth[:, None] * y.smooth
+    found = by.weights[:, None] * (chunk.weights.T @ weight if pulled is None else pulled)
+    found += by.targets[:, None] * weight[y.target]
+    return found if y.smooth is None else found + by.smooth[:, None] * (y.smooth @ weight)
+
+
+def _add_times(total: Tensor, chunk: _Chunk, terms: Sequence[tuple[_Combination, Tensor]]) -> None:
+    """Adds derivatives (c, rows) times matrices (rows, d): K is gone through once for all of them."""
+    weights, targets, smooth = (reduce(torch.add, (by[i][:, None] * x for by, x in terms)) for i in range(3))
+    total.addmm_(chunk.weights, weights).index_add_(0, chunk.y.target, targets)
+    if chunk.y.smooth is not None:
+        total.addr_(chunk.y.smooth, smooth.sum(0))
+
+
+class _Room:
+    """Memory for two chunks, used by one pair of chunks after the other."""
+
+    def __init__(self, z: Logits) -> None:
+        self._like, self._num_classes = _of(z), _num_classes(z)
+        size = max(1, ENTRIES // self._num_classes)
+        self._size = size // _ALIGNED * _ALIGNED or size
+        self._made: dict[str, Tensor] = {}
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, len(self._like), self._size):
+            yield slice(start, min(start + self._size, len(self._like)))
+
+    def take(self, name: str, rows: slice) -> Tensor:
+        """(c, rows), not filled."""
+        if name not in self._made:
+            num = min(self._size, -(-len(self._like) // _ALIGNED) * _ALIGNED)
+            self._made[name] = self._like.new_empty(self._num_classes, num)
+        return self._made[name][:, : rows.stop - rows.start]
 
 
 def _of(z: Logits) -> Tensor:
@@ -125,18 +227,16 @@ def _of(z: Logits) -> Tensor:
     return z.x
 
 
-def _chunks(z: Logits) -> Iterator[slice]:
-    x = _of(z)
-    size = max(1, ENTRIES // (x.shape[1] if z.weight is None else len(z.weight)))
-    for start in range(0, len(x), size):
-        yield slice(start, min(start + size, len(x)))
+def _num_classes(z: Logits) -> int:
+    return _of(z).shape[1] if z.weight is None else len(z.weight)
 
 
-def _logits(z: Logits, rows: slice) -> Tensor:
+def _logits(z: Logits, rows: slice, room: _Room) -> Tensor:
     x = _of(z)[rows].T
     if z.weight is None:
         return x
-    return z.weight @ x if z.bias is None else (z.weight @ x).add_(z.bias[:, None])
+    found = torch.mm(z.weight, x, out=room.take("logits", rows))
+    return found if z.bias is None else found.add_(z.bias[:, None])
 
 
 def _exponentials(logits: Tensor, z: Logits) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,22 +246,26 @@ def _exponentials(logits: Tensor, z: Logits) -> tuple[Tensor, Tensor, Tensor]:
     return weights, top, weights.sum(0)
 
 
-def _change(z: Logits, d: Logits, rows: slice) -> Tensor | None:
+def _change(z: Logits, d: Logits, rows: slice, room: _Room) -> Tensor | None:
     """The tangent of the logits, in memory of its own."""
     if z.weight is None:
         return None if d.x is None else d.x[rows].T.clone()
-    found = None if d.x is None else z.weight @ d.x[rows].T
-    if d.weight is not None:
-        x = _of(z)[rows].T
-        found = d.weight @ x if found is None else found.addmm_(d.weight, x)
-    if d.bias is not None:
-        bias = d.bias[:, None]
-        found = bias.repeat(1, rows.stop - rows.start) if found is None else found.add_(bias)
-    return found
+    terms = [] if d.x is None else [(z.weight, d.x[rows].T)]
+    terms += [] if d.weight is None else [(d.weight, _of(z)[rows].T)]
+    if not terms and d.bias is None:
+        return None
+    found = room.take("change", rows)
+    if terms:
+        torch.mm(*terms[0], out=found)
+    else:
+        found.zero_()
+    for factors in terms[1:]:
+        found.addmm_(*factors)
+    return found if d.bias is None else found.add_(d.bias[:, None])
 
 
-def _linear(logits: Tensor, y: Labels, rows: slice) -> Tensor:
-    found = y.part[rows] * logits.gather(0, y.target[None, rows])[0]
+def _linear(logits: Tensor, y: Labels) -> Tensor:
+    found = y.part * logits.gather(0, y.target[None])[0]
     return found if y.smooth is None else found + y.smooth @ logits
 
 
@@ -170,17 +274,3 @@ def _blank(z: Logits, wanted: Sequence[bool]) -> list[Any]:
         torch.zeros(part.shape, dtype=part.dtype, device=part.device) if which and part is not None else None
         for part, which in zip(z, wanted, strict=True)
     ]
-
-
-def _add(found: list[Any], by_logits: Tensor, z: Logits, rows: slice) -> None:
-    """Adds what a derivative by the logits of some rows is by what they are made of."""
-    by_x, by_weight, by_bias = found
-    if by_x is not None:
-        if z.weight is not None:
-            by_x[rows].addmm_(by_logits.T, z.weight)
-        elif by_weight is None and z.x is not None:
-            by_x[rows] += by_logits.T
-    if by_weight is not None and z.x is not None:
-        by_weight.addmm_(by_logits, z.x[rows])
-    if by_bias is not None and z.bias is not None:
-        by_bias += by_logits.sum(1)

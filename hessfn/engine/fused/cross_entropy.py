@@ -118,7 +118,7 @@ def gradients_with_tangents(
 ) -> tuple[Maybe, ...]:  # fmt: skip
     """Both in one pass: :func:`gradients`, then :func:`tangents_of_gradients`."""
     args = x, weight, bias, target, part, smooth, g
-    if sees_operations():
+    if sees_operations() or is_followed(*args, dx, dweight, dbias, dg):
         tangents = tangents_of_gradients(*args, wanted_tangents, dx, dweight, dbias, dg)
         return *gradients(*args, wanted), *tangents
     z, labels = chunks.Logits(x, weight, bias), chunks.Labels(target, part, smooth)

@@ -80,17 +80,22 @@ def softmax(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return chunks.softmax(chunks.Logits(x, weight, bias))
 
 
-def tangents_with(weights: Tensor, *args: Any) -> Any:
+def pulled_back(weights: Tensor, weight: Tensor) -> Tensor:
+    """The softmax (c, n), transposed, times the head's weight (c, d)."""
+    return weights.T @ weight
+
+
+def tangents_with(weights: Tensor, pulled: Tensor, *args: Any) -> Any:
     """As ``cross_entropy.tangents_of_gradients``, the softmax being known."""
     if sees_operations():
         return cross_entropy.tangents_of_gradients(*args)
     x, weight, bias, target, part, smooth, g, wanted, dx, dweight, dbias, _ = args
     z, labels = chunks.Logits(x, weight, bias), chunks.Labels(target, part, smooth)
-    return tuple(chunks.tangents_with(weights, z, labels, g, chunks.Logits(dx, dweight, dbias), wanted))
+    return tuple(chunks.tangents_with(weights, pulled, z, labels, g, chunks.Logits(dx, dweight, dbias), wanted))
 
 
 def keep_softmax(module: fx.GraphModule) -> fx.GraphModule:
-    """A linearized product keeps the softmax of its classes, which no vector changes."""
+    """A linearized product keeps what no vector changes: the softmax of its classes, and that through the head."""
     graph = module.graph
     for node in graph.find_nodes(op="call_function", target=cross_entropy.tangents_of_gradients):
         x, weight, bias = node.args[:3]
@@ -98,9 +103,11 @@ def keep_softmax(module: fx.GraphModule) -> fx.GraphModule:
             continue
         with graph.inserting_before(node):
             kept = graph.call_function(softmax, (x, weight, bias))
+            pulled = graph.call_function(pulled_back, (kept, weight))
         shape = weight.meta["val"].shape[0], x.meta["val"].shape[0]  # type: ignore[union-attr]
         kept.meta["val"] = x.meta["val"].new_empty(shape)  # type: ignore[union-attr]
-        node.target, node.args = tangents_with, (kept, *node.args)
+        pulled.meta["val"] = x.meta["val"].new_empty(x.meta["val"].shape)  # type: ignore[union-attr]
+        node.target, node.args = tangents_with, (kept, pulled, *node.args)
     return module
 
 
