@@ -52,7 +52,7 @@ def pyhessian_kept(model: nn.Module, criterion: nn.Module, batch: tuple[Tensor, 
     from pyhessian import hessian
     from pyhessian.utils import hessian_vector_product
 
-    kept = hessian(model, criterion, data=batch, cuda=False)
+    kept = hessian(model, criterion, data=batch, cuda=batch[0].is_cuda)
     names = [name for name, _ in model.named_parameters()]
     return lambda v: dict(zip(names, hessian_vector_product(kept.gradsH, kept.params, list(v.values())), strict=True))
 
@@ -62,7 +62,7 @@ def pyhessian_loader(
 ) -> Callable[[Vector], Vector]:
     from pyhessian import hessian
 
-    over = hessian(model, criterion, dataloader=[batch], cuda=False)
+    over = hessian(model, criterion, dataloader=[batch], cuda=batch[0].is_cuda)
     names = [name for name, _ in model.named_parameters()]
     return lambda v: dict(zip(names, over.dataloader_hv_product(list(v.values()))[1], strict=True))
 
