@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from docutils.nodes import SkipNode
+from docutils.nodes import SkipNode, Text, math
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
@@ -80,8 +80,19 @@ def _math(self: Any, node: Any) -> None:
     except (MathError, IndexError) as error:  # the second is of an index or exponent of nothing
         logging.getLogger(__name__).warning("formula %r: %s", node.astext(), error, location=node)
         markup = ""
-    self.body.append(f'<div class="math">{markup}</div>' if block else markup)
+    line = f'<span class="whole">{markup}{node.get("sign", "")}</span>'
+    self.body.append(f'<div class="math">{markup}</div>' if block else line)
     raise SkipNode
+
+
+def _signs(app: Any, doctree: Any, docname: str) -> None:
+    """A full stop or comma stays on the line of the formula before it: browsers would break there."""
+    for node in doctree.findall(math):
+        after = node.next_node(descend=False, siblings=True)
+        found = re.match(r"[.,;:)]+", after) if isinstance(after, Text) else None
+        if found:
+            node["sign"] = found[0]
+            after.parent.replace(after, Text(after[found.end() :]))
 
 
 def _font(app: Any) -> None:
@@ -133,6 +144,7 @@ def setup(app: Any) -> None:
     app.connect("config-inited", _old_pages)
     app.connect("builder-inited", _font)
     app.connect("missing-reference", _types)
+    app.connect("doctree-resolved", _signs)
     app.connect("autodoc-process-docstring", _fields, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _aliases)
     app.add_html_math_renderer("mathml", inline_renderers=(_math, None), block_renderers=(_math, None))
