@@ -69,6 +69,32 @@ def test_vmap_over_seeds_draws_there() -> None:
     assert torch.equal(together[2].cpu(), hf.gaussian(torch.zeros(70), 1, seed=2)[0]) and together.is_cuda
 
 
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()])
+def test_the_fisher_matrix_draws_its_targets_there(criterion: Any, request: pytest.FixtureRequest) -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x = hf.gaussian(torch.zeros(40, 5).double(), 1)[0]
+    y = torch.arange(40) % 3 if isinstance(criterion, nn.CrossEntropyLoss) else (x[:, :3] > 0).double()
+    forward, params = hf.stateless(model)
+    v = hf.gaussian(params, 1)[0]
+    expected = hf.fvp(forward, criterion, params, (x, y), num_samples=4, seed=3)(v)
+    moved, v = hf.stateless(model.cuda())[0], on_gpu(v)
+    matvec = hf.fvp(moved, criterion, on_gpu(params), on_gpu((x, y)), num_samples=4, seed=3)
+    matvec(v)
+    request.getfixturevalue("without_synchronisation")
+    found = matvec(v)
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.allclose(found[name].cpu(), expected[name], rtol=1e-8, atol=1e-12) for name in expected)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_a_linearized_product_is_a_cuda_graph(net: str) -> None:
+    loss, params, batch, expected = there(net)
+    matvec = hf.linearized_hvp(loss, params, batch)
+    replay = torch.cuda.make_graphed_callables(matvec, (hf.gaussian(params, 1)[0],))
+    columns = hf.dense(lambda v: hf.tree.map(torch.clone, replay(v)), params)
+    assert torch.allclose(columns.cpu(), expected, rtol=1e-8, atol=1e-10)
+
+
 def test_every_consumer_gives_what_it_gives_on_the_cpu() -> None:
     n = 60
     basis = torch.linalg.qr(hf.gaussian(torch.zeros(n, n).double(), 1)[0])[0]

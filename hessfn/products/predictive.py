@@ -72,7 +72,7 @@ def mean_of_draws(predicted: Predicted, tangent: Tensor, num_samples: int, seed:
         slope = root * predicted.draw(numbers).to(tangent)
         along = (slope * tangent).reshape(len(tangent), -1).sum(1)
         total = total + slope * along.reshape(-1, *[1] * (tangent.dim() - 1))
-    return total / (num_samples * torch.as_tensor(predicted.divisor).to(tangent))
+    return total / (num_samples * predicted.divisor)
 
 
 def _categorical(outputs: Tensor, targets: Tensor, settings: Settings, logits: bool = True) -> Predicted:
