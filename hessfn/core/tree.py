@@ -101,7 +101,7 @@ def _wide_dtype(x: Tensor) -> torch.dtype:
 def dot(x: T, y: T) -> Tensor:
     """The inner product of two trees with the same leaves: a scalar, multiplied and summed in float64.
 
-    Values of float32 can therefore neither overflow nor underflow it. Leaves meet by name; others raise ``ValueError``.
+    So values of float32 neither overflow nor underflow. Leaves are matched by name; other names raise ``ValueError``.
 
     >>> dot({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(2), "b": 2 * torch.ones(1)})
     tensor(4., dtype=torch.float64)
@@ -138,7 +138,7 @@ def norm(x: Tree) -> Tensor:
 
 
 def add(x: T, y: T, alpha: float | Tensor = 1.0) -> T:
-    """``x + alpha y``, each leaf in the dtype of x. Leaves meet by name; different ones raise ``ValueError``.
+    """``x + alpha y``, each leaf in the dtype of x. Leaves are matched by name; other names raise ``ValueError``.
 
     >>> add({"a": torch.ones(2)}, {"a": torch.ones(2)}, -1.0)
     {'a': tensor([0., 0.])}

@@ -21,11 +21,11 @@ def data_stderr(forms: Tensor, weights: Tensor | None = None) -> Tensor:
     """The standard error by the data of a mean over batches: how much another sample of the same size would change it.
 
     With ``a_b = w_b / sum w`` and the mean ``m = sum_b a_b f_b`` it is the root of
-    ``sum_b a_b^2 (f_b - m)^2 / (1 - a_b)``: unbiased where a batch is a mean over ``w_b`` independent samples, and for
-    weights of any other kind right where there are many batches. Of equal weights it is ``s / sqrt(b)``.
+    ``sum_b a_b^2 (f_b - m)^2 / (1 - a_b)``: unbiased if a batch is a mean over ``w_b`` independent samples, and right
+    for any other weights if there are many batches. For equal weights it is ``s / sqrt(b)``.
 
     Args:
-        forms: ``(b, ...)``, one number of each of b batches or more, such as ``v'A_b v`` of :func:`batch_forms`, or
+        forms: ``(b, ...)``, one or more numbers for each of b batches, such as ``v'A_b v`` of :func:`batch_forms`, or
             traces. Batches must be independent draws: not sorted by class or time. Ten or more are needed for an error
             that is itself good to a quarter; :func:`batch_forms` cuts batches into parts by ``microbatch``.
         weights: ``(b,)``, what each counts, such as its number of samples; by default all the same.
@@ -55,7 +55,7 @@ def data_interval(forms: Tensor, weights: Tensor | None = None, *, level: float 
     400 images; ``mean +- t stderr`` covers in 89 to 94 %.
 
     Args:
-        forms, weights: as for :func:`data_stderr`; 8 batches at least for what it says of its level.
+        forms, weights: as for :func:`data_stderr`; fewer than 8 batches do not reach the stated level.
         level: between 0 and 1.
 
     Returns:

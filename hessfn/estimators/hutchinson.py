@@ -150,7 +150,7 @@ def hutchinson_diag(
 ) -> Estimate[T]:
     """The diagonal, as the mean of ``z * Az`` over Rademacher probes.
 
-    For any probes it is ``sum z * Az / sum z * z``, sums over the probes. One has the variance
+    For any probes it is ``sum z * Az / sum z * z``, with sums over the probes. One Rademacher probe has the variance
     ``sum_{j != i} a_ij^2`` in entry i.
 
     Args:

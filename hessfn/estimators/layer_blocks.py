@@ -51,7 +51,7 @@ def block_tops(
         ValueError: a pattern matches no leaf, an argument is of another kind or out of range, or a product is not
             finite.
 
-    Source: Lanczos (1950); Weyl and Cauchy for what the top of a block says of that of the whole: it is never above.
+    Source: Lanczos (1950). By Cauchy's interlacing theorem it is never larger than that of the whole.
 
     >>> matvec = lambda v: {"a": 2 * v["a"] + v["b"], "b": v["a"] + 3 * v["b"]}
     >>> block_tops(matvec, {"a": torch.zeros(1), "b": torch.zeros(1)}, "b").values

@@ -22,9 +22,10 @@ def rounding_of_pairs(matvec: MatVec[T], exact: MatVec[T], eigenpairs: EigenPair
     A residual is computed with rounded products, so it does not contain their rounding. With ``E`` the difference of
     the exact matrix and the one that the products belong to, ``||A q - theta q|| <= residual + ||E q||``.
     ``||E v||`` of one vector, ``v = sum_i s_i q_i / sqrt(k)`` with random signs, has all pairs in it:
-    ``k ||E v||^2`` is ``sum_i ||E q_i||^2`` on average over the signs. The pairs' shares of it are taken to be six
-    tenths in proportion to ``|theta_i|``, as rounding of the factors of ``A = J'HJ`` has it, and four tenths the same
-    for all, as rounding of a plain matrix has it; the factor 2 on top of their roots is for what one vector can tell.
+    ``k ||E v||^2`` is ``sum_i ||E q_i||^2`` on average over the signs. Six tenths of it are
+    divided among the pairs in proportion to ``|theta_i|``, as for rounding in the factors of ``A = J'HJ``, and four
+    tenths equally, as for rounding of a plain matrix. Twice the root of a share is the bound; the factor 2 allows for
+    the randomness of one vector.
 
     Args:
         matvec: the products that the pairs were computed with: float32, TF32, bfloat16.
@@ -34,8 +35,8 @@ def rounding_of_pairs(matvec: MatVec[T], exact: MatVec[T], eigenpairs: EigenPair
 
     Returns:
         ``(k,)``, at least 0, in the unit of the eigenvalues: an eigenvalue of the exact matrix is no further than
-        ``residuals + rounding`` from each value, in at least 95 % of cases. For a bound of one pair alone give its pair
-        alone, ``k = 1``: then it is 2 ``||E q||`` and nothing is shared out.
+        ``residuals + rounding`` from each value, in at least 95 % of cases. For a bound of one pair, give that pair
+        alone, ``k = 1``: the bound is then 2 ``||E q||``.
 
     Cost: one product of each; three vectors kept, in float64.
 

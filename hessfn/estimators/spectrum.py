@@ -127,7 +127,7 @@ def quadrature_of(eigenpairs: EigenPairs[T], v0: T) -> Quadrature:
     Cost: no product; one pass over the vectors.
 
     Raises:
-        ValueError: ``eigenpairs`` are none, or ``v0`` has other leaves than their vectors.
+        ValueError: ``eigenpairs`` is of another kind, or ``v0`` has other leaves than their vectors.
 
     Source: Golub and Meurant (2010).
 
@@ -236,7 +236,7 @@ def cumulative(quadrature: Quadrature, grid: Tensor | None = None) -> Cumulative
     Cost: no product; p m numbers are sorted.
 
     Raises:
-        ValueError: ``quadrature`` is none.
+        ValueError: ``quadrature`` is of another kind.
 
     >>> cumulative(Quadrature(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.3, 0.7]]))).values
     tensor([0.3000, 1.0000])

@@ -33,6 +33,8 @@ def squared_row_norms(
     Raises:
         ValueError: there is no probe, or a product is not finite.
 
+    Source: Bekas, Kokiopoulou and Saad (2007), for the diagonal of ``A^2``.
+
     >>> from hessfn import rademacher
     >>> d = torch.tensor([3.0, 1.0])
     >>> squared_row_norms(lambda v: d * v, rademacher(torch.zeros(2), 4)).mean
@@ -68,6 +70,8 @@ def squared_frobenius(
 
     Raises:
         ValueError: there is no probe, or a product is not finite.
+
+    Source: Hutchinson (1989), for ``A^2``.
 
     >>> from hessfn import rademacher
     >>> squared_frobenius(lambda v: 3 * v, rademacher(torch.zeros(4), 2)).mean

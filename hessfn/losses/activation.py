@@ -52,7 +52,7 @@ def activation_loss(
         called twice has two, ``"name#1"`` and ``"name#2"``; one that several tensors enter or leave has one for each,
         such as ``"attention:query"``. These names too can be asked for.
 
-    Cost: three forward passes, here.
+    Cost: three forward passes, when it is called.
 
     Raises:
         ValueError: an entry of ``layers`` is not in the model; a layer is not reached, or no floating-point tensor

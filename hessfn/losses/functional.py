@@ -36,9 +36,9 @@ def functionalize(
             even while the loss runs: every call copies its structure, and puts the tensors of the call where the model
             keeps its own. The mode is that of the model now: call ``model.eval()`` before. In training mode BatchNorm
             uses the statistics of the batch and does not update its running ones. TorchScript models have products by
-            plain autograd only. A model under ``fully_shard`` is the exception: it is written over while
-            the loss runs, and restored to the bit; each rank gives its own batch, the loss is the mean over all, and
-            a product needs room for all parameters on every rank, but in ``mode="difference"``.
+            plain autograd only. There is one exception, a model under ``fully_shard``: it is overwritten
+            while the loss runs, and restored to the bit. Each rank gives its own batch, and the loss is the mean over
+            all. A product needs memory for all parameters on every rank, except in ``mode="difference"``.
         criterion: ``criterion(outputs, targets)`` to a scalar, a mean over the batch if batches are to be averaged. For
             torch's own criteria hessfn knows what they divide by, such as the class weights of targets that are not
             ignored: ``loss.mean_over.weight_of(batch)`` is the weight of a batch.
@@ -52,7 +52,7 @@ def functionalize(
         batch)``. ``params``: dict from name to detached tensor. The tensors share memory
         with the model's, so they follow an optimiser that steps in place; clone them to keep their present values. A
         complex parameter is its real view ``(..., 2)``. Buffers may be given in the same dict, in place of the model's,
-        which are constants; so for several models under ``vmap``.
+        which are constants; several models under ``vmap`` need this.
 
     Cost: nothing is copied here. Each call of the loss copies the structure of the model, not its tensors: 0.8 ms for
     ResNet20.

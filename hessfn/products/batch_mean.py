@@ -39,8 +39,8 @@ def batch_mean(
         batches, microbatch: as for :func:`mean_hvp`. Batches are moved to the device of the vector.
         weights: one number a batch, or a function of the batch. By default, if ``make`` returns a product of hessfn
             with one of torch's criteria, what that criterion divides by; otherwise the number of samples. In the second
-            case the first batch is compared once with two parts of it: by their losses, or for a matvec that is not
-            hessfn's by three products, unless ``keep``.
+            case the first batch is compared once with two parts of it, to find out whether the loss is a mean: by their
+            losses, or, for a matvec of your own, by three products. ``keep`` skips this for a matvec of your own.
         keep: call ``make`` once for each batch, at the first product, and keep the results: for
             :func:`linearized_hvp`, which does most of its work when it is made. Afterwards ``batches`` are not read
             again, so they may be an iterator. A trace cannot be made under ``vmap`` or ``torch.func.grad``: make the

@@ -33,7 +33,7 @@ def adam_scale(optimizer: Optimizer, params: T) -> T:
             returns are other tensors with the same memory.
 
     Returns:
-        A tree like ``params``, detached, in memory of its own, as of this step: call again after the next ones. Of a
+        A tree like ``params``, detached, in memory of its own, as of this step: call again after the next ones. For a
         complex parameter it is that of the real view ``(..., 2)``, as everywhere in this library. The unit is the
         parameter's over the square root of the step's, so that ``lr`` times the preconditioned sharpness has none.
 

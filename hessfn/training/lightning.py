@@ -34,13 +34,13 @@ class CurvatureCallback(_Callback):
 
     ================================ =====================================================================
     ``sharpness``                    the largest eigenvalue of the Hessian
-    ``sharpness_residual``           an eigenvalue is no further than this from it
+    ``sharpness_residual``           an eigenvalue lies within this distance of it
     ``sharpness_others``             all others are below this, with probability 0.999
     ``preconditioned_sharpness``     the same three of ``P^(-1/2) H P^(-1/2)``, where the optimizer is Adam or AdamW
     ``trace``, ``trace_stderr``      the trace, and its standard error by the probes
-    ``loss``                         of the batch, as all of these in evaluation mode, but for BatchNorm
-    ``num_matvecs``, ``seconds``     what the measurement took
-    ``share_of_time``                what all of them have taken, of the training's time so far
+    ``loss``                         the loss of the batch, in evaluation mode (BatchNorm as in training)
+    ``num_matvecs``, ``seconds``     products and time of the measurement
+    ``share_of_time``                the part of the training's time that all measurements have taken
     ================================ =====================================================================
 
     The training stays the same to the bit: no weight, buffer, gradient, mode or random number changes. A checkpoint

@@ -17,7 +17,7 @@ def deflate(matvec: MatVec[T], vectors: T) -> MatVec[T]:
     Args:
         matvec: products with a symmetric A.
         vectors: a tree whose leaves carry a leading axis of k vectors, as ``eigsh(...).vectors``. They need not be
-            orthonormal: a QR factorisation makes them so, once. Their leaves meet those of a vector by name.
+            orthonormal: a QR factorisation makes them so, once. Leaves are matched by name.
 
     Returns:
         A matvec on trees like one of the vectors.
