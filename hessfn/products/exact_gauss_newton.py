@@ -57,9 +57,9 @@ def ggn_diagonal(
     ``chunk_size`` samples for D outputs.
 
     Raises:
-        ValueError: an argument is of another kind; samples depend on each other in the model (BatchNorm in training mode)
-            or in the criterion; the outputs that the criterion takes have no axis of samples; or as :func:`batch_mean`
-            does.
+        ValueError: an argument is of another kind; samples depend on each other in the model (BatchNorm in training
+            mode) or in the criterion; the outputs that the criterion takes have no axis of samples; or as
+            :func:`batch_mean` does.
 
     Source: Schraudolph (2002); Dangel, Kunstner and Hennig (2020) for exact diagonals.
 

@@ -17,8 +17,8 @@ def scaled(matvec: MatVec[T], scale: T) -> MatVec[T]:
 
     Args:
         matvec: products with A.
-        scale: a tree like the vectors; leaves are matched by name. It may have another dtype. A negative entry changes a
-            sign, a zero removes its row and column.
+        scale: a tree like the vectors; leaves are matched by name. It may have another dtype. A negative entry changes
+            a sign, a zero removes its row and column.
 
     Returns:
         A matvec on the same trees, each leaf in the vector's dtype. Entries are in the unit of A times that of
