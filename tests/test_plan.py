@@ -69,6 +69,8 @@ def test_no_plan_that_fits_has_a_smaller_error(minutes: float, free: float, data
     spreads = dataclasses.replace(SPREADS, data=data)
     plan = make_plan(COSTS, spreads, minutes, num_batches=60, least=LEAST, free_bytes=free)
     assert 0.9 * 60 * minutes < plan.seconds <= 60 * minutes
+    smallest = estimated(dataclasses.replace(LEAST, num_batches=plan.num_batches), COSTS, free_bytes=free)
+    assert smallest.seconds <= 0.7 * 60 * minutes or plan.num_batches == LEAST.num_batches
     assert plan.seconds == pytest.approx(simulated(plan, COSTS))
     assert plan.error == pytest.approx(
         math.hypot(data / plan.num_batches**0.5, probe(plan.num_steps) / plan.num_probes**0.5)
@@ -82,7 +84,9 @@ def test_no_plan_that_fits_has_a_smaller_error(minutes: float, free: float, data
             num_steps=draw.choice([12, 16, 24, 32, 48, 64]),
         )
         other = estimated(other, COSTS, spreads, free_bytes=free)
-        if other.seconds <= 60 * minutes:
+        # On so many batches 0.7 of the time must be enough: a machine that becomes slower makes fewer probes and steps.
+        smallest = estimated(dataclasses.replace(LEAST, num_batches=other.num_batches), COSTS, free_bytes=free)
+        if other.seconds <= 60 * minutes and smallest.seconds <= 0.7 * 60 * minutes:
             worst = [math.hypot(p.error, 0.07 / p.num_steps) for p in (plan, other)]
             assert worst[0] <= 1.02 * worst[1]  # numbers of batches are a twentieth apart
 
@@ -108,7 +112,7 @@ def test_data_are_worth_more_batches_and_probes_are_worth_more_probes() -> None:
 
 
 def test_too_little_time_says_what_would_be_enough() -> None:
-    with pytest.raises(hf.HessfnError, match=r"minutes=0\.2 is too short.*give minutes=(\S+),") as caught:
+    with pytest.raises(hf.HessfnError, match=r"minutes=0\.2 is too short.*give minutes=(\S+), or") as caught:
         make_plan(COSTS, SPREADS, 0.2, num_batches=60, least=LEAST)
     enough = float(str(caught.value).split("give minutes=")[1].split(",")[0])
     assert make_plan(COSTS, SPREADS, enough, num_batches=60, least=LEAST).num_batches == 2

@@ -20,12 +20,13 @@ class Clock:
         self,
         seconds: float | None,
         *,
-        now: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] | None = None,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         """``agree``: of what this process says to whether there is time, what all processes say that share the work."""
-        self._now, self._agree = now, agree
-        self.start = now()
+        self._now, self._agree = now or time.monotonic, agree
+        self.start = self._now()
+        self.forward = 1 / 3  # of the time of a product, what a pass without derivatives takes: a pilot measures it
         self.deadline = float("inf") if seconds is None else self.start + seconds
 
     @property

@@ -15,6 +15,7 @@ from hessfn.core.errors import InvalidInput
 _STEPS = (8, 12, 16, 24, 32, 48, 64, 96, 128)  # of a Lanczos run, that are tried
 MOST_PROBES = 10_000
 _VECTORS = 12  # beside those of a Krylov basis
+_SPARE = 0.3  # of the time goes to probes and steps that may be dropped if the machine becomes slower on the way
 _RESOLUTION = 0.07  # error of a density after m steps, as a part of its range, times m: 1.4e-3 after 50
 
 
@@ -104,7 +105,8 @@ def make_plan(
     """The plan of the smallest errors in the time given.
 
     For B batches, m steps and p probes, of the trace ``data^2 / B + probe(m)^2 / p``, and of the density what the
-    resolution of a rule of m steps is.
+    resolution of a rule of m steps is. A part of the time goes to probes and steps that can be dropped: a machine may
+    become slower on the way.
 
     Args:
         minutes: for all of the report.
@@ -129,10 +131,13 @@ def make_plan(
         enough = math.ceil(cheapest.seconds / (1 - used) / 6) / 10
         raise InvalidInput(
             f"minutes={minutes:g} is too short for the smallest report, {described(cheapest)}: give "
-            f"minutes={enough:g}, or leave something out (num_plane_points=0, num_activation_probes=0)"
+            f"minutes={enough:g}, or smaller batches"
         )
     best = cheapest
     for batches in _sizes(least.num_batches, max(num_batches, least.num_batches)):
+        smallest = estimated(replace(least, num_batches=batches), costs, spreads, free_bytes=free_bytes)
+        if smallest.seconds > (1 - _SPARE) * limit:
+            continue
         for steps in (least.num_steps, *(m for m in _STEPS if m > least.num_steps)):
             found = _filled(replace(least, num_batches=batches, num_steps=steps), costs, spreads, limit, free_bytes)
             if found is not None and _badness(found) < _badness(best):

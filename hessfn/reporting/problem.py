@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from hessfn.parallel.all_reduce import ShardedBatches, gather
 from hessfn.products.hessian import mean_hvp
 from hessfn.products.loss_checks import check_loss, plain_gradient
 from hessfn.reporting.options import Options
+from hessfn.reporting.spread import number_of_all, some, spread
 
 Loss = Callable[[Tree, Any], Tensor]
 
@@ -78,13 +79,12 @@ def prepare(problem: Any, options: Options) -> Prepared:
     return Prepared(model, criterion, loss, finer, theta, weights, batches)
 
 
-def first_batches(problem: Prepared, num: int | None) -> Prepared:
-    """The problem of so many of its batches. Those of several processes are dealt out after that."""
-    batches = problem.batches
-    if isinstance(batches, ShardedBatches):
-        some = list(itertools.islice(batches.batches, num))
-        return problem._replace(batches=ShardedBatches(some, batches.group, check=False))
-    return problem._replace(batches=list(itertools.islice(batches, num)))
+def some_batches(problem: Prepared, num: int) -> Prepared:
+    """The problem of so many of its batches, spread over all of them, with their weights."""
+    total, weights = number_of_all(problem.batches), problem.weights
+    if total is not None and isinstance(weights, Sequence):
+        weights = [weights[i] for i in spread(num, total)]
+    return problem._replace(batches=some(problem.batches, num), weights=weights)
 
 
 def _loss(model: nn.Module, criterion: Any, options: Options) -> tuple[Loss, Tree]:

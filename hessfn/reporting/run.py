@@ -21,8 +21,8 @@ from hessfn.reporting.clock import Clock
 from hessfn.reporting.landscape import analyse_landscape
 from hessfn.reporting.layers import analyse_layers
 from hessfn.reporting.options import Options, Which
-from hessfn.reporting.planning import PAGE_SECONDS, STEPS_OF_A_LAYER, divided
-from hessfn.reporting.problem import FirstPass, Prepared, first_batches, first_pass, prepare, state_of
+from hessfn.reporting.planning import divided, lighter, reserve
+from hessfn.reporting.problem import FirstPass, Prepared, first_pass, prepare, some_batches, state_of
 from hessfn.reporting.products import Measured
 from hessfn.reporting.result import result_of, versions
 from hessfn.reporting.spectrum import analyse_spectrum
@@ -84,7 +84,8 @@ def report(
         num_runs: Lanczos runs for the spectral density, ``num_steps`` products each.
         num_layers: for this many layers, those with the largest traces, also the top eigenvalue and the stable rank.
         minutes: how long the report may take. It chooses the batches, probes and steps with the smallest errors in this
-            time, prints the plan, and keeps to the time within a tenth.
+            time, prints the plan, and keeps to the time within a tenth. The batches are spread over all of them, if
+            their number is known.
         num_activation_probes: random vectors for the traces by layer of weights and activations, one product with each
             batch; 0 for none. If the model does not allow them, there is a warning.
         radius: how far the landscape goes each way; by default as far as the quadratic model along the top eigenvector
@@ -159,8 +160,8 @@ def run(problem: Problem, out: Path, options: Options) -> dict[str, Any]:
         prepared = prepare(problem, options)
         options = options.fitted(tree.numel(prepared.params))
         if options.minutes is not None:
-            options = divided(prepared, options, workspace.journals).fitted(tree.numel(prepared.params))
-            prepared = first_batches(prepared, options.num_batches)
+            options = divided(prepared, options, workspace.journals, clock).fitted(tree.numel(prepared.params))
+            prepared = some_batches(prepared, options.num_batches or 1)
         first = first_pass(prepared)
         key = {**state_of(prepared), **first.fingerprints, **versions("hessfn", "torch")}
         keep = keep_in(workspace.journals, key, resume=options.resume)
@@ -176,14 +177,13 @@ def analyse(problem: Prepared, first: FirstPass, options: Options, keep: Keep, c
     measured, stages = Measured(problem, first.sizes, keep), Stages()
     stages.begin("spectrum")
     found = analyse_spectrum(measured, options, clock)
+    options = lighter(options, clock, measured.pace)
     stages.begin("landscape")
     landscape = analyse_landscape(problem, first.loss, first.gradient, found.eigen, options)
     stages.begin("activations")
     activations = analyse_activations(problem, options, keep)
     stages.begin("trace")
-    traces = analyse_traces(
-        measured, found, options, clock, reserve=PAGE_SECONDS + STEPS_OF_A_LAYER * options.num_layers * measured.pace
-    )
+    traces = analyse_traces(measured, found, options, clock, reserve=reserve(options, measured.pace))
     stages.begin("layers")
     layers = analyse_layers(measured, found, traces, options)
     return Analysis(

@@ -58,7 +58,7 @@ def analyse_spectrum(measured: Measured, options: Options, clock: Clock) -> Spec
             rtol=options.rtol,
             second_start=second,
             keep_all=True,
-            max_matvecs=None if options.minutes is None else products_of_pairs(options),
+            max_matvecs=products_of_pairs(options, clock, measured.pace),
         )
         bar.total = bar.n + later
         bar.set_description("both ends")
