@@ -110,6 +110,7 @@ def report_of(
         "schema": 2,
         "date": "2026-11-26T04:00:00Z",
         "loss": float(net.losses.mean()),
+        "loss_data_stderr": spread(net.losses),
         "accuracy": {"value": 0.9, "stderr": 0.039},
         "gradient_norm": 0.0123,
         "eigenvalues": values[top].tolist(),
@@ -174,6 +175,7 @@ def report_of(
             },
             "batch_weights": [15.0] * b,
             "batches": {
+                "losses": net.losses.tolist(),
                 "trace": by_batch.tolist(),
                 "eigenvalues": forms.tolist(),
                 "layers": {name: x.tolist() for name, x in layers_by_batch.items()},

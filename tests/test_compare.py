@@ -29,9 +29,9 @@ def of(*results: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_report_does_not_differ_from_itself() -> None:
     result = of(REPORT, REPORT)
-    numbers = [result[name] for name in ("sharpness", "trace", "smallest", "share_of_squares")]
+    numbers = [result[name] for name in ("loss", "sharpness", "trace", "smallest", "share_of_squares")]
     numbers += [*result["eigenvalues"], *result["layers"].values(), *result["activations"].values()]
-    assert len(numbers) == 4 + 3 + 4 + 2
+    assert len(numbers) == 5 + 3 + 4 + 2
     assert not any(by.differs or by.generalizes for by in numbers)
     assert all(by.mean == 0 for by in numbers)
 
@@ -83,6 +83,34 @@ def test_what_other_data_would_change_is_known_by_batches() -> None:
         alone = math.hypot(a["trace"]["data_stderr"], b["trace"]["data_stderr"])
         assert by.data_stderr < 0.75 * alone
     assert np.mean(np.square(stated)) ** 0.5 == pytest.approx(np.std(found), rel=0.35)
+
+
+def test_losses_are_compared_by_the_same_samples() -> None:
+    """What the loss is on these data is known; over draws of the data, its difference spreads as it says."""
+    found, stated = [], []
+    later = THETA + 0.05 * THETA.new_tensor(STEP)
+    for seed in range(1, 41):
+        batches = data(num_batches=6, size=8, seed=seed)
+        nets = [truth(theta, batches) for theta in (THETA, later)]
+        a, b = (report_of(net, num_probes=4, fingerprint=str(seed)) for net in nets)
+        by = of(a, b)["loss"]
+        assert by.mean == pytest.approx(nets[1].losses.mean() - nets[0].losses.mean(), abs=1e-12)
+        assert by.differs and by.stderr == 0 and by.bound < 1e-10
+        found.append(by.mean)
+        stated.append(by.data_stderr)
+        assert by.data_stderr < 0.6 * math.hypot(a["loss_data_stderr"], b["loss_data_stderr"])
+        other = of(a, changed(b, samples__data="other"))["loss"]
+        assert other.data_stderr == pytest.approx(math.hypot(a["loss_data_stderr"], b["loss_data_stderr"]))
+    assert np.mean(np.square(stated)) ** 0.5 == pytest.approx(np.std(found), rel=0.35)
+    near = of(REPORT, changed(REPORT, loss=REPORT["loss"] * (1 + 1e-15)))["loss"]
+    assert not near.differs  # rounding
+
+
+def test_reports_without_the_losses_of_batches_are_read() -> None:
+    old = changed(REPORT, samples__batches__losses=None, loss_data_stderr=None)
+    by = of(old, changed(old, loss=1.0))["loss"]
+    assert by.differs and by.generalizes is None and math.isnan(by.data_stderr)
+    assert "not finite" not in summary(of(old, changed(old, loss=1.0))).splitlines()[4]
 
 
 def test_samples_are_paired_only_where_they_are_the_same() -> None:

@@ -123,6 +123,7 @@ def test_keys_that_are_missing_are_named_or_not_needed(key: str, good: Path, tmp
     if key in (
         "date",
         "loss",
+        "loss_data_stderr",
         "accuracy",
         "gradient_norm",
         "rounding",

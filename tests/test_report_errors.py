@@ -120,6 +120,11 @@ def test_the_samples_are_those_of_the_means(found: dict[str, Any]) -> None:
     assert found["data"]["parts"] == len(weights) == 8
     # Those of the groups are of the first probes.
     assert float(weights @ torch.tensor(groups["trace"])) == pytest.approx(found["trace"]["mean"], rel=2e-2)
+    x, y = data()
+    losses = nn.functional.cross_entropy(net()(x), y, reduction="none").detach().double()
+    of_parts = torch.stack([part.mean() for part in losses.split(-(-len(losses) // 8))])
+    torch.testing.assert_close(torch.tensor(groups["losses"]), of_parts, rtol=1e-5, atol=0, check_dtype=False)
+    assert found["loss_data_stderr"] == pytest.approx(float(losses.std()) / len(losses) ** 0.5, rel=0.6)  # of 8 parts
     for value, forms in zip(found["eigenvalues"], groups["eigenvalues"], strict=True):
         assert float(weights @ torch.tensor(forms)) == pytest.approx(value, rel=1e-4)
     for name, layer in found["layers"].items():

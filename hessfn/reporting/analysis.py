@@ -75,6 +75,7 @@ class Analysis(NamedTuple):
     """All that a report shows."""
 
     loss: Tensor  #: (), the mean over the samples
+    group_losses: Tensor  #: (g,), that of each group of the data
     eigen: EigenPairs  #: k pairs, in the order of ``which``; vectors are trees like the parameters
     sharpness: Sharpness
     trace: Estimate  #: (), the sum of all eigenvalues

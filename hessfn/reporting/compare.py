@@ -11,7 +11,7 @@ from hessfn.reporting.compare_page import rendered
 from hessfn.reporting.contrast import compared
 from hessfn.reporting.differences import Difference, verdict
 from hessfn.reporting.side import read
-from hessfn.reporting.text import cut, estimate, labels, number, value
+from hessfn.reporting.text import cut, estimate, labels, number, value, with_error
 from hessfn.reporting.workspace import staging
 
 
@@ -33,13 +33,13 @@ def compare(*folders: str | Path, out: str | Path = "compare.html") -> dict[str,
             ``.html`` is used as ``out``.
 
     Returns:
-        ``reports`` (what each of them holds, NaN for null, and ``folder``); of the first and the last: ``sharpness``,
-        ``trace``, ``smallest`` (the smallest eigenvalue) and ``share_of_squares`` (of negative eigenvalues), each a
-        ``Difference(mean, stderr, bound, units, differs, data_stderr, generalizes, paired)`` or None, ``eigenvalues``
-        (a list of these), ``layers`` and ``activations`` (a dict of these by the names that both have), ``only``
-        (layers that one has), ``critical`` (how many errors apart a layer must be, and an activation), ``shared``
-        (whether ``probes`` and ``data`` are the same); and ``steps``, the four numbers of every report less those of
-        the one before.
+        ``reports`` (what each of them holds, NaN for null, and ``folder``); of the first and the last: ``loss``,
+        ``sharpness``, ``trace``, ``smallest`` (the smallest eigenvalue) and ``share_of_squares`` (of negative
+        eigenvalues), each a ``Difference(mean, stderr, bound, units, differs, data_stderr, generalizes, paired)`` or
+        None, ``eigenvalues`` (a list of these), ``layers`` and ``activations`` (a dict of these by the names that both
+        have), ``only`` (layers that one has), ``critical`` (how many errors apart a layer must be, and an activation),
+        ``shared`` (whether ``probes`` and ``data`` are the same); and ``steps``, these five numbers of every report
+        less those of the one before.
 
     Cost: no product; the folders are read.
 
@@ -89,7 +89,9 @@ def _of_two(result: dict[str, Any], first: str, last: str) -> list[str]:
         return "unknown" if found is None else f"{100 * found['mean']:.3g} %"
 
     lines = [row("", first, last, f"{last} - {first}")]
-    lines.append(row("loss", number(a["loss"]), number(b["loss"]), number(b["loss"] - a["loss"])))
+    losses = [with_error(x["loss"], x["loss_data_stderr"]) for x in (a, b)]
+    apart = with_error(result["loss"].mean, result["loss"].data_stderr)
+    lines.append(row("loss", losses[0], losses[1], apart, verdict(result["loss"])))
     lines.append(compared_row("sharpness", value(a["sharpness"]), value(b["sharpness"]), result["sharpness"]))
     trace_a, trace_b = (estimate(x["trace"]["mean"], x["trace"]["stderr"]) for x in (a, b))
     lines.append(compared_row("trace", trace_a, trace_b, result["trace"]))
@@ -117,6 +119,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
     return [
         f"{'probes':<11}{probes}",
         f"{'data':<11}{'the same, batch by batch' if shared['data'] else 'not known to be the same'}",
+        f"{'loss':<11}with one standard error by the choice of the data",
         f"{'negative':<11}the share of the sum of all squared eigenvalues",
         f"{'here':<11}on these data; other data may say otherwise",
     ]
@@ -131,10 +134,11 @@ def _over_reports(result: dict[str, Any], names: list[str]) -> list[str]:
     lines = [f"{'':<6}{'loss':<14}{'sharpness':<20}{'trace':<24}smallest"]
     for name, x, step in zip(names, result["reports"], [{}, *result["steps"]], strict=True):
         cells = [
+            (number(x["loss"]), "loss", 14),
             (value(x["sharpness"]), "sharpness", 20),
             (estimate(x["trace"]["mean"], x["trace"]["stderr"]), "trace", 24),
             (value(x["negative_curvature"]["smallest"]), "smallest", 16),
         ]
         marked = [f"{text + (' *' if step.get(key) and step[key].differs else ''):<{w}}" for text, key, w in cells]
-        lines.append(f"{name:<6}{number(x['loss']):<14}{''.join(marked)}".rstrip())
+        lines.append(f"{name:<6}{''.join(marked)}".rstrip())
     return [*lines, f"{'':<6}* differs from the line above"]

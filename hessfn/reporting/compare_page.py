@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     import jinja2
 
 _MOST_CURVES = 6  # of a picture: more cannot be told apart
-_ERRORS = {"sharpness": "data_stderr", "trace": "stderr", "smallest eigenvalue": "data_stderr", "loss": ""}
+_ERRORS = {
+    "sharpness": "data_stderr",
+    "trace": "stderr",
+    "smallest eigenvalue": "data_stderr",
+    "loss": "loss_data_stderr",
+}
 
 
 def rendered(template: jinja2.Template, result: dict[str, Any]) -> str:
@@ -41,6 +46,7 @@ def rendered(template: jinja2.Template, result: dict[str, Any]) -> str:
         numbers=_numbers(result, labels),
         verdict=verdict,
         value_of=text.value,
+        with_error=text.with_error,
     )
 
 
@@ -68,9 +74,9 @@ def _panels(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The numbers of all reports in their order, with an error each."""
     panels = []
     for title, error in _ERRORS.items():
-        found = [{"value": x["loss"]} if title == "loss" else text.headline(x).get(title) for x in reports]
+        found = [x | {"value": x["loss"]} if title == "loss" else text.headline(x).get(title) for x in reports]
         values = [x["value"] if x is not None else math.nan for x in found]
-        errors = [x[error] if x is not None and error else math.nan for x in found]
+        errors = [x[error] if x is not None else math.nan for x in found]
         if any(map(math.isfinite, values)):
             panels.append({"title": title, "values": values, "errors": errors})
     return panels
@@ -99,6 +105,7 @@ def _settings(reports: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
 def _numbers(result: dict[str, Any], labels: list[str]) -> dict[str, Any]:
     """What can be downloaded: every difference, and the numbers of every report."""
     kept = (
+        "loss",
         "sharpness",
         "trace",
         "smallest",
@@ -111,7 +118,7 @@ def _numbers(result: dict[str, Any], labels: list[str]) -> dict[str, Any]:
     )
     headlines = {}
     for label, x in zip(labels, result["reports"], strict=True):
-        row: dict[str, Any] = {"folder": x["folder"], "loss": x["loss"]}
+        row: dict[str, Any] = {name: x[name] for name in ("folder", "loss", "loss_data_stderr")}
         for title, one in text.headline(x).items():
             names = ("value", *text.ERRORS)
             row |= {title if key == "value" else f"{title} {key}": one[key] for key in names if key in one}

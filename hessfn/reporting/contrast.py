@@ -7,8 +7,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from hessfn.reporting.differences import Difference, Measured, Shared, critical, difference, of_eigenvalue, of_trace
 from hessfn.reporting.side import Side
+
+_ROUNDINGS = 8  # of a loss in its dtype: sums over samples and outputs are pairwise
+_COARSE = torch.finfo(torch.float32).eps  # where nobody says in which dtype
 
 
 def compared(sides: list[Side]) -> dict[str, Any]:
@@ -38,11 +43,19 @@ def _scalars(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Difference | Non
     trace = _difference(a, b, of_trace(a["trace"]), of_trace(b["trace"]), _shared(a, b, "trace"))
     shares = [x["negative_curvature"]["share_of_squares"] for x in (a, b)]
     return {
+        "loss": _difference(a, b, _loss(a), _loss(b), _shared_losses(a, b)),
         "sharpness": _of_ends(a, b, *(x["sharpness"] for x in (a, b))),
         "trace": trace,
         "smallest": _of_ends(a, b, *(x["negative_curvature"]["smallest"] for x in (a, b))),
         "share_of_squares": _of_shares(a, b, *shares),
     }
+
+
+def _loss(x: dict[str, Any]) -> Measured:
+    """No probe has a part in it: on these data it is known to rounding."""
+    dtype = getattr(torch, str(x["settings"].get("dtype")), None)
+    eps = torch.finfo(dtype).eps if isinstance(dtype, torch.dtype) and dtype.is_floating_point else _COARSE
+    return Measured(x["loss"], 0.0, _ROUNDINGS * eps * abs(x["loss"]), x["loss_data_stderr"])
 
 
 def _of_ends(a: dict[str, Any], b: dict[str, Any], x: Any, y: Any) -> Difference | None:
@@ -160,6 +173,14 @@ def _shared(a: dict[str, Any], b: dict[str, Any], *path: str) -> Shared:
         batches=pair(lambda samples: samples["batches"], shared=data),
         weights=a["samples"] and a["samples"]["batch_weights"],
     )
+
+
+def _shared_losses(a: dict[str, Any], b: dict[str, Any]) -> Shared:
+    """The losses by the same batches."""
+    if not _same_data(a, b):
+        return Shared()
+    batches = _pair(tuple(x["samples"]["batches"]["losses"] for x in (a, b)))
+    return Shared(batches=batches, weights=a["samples"]["batch_weights"])
 
 
 def _shared_forms(a: dict[str, Any], b: dict[str, Any], i: int | None, j: int | None) -> Shared:

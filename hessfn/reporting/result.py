@@ -15,6 +15,7 @@ from hessfn.core.config import numerics
 from hessfn.core.fingerprints import fingerprint
 from hessfn.core.results import EigenPairs, Estimate, Sensitivities
 from hessfn.core.tree import Tree
+from hessfn.estimators.data_error import data_stderr
 from hessfn.reporting.analysis import Analysis, Landscape, Layers, Samples
 from hessfn.reporting.options import Options
 from hessfn.reporting.problem import FirstPass, Prepared
@@ -31,6 +32,7 @@ def result_of(
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "loss": analysis.loss,
+        "loss_data_stderr": _loss_stderr(analysis),
         "accuracy": _accuracy(first),
         "gradient_norm": tree.norm(first.gradient),
         **_spectrum(analysis, problem.params),
@@ -67,6 +69,12 @@ def _accuracy(first: FirstPass) -> dict[str, Any] | None:
         return None
     share = first.accuracy
     return {"value": share, "stderr": (share * (1 - share) / sum(first.sizes)).sqrt()}
+
+
+def _loss_stderr(analysis: Analysis) -> Tensor | None:
+    """By the spread over groups of the data; None of a single one."""
+    losses, weights = analysis.group_losses, analysis.samples.weights
+    return data_stderr(losses, weights) if len(losses) > 1 else None
 
 
 def _model(problem: Prepared) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def _spectrum(found: Analysis, params: Tree) -> dict[str, Any]:
             "upper": None if band is None else band.upper,
         },
         "layers": {name: _layer(name, layers, params[name].numel()) for name in layers.trace.mean},
-        "samples": _samples(found.samples),
+        "samples": _samples(found.samples, found.group_losses),
     }
 
 
@@ -169,13 +177,14 @@ def _layer(name: str, layers: Layers, numel: int) -> dict[str, Any]:
     }
 
 
-def _samples(samples: Samples) -> dict[str, Any]:
+def _samples(samples: Samples, losses: Tensor) -> dict[str, Any]:
     return {
         "trace": samples.trace,
         "layers": samples.layers,
         "plain": {"trace": samples.plain_trace, "layers": samples.plain_layers},
         "batch_weights": samples.weights,
         "batches": {
+            "losses": losses,
             "trace": samples.group_trace,
             "eigenvalues": samples.group_eigenvalues,
             "layers": samples.group_layers,

@@ -21,6 +21,7 @@ from hessfn.reporting.clock import Clock
 from hessfn.reporting.landscape import analyse_landscape
 from hessfn.reporting.layers import analyse_layers
 from hessfn.reporting.options import Options, Which
+from hessfn.reporting.part_losses import losses_by_group
 from hessfn.reporting.planning import divided, lighter, reserve
 from hessfn.reporting.problem import FirstPass, Prepared, first_pass, prepare, some_batches, state_of
 from hessfn.reporting.products import Measured
@@ -106,7 +107,8 @@ def report(
         What ``report.json`` holds; numbers that are not finite are None:
 
         - ``schema``, ``date``: the version of this format; when it was made
-        - ``loss``, ``gradient_norm``: of the mean over the samples
+        - ``loss``, ``gradient_norm``: of the mean over the samples; ``loss_data_stderr``: what other samples would
+          change
         - ``accuracy``: value, stderr; None where the targets are no classes
         - ``eigenvalues``: k of them, in the order of ``which``; likewise residuals (of convergence), rounding,
           data_stderr (what other samples would change) and converged; outside: two numbers between which all other
@@ -188,6 +190,7 @@ def analyse(problem: Prepared, first: FirstPass, options: Options, keep: Keep, c
     layers = analyse_layers(measured, found, traces, options)
     return Analysis(
         loss=first.loss,
+        group_losses=losses_by_group(problem, measured.parts),
         eigen=found.eigen,
         sharpness=found.sharpness,
         trace=traces.total,

@@ -44,7 +44,8 @@ def parsed(found: Any) -> dict[str, Any]:
         if (batches := samples["batches"]) is not None:
             _lengths(batches["layers"], num_batches, "samples.batches.layers")
             _lengths(dict(enumerate(batches["eigenvalues"])), num_batches, "samples.batches.eigenvalues")
-            _lengths({"trace": batches["trace"]}, num_batches, "samples.batches")
+            found = {name: batches[name] for name in ("trace", "losses") if batches[name] is not None}
+            _lengths(found, num_batches, "samples.batches")
     return result
 
 
@@ -195,7 +196,7 @@ _ACTIVATION = record(
     numel=count, trace=number, stderr=size, weight_numel=count, weight_trace=number, weight_stderr=size
 )
 _TRACES = {"trace": _NUMBERS, "layers": mapped(_NUMBERS)}
-_BATCHES = record(**_TRACES, eigenvalues=listed(_NUMBERS))
+_BATCHES = record(**_TRACES, eigenvalues=listed(_NUMBERS), losses=optional(_NUMBERS))
 _SAMPLES = record(
     probe_seed=optional(count), **_TRACES, plain=optional(record(**_TRACES)), batch_weights=_SIZES,
     batches=optional(_BATCHES), data=optional(text),
@@ -204,6 +205,7 @@ _CURVES = {"grid": listed(real, 2), "values": listed(number, 2)}
 _REPORT = record(
     date=optional(text),
     loss=number,
+    loss_data_stderr=size,
     accuracy=optional(record(value=number, stderr=size)),
     gradient_norm=number,
     eigenvalues=_NUMBERS,

@@ -141,6 +141,11 @@ def estimate(mean: float | None, stderr: float | None) -> str:
     return f"{mean:.4g} +- {stderr:.2g}"
 
 
+def with_error(mean: float | None, stderr: float | None) -> str:
+    """A number with its error, where one is known."""
+    return estimate(mean, stderr) if stderr and math.isfinite(stderr) else number(mean)
+
+
 def share(mean: float | None, stderr: float | None) -> str:
     """A fraction in percent."""
     return f"{estimate(*(None if x is None else 100 * x for x in (mean, stderr)))} %"
