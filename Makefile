@@ -75,7 +75,8 @@ release: $(READY)
 TORCH_NIGHTLY ?= https://download.pytorch.org/whl/nightly/cpu
 nightly: $(READY)
 	-$(BIN)/python -m pip install --quiet --upgrade --pre torch torchvision --index-url $(TORCH_NIGHTLY)
-	@$(BIN)/python -c "import sys, torch; 'dev' in torch.__version__ or sys.exit(f'torch is {torch.__version__}: its nightly build cannot be had from $(TORCH_NIGHTLY), and nothing is tested')"
+	@$(BIN)/python -c "import torch; exit('dev' not in torch.__version__)" || \
+	  { echo "nightly: no nightly build of torch can be had from $(TORCH_NIGHTLY), so nothing is tested"; exit 1; }
 	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
 
 clean:
