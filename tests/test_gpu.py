@@ -34,22 +34,14 @@ def there(net: str) -> tuple[Any, Any, Any, Tensor]:
     return moved, on_gpu(params), on_gpu(batch), expected
 
 
-@pytest.mark.parametrize("mode", ["traced", "forward", "reverse", "double_backward", "linearized"])
-@pytest.mark.parametrize("net", NETS)
-def test_products_are_those_of_the_cpu(net: str, mode: Any) -> None:
-    if (net, mode) == ("lstm", "forward"):
-        pytest.skip("torch has no rule for it in forward mode there; a trace defines it")
-    loss, params, batch, expected = there(net)
-    made = {"linearized": lambda: hf.linearized_hvp(loss, params, batch)}
-    matvec = made.get(mode, lambda: hf.hvp(loss, params, batch, mode=mode))()
-    assert torch.allclose(hf.dense(matvec, params).cpu(), expected, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("net", NETS)
-def test_the_default_finds_a_trace_there(net: str) -> None:
-    loss, params, batch, expected = there(net)
-    assert hf.find_mode(loss, params, batch).mode == "traced"
-    assert torch.allclose(hf.dense(hf.hvp(loss, params, batch), params).cpu(), expected, rtol=1e-8, atol=1e-10)
+@pytest.fixture
+def without_synchronisation() -> Iterator[None]:
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -67,6 +59,24 @@ def test_vmap_over_seeds_draws_there() -> None:
     like = torch.zeros(70, device="cuda")
     together = torch.func.vmap(lambda seed: hf.gaussian(like, 1, seed=seed)[0])(torch.arange(3))
     assert torch.equal(together[2].cpu(), hf.gaussian(torch.zeros(70), 1, seed=2)[0]) and together.is_cuda
+
+
+@pytest.mark.parametrize("mode", ["traced", "forward", "reverse", "double_backward", "linearized"])
+@pytest.mark.parametrize("net", NETS)
+def test_products_are_those_of_the_cpu(net: str, mode: Any) -> None:
+    if (net, mode) == ("lstm", "forward"):
+        pytest.skip("torch has no rule for it in forward mode there; a trace defines it")
+    loss, params, batch, expected = there(net)
+    made = {"linearized": lambda: hf.linearized_hvp(loss, params, batch)}
+    matvec = made.get(mode, lambda: hf.hvp(loss, params, batch, mode=mode))()
+    assert torch.allclose(hf.dense(matvec, params).cpu(), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_the_default_finds_a_trace_there(net: str) -> None:
+    loss, params, batch, expected = there(net)
+    assert hf.find_mode(loss, params, batch).mode == "traced"
+    assert torch.allclose(hf.dense(hf.hvp(loss, params, batch), params).cpu(), expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()])
@@ -119,16 +129,6 @@ def test_every_consumer_gives_what_it_gives_on_the_cpu() -> None:
     )
     for a, b in zip(hf.tree.leaves(here), hf.tree.leaves(moved), strict=True):
         assert torch.allclose(a.double(), b.cpu().double(), rtol=1e-5, atol=1e-7)
-
-
-@pytest.fixture
-def without_synchronisation() -> Iterator[None]:
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this mode a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("which", ["linearized", "traced"])

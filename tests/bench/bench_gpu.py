@@ -74,6 +74,10 @@ def kernels(way: str) -> AbstractContextManager[None]:
     return nullcontext() if way.startswith(("hessfn", "gradient")) else sdpa_kernel(SDPBackend.MATH)
 
 
+def compiles(way: str) -> bool:
+    return way.endswith(("compiled", "reduce-overhead"))
+
+
 def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
@@ -132,7 +136,7 @@ def products(cells: Cells, name: str, ways: list[str], given: argparse.Namespace
     unit = None
 
     def one(way: str) -> Row:
-        if scale == "tiny" and name != "mlp" and way.endswith(("compiled", "reduce-overhead")):
+        if scale == "tiny" and name != "mlp" and compiles(way):
             return {"skipped": "a compiler takes as long for a tiny net as for a large one; the mlp tries it"}
         model, criterion, batch = found[name]
         model = copy.deepcopy(model)  # some leave their gradients on it
@@ -191,10 +195,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--job", action="store_true", help="top five, trace and density instead of single products")
     parser.add_argument("--blocks", help="sizes with commas between: products in blocks, by vmap")
     parser.add_argument("--images", type=int, default=10_000, help="of the job resnet18")
-    parser.add_argument("--products", type=int, default=100, help="at most so many for one number of a job")
+    parser.add_argument(
+        "--products", type=int, default=100, help="at most so many for one number of a job; 0: one product"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-errors", dest="exactly", action="store_false", help="no product in float64")
     parser.add_argument("--ways", default=";".join(WAYS), help="names, with semicolons between: some have commas")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leaves out the ways that torch.compile takes part in"
+    )
     parser.add_argument("--scale", choices=SIZES, default="full")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precision", choices=["highest", "high"], default="highest", help="high: TF32 for products")
@@ -215,11 +224,14 @@ def main() -> None:
     print(device, torch.__version__)
     for name in given.models or (gpu_jobs.JOBS if given.job else MODELS):
         if given.job:
+            cells.same["images"] = given.images if name == "resnet18" else None
             gpu_jobs.compare(cells, name, given)
         elif given.blocks:
             blocks(cells, name, [int(size) for size in given.blocks.split(",")], given)
         else:
-            products(cells, name, given.ways.split(";"), given)
+            products(
+                cells, name, [way for way in given.ways.split(";") if not (given.no_compile and compiles(way))], given
+            )
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class Cells:
     def add(self, row: Row) -> None:
         row = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
         self.rows = [*(x for x in self.rows if identity(x) != identity(row)), row]
-        print(" ".join(f"{name}={short(value)}" for name, value in row.items()), flush=True)
+        print(" ".join(f"{name}={short(value)}" for name, value in row.items() if value is not None), flush=True)
         keys = [identity(x) for x in self.rows]
         record.write(self.file, [*(x for x in self.before if identity(x) not in keys), *self.rows])
 
@@ -93,8 +93,11 @@ def earlier(file: Path | None) -> list[Row]:
     return json.loads(file.read_text("utf-8"))["rows"] if file is not None and file.is_file() else []
 
 
+COLUMNS = "what", "model", "by", "number", "block", "images", "precision", "scale", "device"
+
+
 def identity(row: Row) -> list[Any]:
-    return [row.get(name) for name in ("what", "model", "by", "number", "block", "precision", "scale", "device")]
+    return [row.get(name) for name in COLUMNS]
 
 
 def place(error: Exception) -> str:

@@ -175,7 +175,7 @@ def compare(cells: Cells, name: str, given: argparse.Namespace) -> None:
     if cells.run({"model": name, "by": "problem"}, build) is None:
         return
     results = {library: numbers(cells, name, library, found[0], given.products) for library in LIBRARIES}
-    truth = truth_of(cells, name, *found[0], given.products)
+    truth = truth_of(cells, name, *found[0], given.products) if given.products else {}
     for library, of_library in results.items():
         for number, row in of_library.items():
             if number in truth:
@@ -211,7 +211,7 @@ def numbers(cells: Cells, name: str, library: str, problem: Job, most: int) -> d
     found: dict[str, Row] = {}
     with kernel():
         once = cells.run({**key, "number": "product"}, product)
-        for number in ("top", "trace", "density") if once is not None else ():
+        for number in ("top", "trace", "density") if once is not None and most else ():
             cap = min(most, int(0.8 * cells.left / once["product_seconds"]))
 
             def measure(number: str = number, cap: int = cap) -> Row:

@@ -17,9 +17,15 @@ share() {
     local left=$((end - SECONDS)) seconds=$1 name=$2
     shift 2
     seconds=$((seconds < left ? seconds : left))
-    if ((seconds < 5)); then echo "== $name: no time left"; return; fi
+    if ((seconds < 20)); then
+        echo "== $name: no time left"
+        return
+    fi
     echo "== $name: at most $seconds s"
-    timeout -k 5 $((seconds + 5)) "${@//@SECONDS@/$seconds}" 2>&1 | tee -a "$out/$name.log" | grep -v BatchedFallback | cut -c1-300 | tail -40
+    # A script begins to count when its imports are done: ten seconds are theirs.
+    timeout -k 5 "$seconds" "${@//@SECONDS@/$((seconds - 10))}" >>"$out/$name.log" 2>&1
+    echo "== $name: exit status $?" | tee -a "$out/$name.log"
+    grep -v BatchedFallback "$out/$name.log" | cut -c1-250 | tail -60
 }
 
 bench() { # bench SECONDS NAME ARGUMENTS...
@@ -29,16 +35,19 @@ bench() { # bench SECONDS NAME ARGUMENTS...
     share "$seconds" "$name" "$python" tests/bench/bench_gpu.py "$@" --seconds @SECONDS@ --json "$out/gpu.json" $options
 }
 
-# What has never run: equal bits first.
-share 20 probes "$python" -m pytest -q -p no:cacheprovider -n 0 -m gpu tests/test_gpu.py -k "probes or draws"
-bench 60 products resnet18
-bench 80 products nanogpt
-share 90 tests "$python" -m pytest -q -p no:cacheprovider -n 0 -m gpu tests/test_gpu.py
-bench 130 job --job gpt --cell 30
-bench 160 job --job resnet18 --cell 30 --images "${IMAGES:-10000}"
-bench 50 products vit
-bench 50 products resnet50
-bench 40 blocks --blocks 1,2,4,8,16 mlp resnet18
-bench 30 precision nanogpt --precision high --ways "gradient;hessfn hvp;hessfn linearized_hvp;hessian-eigenthings"
-bench 20 products mlp
+compiled="gradient;hessfn linearized_hvp;hessfn linearized_hvp, compiled;hessfn linearized_hvp, reduce-overhead"
+tf32="gradient;hessfn hvp;hessfn linearized_hvp;hessian-eigenthings"
+images=${IMAGES:-2000}
+
+# What has never run comes first, and in it the bits of the probes.
+share 100 tests "$python" -m pytest -q -p no:cacheprovider -n 0 -m gpu tests/test_gpu.py
+bench 190 products resnet18 nanogpt vit resnet50 --no-compile
+bench 160 job_gpt gpt --job --cell 30 --products 60
+# A product takes as long as the images it is of: numbers and errors are of 2000, the seconds of a product also of 10,000.
+bench 140 job_resnet18 resnet18 --job --cell 30 --products 60 --images "$images"
+bench 45 blocks mlp resnet18 nanogpt --blocks 1,2,4,8,16
+bench 45 job_product resnet18 --job --products 0 --images "$((5 * images))"
+bench 90 compiled resnet18 nanogpt --cell 45 --ways "$compiled"
+bench 40 tf32 nanogpt --precision high --ways "$tf32"
+bench 25 mlp mlp --no-compile
 ls -l "$out"

@@ -128,7 +128,7 @@ def job(name: str, scale: str, device: torch.device, num_images: int) -> Job:
     full = scale == "full"
     if name == "gpt":
         model, criterion, batch = problem("nanogpt", scale, device)
-        trained(model, criterion, [batch], torch.optim.AdamW(model.parameters(), 3e-4), 20 if full else 2)
+        trained(model, criterion, [batch], torch.optim.AdamW(model.parameters(), 3e-4 if full else 3e-2), 30)
         return model, criterion, [batch]
     model, criterion, (found, _) = problem("resnet18", scale, device)
     size = 500 if full else len(found)

@@ -1,9 +1,9 @@
-"""The truth that gpu_jobs.py holds its numbers against: long runs of more than one library, without TF32.
+"""The truth that gpu_jobs.py holds its numbers against: longer runs of more than one library.
 
-The five eigenvalues are Rayleigh quotients by double backward of torch.autograd, at vectors that hessfn has found, with
-their residuals; ``apart`` is how far hessian-eigenthings' own longer run is from them. The trace is the mean of
-hessfn's and hessian-eigenthings' own probes, weighed by their variances; ``apart`` is the difference in standard
-errors. The density is the mean of the quadratures of both. ``libraries`` says how many have had their part.
+The five eigenvalues are Rayleigh quotients by double backward of torch.autograd, without TF32, at vectors that hessfn
+has found, with their residuals; ``apart`` is how far hessian-eigenthings' own longer run is from them. The trace is
+the mean of hessfn's and hessian-eigenthings' own probes, weighed by their variances; ``apart`` is the difference in
+standard errors. The density is the mean of the quadratures of both. ``libraries`` says how many have had their part.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def double_backward(model: Any, criterion: Any, batches: Any, v: Tensor) -> Tens
     params = list(model.parameters())
     total, count = torch.zeros_like(v), 0
     parts = [x.reshape(p.shape) for x, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), without_tf32():
         for inputs, targets in batches:
             gradient = torch.autograd.grad(criterion(model(inputs), targets), params, create_graph=True)
             product = torch.autograd.grad(gradient, params, parts)
@@ -111,9 +111,8 @@ def measured(cells: Cells, key: Row, tasks: dict[str, Any]) -> dict[str, Row]:
 def truth_of(cells: Cells, name: str, model: Any, criterion: Any, batches: Any, most: int) -> dict[str, Row]:
     """Of each number what both say together; of some there may be none."""
     key = {"model": name}
-    with without_tf32():
-        ours = by_hessfn(cells, key, model, criterion, batches, most)
-        theirs = by_eigenthings(cells, key, model, criterion, batches, most)
+    ours = by_hessfn(cells, key, model, criterion, batches, most)
+    theirs = by_eigenthings(cells, key, model, criterion, batches, most)
     truth = {}
     for number in ("top", "trace", "density"):
         both = [found[number] for found in (ours, theirs) if number in found]
