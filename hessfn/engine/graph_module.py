@@ -44,6 +44,13 @@ class GraphModule(fx.GraphModule):
         return self.compiled()(self, *inputs)
 
 
+def compiled(module: fx.GraphModule) -> fx.GraphModule:
+    """The same module, compiled now and not at its first call, into which ``torch.compile`` could not look."""
+    if isinstance(module, GraphModule):
+        module.compiled()
+    return module
+
+
 @contextmanager
 def without_collections() -> Iterator[None]:
     """A graph is many small objects that all stay: to look for garbage among them takes a third of a trace."""

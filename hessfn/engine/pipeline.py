@@ -19,7 +19,7 @@ from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import Tree
 from hessfn.engine import decisions, linearize, memory_plan, rewrites, symmetric_map
 from hessfn.engine.fused import passes
-from hessfn.engine.graph_module import without_collections
+from hessfn.engine.graph_module import compiled, without_collections
 from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
 
 try:
@@ -217,7 +217,7 @@ def linear_product(module: fx.GraphModule, job: Job) -> Callable[..., list[Tenso
     It has derivatives by the vector, which are products again: the graph itself is not to be differentiated. Not under
     ``torch_state_lock``: it may wait for a compiler.
     """
-    module = run(LOWERING, module, job)
+    module = compiled(run(LOWERING, module, job))
     product = linearize.compiled(module, tree.leaves(job.params)) if job.compile else module
     lock = Lock()  # the block of memory is one product's at a time
 
