@@ -87,6 +87,8 @@ MODELS = {
         "resnet18": "ResNet18, 512 images of 32 x 32",
         "resnet50": "ResNet50, 64 images of 224 x 224",
         "gpt": "GPT, 12 layers of 768, vocabulary 50257, 4 x 1024 tokens",
+        "nanogpt": "GPT-2 with 124 million parameters, 4 x 1024 tokens",
+        "vit": "ViT-B/16, 32 images of 224 x 224",
     },
     "products_cpu": {
         "resnet20": "ResNet20, CIFAR-10, batch 128",
@@ -96,6 +98,12 @@ MODELS = {
 }
 
 
+def models_of(name: str, record: Record) -> dict[str, str]:
+    """Those of a table that the record has."""
+    there = {row.get("model") for row in record["rows"] if "ms" in row}
+    return {model: words for model, words in MODELS[name].items() if model in there}
+
+
 def peers() -> Lines:
     """Of the README: what each library can do, then milliseconds of a product, on a GPU first."""
     features, gpu, cpu = read("features"), read("products_gpu"), read("products_cpu")
@@ -103,8 +111,8 @@ def peers() -> Lines:
     for feature in dict.fromkeys(row["feature"] for row in features["rows"]):
         answers = {row["by"]: row["has"] for row in features["rows"] if row["feature"] == feature}
         rows.append([feature, *("yes" if answers[name] else "no" for name in ("hessfn", *PEERS))])
-    for where, record, models in (("GPU", gpu, MODELS["products_gpu"]), ("CPU", cpu, MODELS["products_cpu"])):
-        for model, words in models.items():
+    for where, record, models in (("GPU", gpu, "products_gpu"), ("CPU", cpu, "products_cpu")):
+        for model, words in models_of(models, record).items():
             of = {
                 by: cell(record, "ms", ".0f", model=model, by=by) or "not measured" for by in (HVP, LINEARIZED, *PEERS)
             }
@@ -124,19 +132,32 @@ def peers() -> Lines:
     return [*table(["", "hessfn", *with_versions(PEERS, features)], rows), "", *textwrap.wrap(words, 120)]
 
 
+WAYS_GPU = {
+    "PyHessian, one batch (graph kept)": "PyHessian, graph kept",
+    "PyHessian, loader": "PyHessian, loader",
+    "curvlinops": "curvlinops",
+    "hessian-eigenthings": "hessian-eigenthings",
+    HVP: "`hvp`",
+    LINEARIZED: "`linearized_hvp`",
+    f"{LINEARIZED}, CUDA graph": "as a CUDA graph",
+}
+
+
 def products_gpu() -> Lines:
     record = read("products_gpu")
-    ways = ("curvlinops", "hessian-eigenthings", HVP, LINEARIZED)
+    measured = {row["by"] for row in record["rows"] if "ms" in row}
+    ways = [by for by in WAYS_GPU if by in measured]
 
     def both(model: str, by: str) -> str:
-        return f"{cell(record, 'ms', '.1f', model=model, by=by)} ({cell(record, 'gradients', model=model, by=by)})"
+        ms = cell(record, "ms", ".1f", model=model, by=by)
+        return ms and f"{ms} ({cell(record, 'gradients', model=model, by=by)})"
 
     rows = [
         [words, cell(record, "ms", ".1f", model=model, by="gradient"), *(both(model, by) for by in ways)]
-        for model, words in MODELS["products_gpu"].items()
+        for model, words in models_of("products_gpu", record).items()
     ]
-    names = with_versions(ways[:2], record)
-    return dated(record, *table(["", "gradient", *names, "`hvp`", "`linearized_hvp`"], rows))
+    names = [f"{WAYS_GPU[by]} {record['libraries'].get(by, '')}".strip() for by in ways]
+    return dated(record, *table(["", "gradient", *names], rows))
 
 
 def by_model(key: str, ways: dict[str, str]) -> Lines:

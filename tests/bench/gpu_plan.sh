@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that a GPU is to show, in the order of its value, within twelve minutes: tests/bench/gpu_plan.sh FOLDER
-# FOLDER has the logs and the JSON of the tables; what has been measured is there even if the machine is taken away.
+# FOLDER has a log and a JSON file of each step; what has been measured is there even if the machine is taken away.
 # PYTHON is the interpreter (python3); a folder of the peers goes into PYTHONPATH, one of CIFAR's images into HESSFN_DATA.
 # SECONDS_FOR_ALL=60 OPTIONS="--scale tiny --device cpu --products 12" IMAGES=4 tries the script on a CPU.
 set -u
@@ -32,7 +32,7 @@ bench() { # bench SECONDS NAME ARGUMENTS...
     local seconds=$1 name=$2
     shift 2
     # shellcheck disable=SC2086  # options are words
-    share "$seconds" "$name" "$python" tests/bench/bench_gpu.py "$@" --seconds @SECONDS@ --json "$out/gpu.json" $options
+    share "$seconds" "$name" "$python" tests/bench/bench_gpu.py "$@" --seconds @SECONDS@ --json "$out/$name.json" $options
 }
 
 compiled="gradient;hessfn linearized_hvp;hessfn linearized_hvp, compiled;hessfn linearized_hvp, reduce-overhead"
