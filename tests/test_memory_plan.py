@@ -13,7 +13,7 @@ from torch.func import vmap
 
 import hessfn as hf
 from hessfn.core import tree
-from hessfn.engine import memory_plan
+from hessfn.engine import heap, memory_plan, pipeline
 
 
 def convolutions():
@@ -169,3 +169,28 @@ def test_what_is_added_to_a_product_may_be_of_another_dtype(way):
     exact = hf.hvp(loss, wide, mode="double_backward")(tree.map(Tensor.float, v))
     found = tree.map(Tensor.float, way(loss, w)(v))
     assert tree.norm(tree.add(found, exact, -1.0)) < 0.01 * tree.norm(exact)
+
+
+def trims(size):
+    """Where the heap is trimmed in a product through twelve layers, each with memory of its own until the way back."""
+
+    def loss(w):
+        x = w
+        for _ in range(12):
+            x = (x * x).sin()
+        return x.sum()
+
+    job = pipeline.Job(loss, torch.empty(size), ())
+    module = pipeline.run(pipeline.STAGES, None, job)
+    nodes = list(module.graph.nodes)
+    return module, [i / len(nodes) for i, node in enumerate(nodes) if node.target is heap.trim_heap]
+
+
+def test_the_heap_is_trimmed_before_the_peak_of_a_large_product_alone():
+    module, where = trims(1 << 20)
+    assert where
+    assert max(where) < 0.75  # on the way back less and less is alive
+    v = torch.linspace(-1, 1, 1 << 20)
+    (found,) = module(torch.linspace(0.1, 0.9, 1 << 20), v)
+    assert found.isfinite().all()
+    assert trims(1 << 10)[1] == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor, fx
 from hessfn.core import tree
 from hessfn.core.errors import WrongProduct
 from hessfn.engine.graph_module import GraphModule, interpreted
+from hessfn.engine.heap import trim_heap
 from hessfn.engine.meta_shapes import looks
 from hessfn.engine.rewrites import drop_dead, fixed_nodes
 from hessfn.engine.trace import Record, graph_of
@@ -107,13 +106,6 @@ def _leave_out_zeros(node: fx.Node, module: fx.GraphModule) -> None:
         if zeros.op == "get_attr" and same and not module.get_buffer(zeros.target).any():
             node.replace_all_uses_with(other)
             return
-
-
-def trim_heap() -> None:
-    """Gives the system what was freed: glibc keeps it, and the products would come on top of it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def compiled(module: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[Tensor]]:

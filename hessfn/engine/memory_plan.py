@@ -74,12 +74,13 @@ def _looks_like(node: fx.Node, other: fx.Node) -> bool:
     return looks(node.meta["val"]) == looks(other.meta["val"])
 
 
-def call_out(function: Any, place: Tensor, *args: Any) -> Tensor:
+def call_out(function: Any, place: Tensor, *args: Any, **how: Any) -> Tensor:
     """The result of an operation in a place that is given (its out variant), unless it has to be elsewhere."""
-    if torch.compiler.is_compiling() or is_observed(*args):
-        return function(*args)  # a compiler sees to memory itself, autograd needs inputs, vmap has many results
+    inputs = args[0] if function is aten.cat.default else args
+    if torch.compiler.is_compiling() or is_observed(*inputs):
+        return function(*args, **how)  # a compiler sees to memory itself, autograd needs inputs, vmap has many results
     with_out, name = _WITH_OUT[function]
-    return with_out(*args, **{name: place})
+    return with_out(*args, **how, **{name: place})
 
 
 def keep_block(module: fx.GraphModule, at_least: int = 1 << 16) -> None:
@@ -113,7 +114,7 @@ def keep_block(module: fx.GraphModule, at_least: int = 1 << 16) -> None:
 
 def _storages(nodes: list[fx.Node], at_least: int) -> tuple[dict[fx.Node, fx.Node], set[fx.Node]]:
     """Alias analysis: which node owns the memory each result is in; and the owners to get theirs from the block."""
-    sources = {node: source for node in nodes if (source := _source(node)) is not None}
+    sources = {node: source for node in nodes if (source := source_of(node)) is not None}
     results = set(nodes[-1].all_input_nodes)
     for node in reversed(nodes):
         if node in results and node in sources:
@@ -123,7 +124,8 @@ def _storages(nodes: list[fx.Node], at_least: int) -> tuple[dict[fx.Node, fx.Nod
     for node in nodes:
         owners[node] = owners[sources[node]] if node in sources else node
         elsewhere = node.target is call_out and owners[node] not in planned  # onto what an operation had to allocate
-        own = (node.target in _WITH_OUT and not node.kwargs) or takes_out(node.target)
+        has_place = not node.kwargs or node.target is aten.clone.default
+        own = (node.target in _WITH_OUT and has_place) or takes_out(node.target)
         if (own or elsewhere) and node not in results and _is_large(node.meta["val"], at_least):
             owners[node] = node
             planned.add(node)
@@ -135,7 +137,7 @@ def takes_out(function: Any) -> bool:
     return getattr(function, "takes_out", False)
 
 
-def _source(node: fx.Node) -> Any:
+def source_of(node: fx.Node) -> Any:
     """What a result is a view of, or is written into."""
     if node.target is call_out:
         return node.args[1]
@@ -204,5 +206,8 @@ _WITH_OUT = {
     aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
     aten.mm.default: (aten.mm.out, "out"),
     aten.bmm.default: (aten.bmm.out, "out"),
+    aten.neg.default: (aten.neg.out, "out"),
+    aten.cat.default: (aten.cat.out, "out"),
+    aten.clone.default: (aten.clone.out, "out"),
 }
-_ONTO_FIRST = _WITH_OUT.keys() - {aten.mm.default, aten.bmm.default}
+_ONTO_FIRST = _WITH_OUT.keys() - {aten.mm.default, aten.bmm.default, aten.cat.default, aten.clone.default}

@@ -17,7 +17,7 @@ from hessfn.core import tree
 from hessfn.core.locks import Lock
 from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import Tree
-from hessfn.engine import decisions, linearize, memory_plan, rewrites, symmetric_map
+from hessfn.engine import decisions, heap, linearize, memory_plan, rewrites, symmetric_map
 from hessfn.engine.fused import passes
 from hessfn.engine.graph_module import compiled, without_collections
 from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
@@ -70,19 +70,12 @@ def _differentiate(module: fx.GraphModule, job: Job) -> fx.GraphModule:
 LOSS: tuple[Stage, ...] = (
     Stage(
         "trace",
-        "The loss is recorded as a graph of aten operations; attention is its math kernel, and operations without a "
-        "derivative rule are decomposed.",
+        "The loss is recorded as a graph of aten operations; those without a derivative rule are decomposed.",
         lambda _, job: trace(job.loss, job.params, job.args, job.record),
     ),
+    Stage("functional_copies", "Assignments to slices become their sources.", _rewrite(rewrites.functional_copies)),
     Stage(
-        "functional_copies",
-        "Assignments to slices, which have no derivative rule, become their sources, cast and expanded.",
-        _rewrite(rewrites.functional_copies),
-    ),
-    Stage(
-        "drop_same_views",
-        "Views that change nothing but the strides of dimensions of one entry go.",
-        _rewrite(rewrites.drop_same_views),
+        "drop_same_views", "Views that change strides of single entries only go.", _rewrite(rewrites.drop_same_views)
     ),
     Stage("drop_dead", "Dead code elimination: what the loss does not depend on goes.", _rewrite(rewrites.drop_dead)),
     Stage("fuse_heads", "The product that makes many logits goes into their loss.", _rewrite(passes.fuse_heads)),
@@ -176,6 +169,12 @@ LOWERING: tuple[Stage, ...] = (
         "use_out_variants",
         "What is added to, multiplied or masked for the last time has the result in its place.",
         lambda module, _: memory_plan.use_out_variants(module),
+    ),
+    Stage(
+        "trim_where_it_peaks",
+        "On the way to the peak of memory, what was freed goes back to the system.",
+        lambda module, _: heap.trim_where_it_peaks(module),
+        lambda job: not job.linearized and job.on_cpu,
     ),
     Stage(
         "keep_block",

@@ -82,11 +82,12 @@ def tangent(
 ) -> tuple[Tensor, Tensor]:
     """Those of the output and of the log-sum-exp."""
     dout, dlse = torch.zeros_like(out), torch.zeros_like(lse)
-    turned = _beside(s.k, dk), _beside(dq, s.q)
+    k_dk = _beside(s.k, dk)
     for rows, tiles in _by_rows(s):
+        dq_q = _beside(dq[:, rows], s.q[:, rows])
         for tile in tiles:
             weights = _scores(s, tile).sub_(lse[:, rows]).exp_()
-            change = torch.bmm(turned[1][:, rows], turned[0][:, tile.columns].mT).mul_(weights)
+            change = torch.bmm(dq_q, k_dk[:, tile.columns].mT).mul_(weights)
             dlse[:, rows] += change.sum(-1, keepdim=True)
             dout[:, rows].baddbmm_(change, v[:, tile.columns], alpha=s.scale)
             dout[:, rows].baddbmm_(weights, dv[:, tile.columns])
@@ -128,15 +129,15 @@ def tangent_of_gradient(
     dgq, dgk, dgv = torch.zeros_like(s.q), torch.zeros_like(s.k), torch.zeros_like(v)
     along = (g * out).sum(-1, keepdim=True)
     dalong = (dg * out).sum(-1, keepdim=True) + (g * dout).sum(-1, keepdim=True)
-    k_dk, dq_q = _beside(s.k, dk), _beside(dq * s.scale, s.q * s.scale)
-    v_dv, dg_g = _beside(v, dv), _beside(dg, g)
+    k_dk, v_dv = _beside(s.k, dk), _beside(v, dv)
     for rows, tiles in _by_rows(s):
+        dq_q, dg_g = _beside(dq[:, rows], s.q[:, rows]).mul_(s.scale), _beside(dg[:, rows], g[:, rows])
         for tile in tiles:
             columns = tile.columns
             weights = _scores(s, tile).sub_(lse[:, rows]).exp_()
-            change = torch.bmm(dq_q[:, rows], k_dk[:, columns].mT).sub_(dlse[:, rows])  # of the weights, relative
+            change = torch.bmm(dq_q, k_dk[:, columns].mT).sub_(dlse[:, rows])  # of the weights, relative
             by_scores = torch.bmm(g[:, rows], v[:, columns].mT).sub_(along[:, rows])
-            dby_scores = torch.bmm(dg_g[:, rows], v_dv[:, columns].mT).sub_(dalong[:, rows])
+            dby_scores = torch.bmm(dg_g, v_dv[:, columns].mT).sub_(dalong[:, rows])
             dby_scores.addcmul_(change, by_scores).mul_(weights)
             by_scores.mul_(weights)
             change.mul_(weights)

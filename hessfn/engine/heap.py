@@ -1,0 +1,70 @@
+"""The heap of the C library, which keeps what is freed: the system gets it back where it would add to a peak."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from hessfn.engine.memory_plan import source_of
+
+_WORTH = 2**24  # bytes freed: each time takes some milliseconds
+
+
+@functools.cache
+def _trim() -> Callable[[int], Any] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def trim_heap() -> None:
+    """Gives the system what was freed, holes in the middle as well."""
+    if torch.compiler.is_compiling():
+        return
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+def trim_where_it_peaks(module: fx.GraphModule) -> None:
+    """The heap is trimmed on the way up to the peak of a graph: holes among what lives would come on top of it."""
+    graph = module.graph
+    nodes = list(graph.nodes)
+    owners = _owners(nodes)
+    last = {owners[i]: node for node in nodes for i in node.all_input_nodes}
+    dying: dict[fx.Node, int] = {}
+    for owner, node in last.items():
+        dying[node] = dying.get(node, 0) + _bytes(owner)
+    sizes, live = [], 0
+    for node in nodes:
+        live += _bytes(node) if owners[node] is node else 0
+        sizes.append(live)
+        live -= dying.get(node, 0)
+    peak, freed = max(sizes), 0
+    least = max(_WORTH, peak // 16)
+    for node, size in zip(nodes, sizes, strict=True):
+        freed += dying.get(node, 0)
+        if freed > least and node.op == "call_function":
+            freed = 0
+            if size > peak / 2:
+                with graph.inserting_after(node):
+                    graph.call_function(trim_heap)
+    module.recompile()
+
+
+def _owners(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Which node has made the memory that each result is in."""
+    owners: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        source = source_of(node)
+        owners[node] = node if source is None or "val" not in source.meta else owners[source]
+    return owners
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.nbytes if node.op == "call_function" and isinstance(value, Tensor) else 0
