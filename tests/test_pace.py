@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hessfn import report
 from hessfn.reporting import html, pilot
@@ -123,6 +123,14 @@ class Stream:
         return iter(range(20))
 
 
+class Numbered(IterableDataset[int]):
+    def __iter__(self) -> Any:
+        return iter(range(20))
+
+    def __len__(self) -> int:
+        return 20
+
+
 def test_batches_are_spread_over_the_data() -> None:
     assert spread(1, 9) == [4] and spread(9, 9) == list(range(9)) and spread(12, 9) == list(range(9))
     for num, total in ((2, 7), (5, 50), (49, 50)):
@@ -135,6 +143,21 @@ def test_batches_are_spread_over_the_data() -> None:
     assert [y.tolist() for _, y in found] == [list(range(10 * i, min(10 * i + 10, 103))) for i in spread(3, 11)]
     assert len(data.loaded) == sum(len(y) for _, y in found)
     assert list(some(Stream(), 3)) == [0, 1, 2]  # nobody knows how many there are
+    numbered = DataLoader(Numbered(), batch_size=4)  # which has a length, and an endless sampler
+    assert [x.tolist() for x in some(numbered, 2)] == [[4, 5, 6, 7], [12, 13, 14, 15]]
+
+
+class Boasting(Stream):
+    def __len__(self) -> int:
+        return 1000
+
+
+def test_lengths_that_are_not_true_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than 999 of them, and end before"):
+        some(Boasting(), 1000)
+    prepared = prepare((*problem(Machine(lambda t: 0.0), 6), [1.0, 2.0]), Options())
+    with pytest.raises(ValueError, match="there are 2 weights for 6 batches"):
+        some_batches(prepared, 2)
 
 
 def test_the_weights_of_batches_go_with_them() -> None:

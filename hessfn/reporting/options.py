@@ -235,7 +235,7 @@ def _in_range(name: str, value: Any, least: int, or_zero: bool) -> int:
 def _positive(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 < number < math.inf:
         raise InvalidInput(f"{name}={value!r} must be a positive and finite number")

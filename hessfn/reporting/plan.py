@@ -128,7 +128,9 @@ def make_plan(
     limit = 60 * minutes * (1 - used)
     cheapest = estimated(least, costs, spreads, free_bytes=free_bytes)
     if cheapest.seconds > limit:
-        enough = math.ceil(cheapest.seconds / (1 - used) / 6) / 10
+        # A pilot takes a tenth of the time, or what it has taken now, if that is longer.
+        seconds = max(cheapest.seconds / 0.9, cheapest.seconds + 60 * minutes * used)
+        enough = math.ceil(seconds / 6) / 10
         raise InvalidInput(
             f"minutes={minutes:g} is too short for the smallest report, {described(cheapest)}: give "
             f"minutes={enough:g}, or smaller batches"

@@ -176,7 +176,7 @@ def _made(problem: Prepared, options: Options, clock: Clock) -> Plan:
     free = free_bytes(tree.leaves(problem.params)[0].device)
     costs, spreads = measure(problem, Clock(_PILOT * 60 * options.minutes))
     clock.forward = min(1.0, costs.forward / costs.product) if costs.product > 0 else clock.forward
-    used = min(0.9, clock.spent / (60 * options.minutes))
+    used = clock.spent / (60 * options.minutes)
     costs = replace(
         costs,
         activation=2 * costs.product,

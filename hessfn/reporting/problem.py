@@ -83,6 +83,8 @@ def some_batches(problem: Prepared, num: int) -> Prepared:
     """The problem of so many of its batches, spread over all of them, with their weights."""
     total, weights = number_of_all(problem.batches), problem.weights
     if total is not None and isinstance(weights, Sequence):
+        if len(weights) != total:
+            raise InvalidInput(f"there are {len(weights)} weights for {total} batches: give one for each")
         weights = [weights[i] for i in spread(num, total)]
     return problem._replace(batches=some(problem.batches, num), weights=weights)
 

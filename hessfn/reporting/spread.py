@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
+from hessfn.core.errors import InvalidInput
 from hessfn.losses.batches import number_of
 from hessfn.parallel.all_reduce import ShardedBatches
 
@@ -42,14 +43,22 @@ def _at(batches: Iterable[Any], numbers: list[int]) -> list[Any]:
     """Of a sequence, and of a DataLoader over one, no other batches are loaded."""
     if isinstance(batches, Sequence):
         return [batches[i] for i in numbers]
-    if isinstance(batches, DataLoader) and isinstance(batches.batch_sampler, Iterable):
-        samples = list(batches.batch_sampler)
-        batches = DataLoader(
-            batches.dataset,
-            batch_sampler=[samples[i] for i in numbers],
-            collate_fn=batches.collate_fn,
-            num_workers=batches.num_workers,
-        )
-        return list(batches)
+    # An iterable data set has no numbers, and its sampler no end.
+    is_map = isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset)
+    if isinstance(batches, DataLoader) and is_map and isinstance(batches.batch_sampler, Iterable):
+        return list(_chosen(batches, numbers))
     wanted = set(numbers)
-    return [batch for i, batch in enumerate(islice(batches, numbers[-1] + 1)) if i in wanted]
+    found = [batch for i, batch in enumerate(islice(batches, numbers[-1] + 1)) if i in wanted]
+    if len(found) < len(numbers):
+        raise InvalidInput(f"batches say that there are more than {numbers[-1]} of them, and end before")
+    return found
+
+
+def _chosen(loader: DataLoader[Any], numbers: list[int]) -> DataLoader[Any]:
+    samples = list(loader.batch_sampler or ())
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=[samples[i] for i in numbers],
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+    )
