@@ -4,7 +4,7 @@
     python tests/bench/bench_gpu.py --blocks 1,2,4,8 [mlp ...]      # several products at a time, by vmap
     python tests/bench/bench_gpu.py --job resnet18                  # top five, trace and density (gpu_jobs.py)
     python tests/bench/bench_gpu.py --scale tiny --device cpu       # tries the script itself
-    tests/bench/gpu_plan.sh FOLDER                                  # all of it in twelve minutes
+    tests/bench/gpu_plan.sh FOLDER                                  # all of it in ten minutes
 
 Milliseconds are medians of products one after the other, between CUDA events; memory is what torch has allocated at
 most beyond what was there before; the error is that of one product in norm, against double backward in float64.

@@ -86,7 +86,10 @@ class Cells:
         self.rows = [*(x for x in self.rows if identity(x) != identity(row)), row]
         print(" ".join(f"{name}={short(value)}" for name, value in row.items() if value is not None), flush=True)
         keys = [identity(x) for x in self.rows]
-        record.write(self.file, [*(x for x in self.before if identity(x) not in keys), *self.rows])
+        if self.file is not None:
+            part = self.file.with_suffix(".part")  # a kill in the middle of a file costs this row alone
+            record.write(part, [*(x for x in self.before if identity(x) not in keys), *self.rows])
+            part.replace(self.file)
 
 
 def earlier(file: Path | None) -> list[Row]:
