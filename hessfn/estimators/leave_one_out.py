@@ -240,7 +240,7 @@ def _beside_what_hides(stderr: Tensor, q: Tensor, quotients: Tensor, probes: Seq
         return stderr
     is_sign = (2 - torch.stack([kurtosis(z) for z in probes]).mean()).clamp(0, 1)  # 0 of Gaussian probes
     narrow = (2 * tree.wide(q).pow(4).sum(1)).clamp(max=1)
-    hidden = 0.6 * (quotients.abs() * narrow * is_sign).detach().amax()  # the interval has two of these, or more
+    hidden = 0.6 * (quotients.abs() * narrow * is_sign).amax()  # the interval has two of these, or more
     together = torch.hypot(stderr, torch.where(hidden > 0, hidden, 1.0))
     return torch.where(hidden > 0, together, stderr)
 
