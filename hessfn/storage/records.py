@@ -126,8 +126,10 @@ def replace(file: Path, parts: Iterable[Any]) -> None:
     """Written whole or not at all, whenever the process, the machine or the disk gives up."""
     part = None
     try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:
-            part = Path(stream.name)
+        # Not NamedTemporaryFile: on a full disk its own closing fails halfway, of which Python 3.14 warns.
+        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
+        part = Path(name)
+        with os.fdopen(handle, "wb") as stream:
             for data in parts:
                 stream.write(data)
             stream.flush()
