@@ -123,7 +123,7 @@ def make_plan(
     >>> spreads = Spreads(data=1.0, probe={0: 0.1, 20: 0.02})
     >>> plan = make_plan(costs, spreads, 5, num_batches=500, least=Plan(num_batches=2, num_probes=10, num_steps=20))
     >>> plan.num_batches, plan.num_probes, round(plan.seconds)
-    (81, 11, 299)
+    (58, 13, 297)
     """
     limit = 60 * minutes * (1 - used)
     cheapest = estimated(least, costs, spreads, free_bytes=free_bytes)
