@@ -51,7 +51,8 @@ def linearized_as_cuda_graph(model: Any, criterion: Any, batch: Any) -> hf.MatVe
 
 def reduce_overhead(model: Any, criterion: Any, batch: Any) -> hf.MatVec:
     """The same by torch.compile, which compiles the product as well."""
-    product = torch.compile(with_hessfn(hf.linearized_hvp)(model, criterion, batch), mode="reduce-overhead")
+    matvec = with_hessfn(hf.linearized_hvp)(model, criterion, batch)
+    product = torch.compile(matvec, mode="reduce-overhead", fullgraph=True)
     return lambda v: tree.map(torch.clone, product(v))
 
 

@@ -46,16 +46,16 @@ bench() { # bench NAME SECONDS FILE ARGUMENTS...
 
 compiled="gradient;hessfn linearized_hvp;hessfn linearized_hvp, compiled;hessfn linearized_hvp, reduce-overhead"
 tf32="gradient;hessfn hvp;hessfn linearized_hvp;hessian-eigenthings"
-images=${IMAGES:-2000}
+images=${IMAGES:-1000}
 
 # What has never run comes first, and in it the bits of the probes.
 step tests 100 "$python" -m pytest -q -p no:cacheprovider -n 0 -m gpu tests/test_gpu.py
 bench products 180 products resnet18 nanogpt vit resnet50 --no-compile
-bench gpt 150 jobs gpt --job --cell 30 --products 60
-# A product takes as long as the images it is of: numbers and errors are of 2000, the seconds of a product also of 10,000.
-bench resnet18 140 jobs resnet18 --job --cell 30 --products 60 --images "$images"
+bench gpt 160 jobs gpt --job --cell 30 --products 40
+# A product takes as long as the images it is of: numbers and errors are of 1000, the seconds of a product also of 10,000.
+bench resnet18 140 jobs resnet18 --job --cell 30 --products 40 --images "$images"
 bench blocks 45 blocks mlp resnet18 nanogpt --blocks 1,2,4,8,16
-bench images 45 jobs resnet18 --job --products 0 --images "$((5 * images))"
+bench images 45 jobs resnet18 --job --products 0 --images "$((10 * images))"
 bench compiled 90 compiled resnet18 nanogpt --cell 45 --ways "$compiled"
 bench tf32 40 compiled nanogpt --precision high --ways "$tf32"
 bench mlp 25 products mlp --no-compile

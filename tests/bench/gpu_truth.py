@@ -55,7 +55,7 @@ def by_hessfn(cells: Cells, key: Row, model: Any, criterion: Any, batches: Any, 
     found: dict[str, Any] = {}
 
     def top() -> Row:
-        pairs = hf.eigsh(matvec, hf.gaussian(params, 1, seed=9)[0], NUM_PAIRS, rtol=1e-4, max_matvecs=most)
+        pairs = hf.eigsh(matvec, hf.gaussian(params, 1, seed=9)[0], NUM_PAIRS, rtol=1e-4, max_matvecs=2 * most)
         found["pairs"] = pairs
         rows = []
         for i in range(NUM_PAIRS):
@@ -72,7 +72,7 @@ def by_hessfn(cells: Cells, key: Row, model: Any, criterion: Any, batches: Any, 
         return {"mean": float(estimate.mean), "stderr": float(estimate.stderr)}
 
     def density() -> Row:
-        rule = hf.slq(matvec, hf.gaussian(params, 2, seed=10), most)
+        rule = hf.slq(matvec, hf.gaussian(params, 1, seed=10), most)
         weights = rule.weights / len(rule.weights)
         return {"nodes": rule.nodes.flatten().tolist(), "weights": weights.flatten().tolist()}
 
@@ -87,7 +87,7 @@ def by_eigenthings(cells: Cells, key: Row, model: Any, criterion: Any, batches: 
     operator = module.HessianOperator(model, batches, module.supervised_loss(criterion))
 
     def top() -> Row:
-        found = module.lanczos(operator, k=NUM_PAIRS, max_iter=min(60, most), tol=1e-6, seed=9)
+        found = module.lanczos(operator, k=NUM_PAIRS, max_iter=min(30, most), tol=1e-6, seed=9)
         return {"values": sorted((float(x) for x in found.eigenvalues), key=lambda x: -abs(x))}
 
     def trace() -> Row:
@@ -108,21 +108,21 @@ def measured(cells: Cells, key: Row, tasks: dict[str, Any]) -> dict[str, Row]:
     return {number: row for number, row in rows.items() if row is not None}
 
 
-def truth_of(cells: Cells, name: str, model: Any, criterion: Any, batches: Any, most: int) -> dict[str, Row]:
-    """Of each number what both say together; of some there may be none."""
-    key = {"model": name}
-    ours = by_hessfn(cells, key, model, criterion, batches, most)
-    theirs = by_eigenthings(cells, key, model, criterion, batches, most)
+TRUTHS = {"hessfn": by_hessfn, "hessian-eigenthings": by_eigenthings}
+
+
+def together(cells: Cells, key: Row, parts: list[dict[str, Row]]) -> dict[str, Row]:
+    """Of each number what all parts say together; of some there may be none."""
     truth = {}
     for number in ("top", "trace", "density"):
-        both = [found[number] for found in (ours, theirs) if number in found]
-        if both:
-            truth[number] = {**together(number, both), "libraries": len(both)}
+        said = [part[number] for part in parts if number in part]
+        if said:
+            truth[number] = {**combined(number, said), "libraries": len(said)}
             cells.add({**cells.same, **key, "by": "truth", "number": number, **truth[number]})
     return truth
 
 
-def together(number: str, both: list[Row]) -> Row:
+def combined(number: str, both: list[Row]) -> Row:
     if number == "top":
         return {**both[0], "apart": largest(both[-1]["values"], both[0]["values"])}
     if number == "trace":
