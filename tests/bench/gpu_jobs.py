@@ -3,9 +3,9 @@
 ``resnet18``: CIFAR's form, shortly trained, on 10,000 images. ``gpt``: 124 million parameters, 4 x 1024 tokens.
 
 Each number is a cell. A library first makes one product, and is asked for as many as fit into the seconds of a cell,
-for trace and density at most ``--products``; the row has both numbers. What was found is in the rows, so that errors can
-be told later, too. The truth is made by more than one library: eigenvalues are Rayleigh quotients by double backward,
-without TF32; trace and density are means of hessfn's own and hessian-eigenthings' (gpu_truth.py).
+for trace and density at most ``--products``; the row has both numbers. What was found is in the rows, so that errors
+can be told later, too. The truth is made by more than one library: eigenvalues are Rayleigh quotients by double
+backward, without TF32; trace and density are means of hessfn's own and hessian-eigenthings' (gpu_truth.py).
 """
 
 from __future__ import annotations
