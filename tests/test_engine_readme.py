@@ -38,6 +38,7 @@ small compiler, with the usual parts under their usual names:
 | `rewrites.py` | passes that rewrite a graph in place: folding of BatchNorm, layouts, reassociation |
 | `linearize.py` | forward-over-reverse, constant folding |
 | `memory_plan.py` | alias analysis, out-variant rewrite, liveness: where results go |
+| `heap.py` | what was freed goes back to the system on the way to a peak of memory |
 | `fused/` | attention by tiles and cross-entropy in chunks: one node each, with both derivatives |
 | `conv3x3/` | a guest: compiled convolutions by 3 x 3; hessfn works when this folder is deleted |
 
