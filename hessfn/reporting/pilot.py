@@ -16,6 +16,7 @@ from hessfn.core.results import EigenPairs
 from hessfn.core.tree import MatVec, Tree
 from hessfn.estimators.control_variate import ControlVariate
 from hessfn.estimators.eigen import lanczos
+from hessfn.losses.batches import share_of
 from hessfn.products.hessian import hvp
 from hessfn.reporting.clock import Clock
 from hessfn.reporting.plan import Costs, Spreads
@@ -37,8 +38,11 @@ def measure(problem: Prepared, clock: Clock) -> tuple[Costs, Spreads]:
         clock: of the pilot alone. It ends with the step during which the time is up; what it takes at least are the
             products of two batches, once linearized, with two probes.
     """
-    num_ranks = getattr(problem.batches, "size", 1)
-    batches = list(some(problem.batches, min(_MOST_BATCHES * num_ranks, number_of_all(problem.batches) or 2)))
+    _, num_ranks = share_of(problem.batches)
+    total = number_of_all(problem.batches)
+    chosen = some(problem.batches, min(_MOST_BATCHES * num_ranks, total or _MOST_BATCHES))
+    # A process without a batch of its own measures one of the others'.
+    batches = list(chosen) or list(some(getattr(problem.batches, "batches", ()), 1))
     first, probe = batches[0], gaussian(problem.params, 1)[0]
     with torch.no_grad():
         forward = _fastest(lambda: problem.loss(problem.params, first))
