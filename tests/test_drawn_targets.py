@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import hessfn as hf
 from hessfn.core import philox
+from hessfn.core.fingerprints import checksum
 from hessfn.core.probes import uniform
 from hessfn.products.predictive import require_distribution, seed_of
 
@@ -35,6 +36,10 @@ LIKELIHOODS = {
     "bits": (nn.BCEWithLogitsLoss(), (X @ torch.ones(3, 4).double()).sign().relu()),
 }
 each_likelihood = pytest.mark.parametrize("name", LIKELIHOODS)
+
+
+def values(*shape: int) -> Tensor:
+    return hf.gaussian(torch.zeros(shape).double(), 1, seed=7)[0]
 
 
 def flat(x: Any) -> Tensor:
@@ -124,6 +129,20 @@ def test_a_device_draws_the_same_targets(name: str, monkeypatch: pytest.MonkeyPa
     expected = product(name)
     monkeypatch.setattr(philox, "words", philox.computed_words)
     assert torch.equal(product(name), expected)
+
+
+def test_the_checksum_of_data_is_that_of_a_loop_under_transforms() -> None:
+    data = {
+        "x": values(4, 3, 2), "labels": torch.arange(4), "none": torch.zeros(4, 0),
+        "complex": torch.complex(values(4, 2), values(4, 2) + 1), "mask": torch.arange(8).reshape(4, 2) > 3,
+        "half": values(4, 3).bfloat16(),
+    }  # fmt: skip
+    loop = torch.stack([checksum({name: leaf[i] for name, leaf in data.items()}) for i in range(4)])
+    assert torch.equal(torch.func.vmap(checksum)(data), loop) and len(loop.unique()) > 12
+    nested = torch.func.vmap(torch.func.vmap(lambda row: checksum([row])))(data["x"])
+    assert torch.equal(nested[:, :, 0], torch.stack([torch.cat([checksum([row]) for row in m]) for m in data["x"]]))
+    slope = torch.func.grad(lambda x: x.square().sum() + checksum([x]).sum().double())(data["x"])
+    assert torch.equal(slope, 2 * data["x"])
 
 
 def test_the_seed_of_draws_is_one_of_data_and_seed() -> None:

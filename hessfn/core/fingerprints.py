@@ -12,6 +12,7 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.arrays import as_tensor
 from hessfn.core.errors import InvalidInput
+from hessfn.core.torch_private import under_functorch
 from hessfn.core.tree import Tree
 
 
@@ -56,10 +57,27 @@ def checksum(x: Tree) -> Tensor:
 
 
 def _sum_of_bits(leaf: Tensor) -> Tensor:
-    if not leaf.numel():
-        return torch.zeros((), dtype=torch.int64, device=leaf.device)
     entries = torch.view_as_real(leaf.detach().resolve_conj()) if leaf.is_complex() else leaf.detach()
-    return entries.contiguous().view(_BITS[entries.element_size()]).sum(dtype=torch.int64)
+    # Before 2.12 vmap had no rule for a view as another dtype: the operation below has one.
+    sums = torch.ops.hessfn.sums_of_bits if under_functorch() else _sums_of_bits
+    found: Tensor = sums(entries.reshape(1, -1))[0]
+    return found
+
+
+def _sums_of_bits(rows: Tensor) -> Tensor:
+    if not rows.numel():
+        return torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    return rows.contiguous().view(_BITS[rows.element_size()]).sum(1, dtype=torch.int64)
+
+
+def _sums_for_each(info: Any, in_dims: Any, rows: Tensor) -> tuple[Tensor, int]:
+    rows = rows.movedim(in_dims[0], 0)
+    return torch.ops.hessfn.sums_of_bits(rows.flatten(0, 1)).reshape(rows.shape[:2]), 0
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_operation = torch.library.custom_op(
+    "hessfn::sums_of_bits", _sums_of_bits, mutates_args=(), schema="(Tensor rows) -> Tensor"
+)
+_operation.register_fake(lambda rows: rows.new_empty(len(rows), dtype=torch.int64))
+_operation.register_vmap(_sums_for_each)
