@@ -64,17 +64,16 @@ def test_a_product_that_was_never_called_is_one_graph(build: Callable[[], Any]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_torch_s_own_compiler_gives_the_same_product(mode: str) -> None:
+def test_torch_s_own_compiler_gives_the_same_product() -> None:
     # In a process of its own: a compiler leaves threads and processes behind.
     code = (
         "import sys, warnings; warnings.simplefilter('ignore'); sys.path.insert(0, sys.argv[1]);"
         "import torch; from test_compiled_products import linearized, mlp, off;"
         "matvec, (v, w) = linearized(mlp, torch.float32);"
-        "compiled = torch.compile(matvec, fullgraph=True, mode=sys.argv[2]);"
+        "compiled = torch.compile(matvec, fullgraph=True, mode='reduce-overhead');"
         "print(max(off(compiled(x), matvec(x)) for x in (v, w)))"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), mode]
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     if "compiler" in done.stderr and "InvalidCxxCompiler" in done.stderr:
         pytest.skip("no C++ compiler")

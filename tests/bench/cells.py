@@ -75,10 +75,10 @@ class Cells:
                 row["cell_seconds"] = round(time.monotonic() - begun, 2)
         except Exception as error:
             row = {"failed": f"{type(error).__name__}: {str(error)[:160]}", "where": place(error)}
+        self.add({**key, **row})
         gc.collect()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.add({**key, **row})
+            torch.cuda.empty_cache()  # raises if the device is lost: then no other cell of this process has a meaning
         return row if done else None
 
     def add(self, row: Row) -> None:
