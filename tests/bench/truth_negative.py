@@ -117,7 +117,7 @@ def main() -> None:
         options.state.mkdir(parents=True, exist_ok=True)
         found = extended(options.state, STEPS, time.monotonic() + 60 * options.minutes)
         done = len(found["alpha"])
-        rows = [share(found["alpha"], found["beta"], m, found["n"]) for m in SHOWN if m <= done]
+        rows = [share(found["alpha"], found["beta"], m, found["n"]) for m in sorted({*SHOWN, done}) if m <= done]
         FILE.write_text(json.dumps({"num_parameters": found["n"], "rows": rows}, indent=1) + "\n")
         print(f"{done} of {STEPS} steps")
         for row in rows:
