@@ -12,6 +12,7 @@ from torch import Tensor
 from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import checksum
 from hessfn.core.probes import gaussian, require_seed, uniform
+from hessfn.core.tree import wide
 from hessfn.losses.criteria import parts_of
 
 Settings = dict[str, Any]
@@ -79,7 +80,7 @@ def _categorical(outputs: Tensor, targets: Tensor, settings: Settings, logits: b
     if outputs.dim() < 2:
         raise InvalidInput(f"classes lie along the second axis of outputs, but these have shape {tuple(outputs.shape)}")
     mass, divisor = _class_mass(outputs, targets, settings)
-    probabilities = outputs.detach().double().softmax(1)
+    probabilities = wide(outputs.detach()).softmax(1)
     to_now = probabilities.cumsum(1)
 
     def draw(numbers: Tensor) -> Tensor:
@@ -96,9 +97,9 @@ def _class_mass(outputs: Tensor, targets: Tensor, settings: Settings) -> tuple[T
     count = outputs.shape[1]
     smoothing = settings.get("label_smoothing", 0.0)
     given = settings.get("weight")
-    weight = torch.ones(count, dtype=torch.float64, device=outputs.device) if given is None else given.detach().double()
+    weight = wide(outputs.new_ones(count) if given is None else given.detach())
     if targets.is_floating_point():
-        shares = (1 - smoothing) * targets.double() + smoothing / count
+        shares = (1 - smoothing) * wide(targets) + smoothing / count
         return (shares * weight.reshape(-1, *[1] * (targets.dim() - 2))).sum(1), targets.numel() / count
     counted = targets != settings.get("ignore_index", -100)
     own = weight[targets.clamp(0, count - 1)] * counted
@@ -118,15 +119,15 @@ def _normal(outputs: Tensor, targets: Tensor, settings: Settings) -> Predicted:
 
 
 def _bernoulli(outputs: Tensor, targets: Tensor, settings: Settings) -> Predicted:
-    mass = torch.ones_like(outputs, dtype=torch.float64)
+    mass = wide(torch.ones_like(outputs))
     if settings.get("pos_weight") is not None:
-        mass = 1 + (settings["pos_weight"].detach() - 1) * targets.double()
+        mass = 1 + (settings["pos_weight"].detach() - 1) * wide(targets)
     if settings.get("weight") is not None:
         mass = mass * settings["weight"].detach()
-    probability = outputs.detach().double().sigmoid()
+    probability = wide(outputs.detach()).sigmoid()
 
     def draw(numbers: Tensor) -> Tensor:
-        return probability - (numbers < probability).double()
+        return probability - (numbers < probability).to(probability)
 
     return Predicted(mass, _numel(outputs, settings), uniform, probability, draw)
 
