@@ -150,17 +150,18 @@ def squared_frobenius_per_leaf(
     if len(pairs) < 2:
         raise InvalidInput(f"{call}: {len(pairs)} probes make no pair: rademacher(params, num) needs num >= 2")
     first = pairs[0][0]
-    count = len(tree.leaves(first))
+    zs, ys = ([tree.leaves(pair[part]) for pair in pairs] for part in (0, 1))
+    count = len(zs[0])
     rows: list[Tensor] = []
     theta = inner = torch.zeros(0)
     if eigenpairs is not None:
         theta = eigenpairs.values.detach()
         alike = tree.map(lambda x: x.expand(len(theta), *x.shape), first)
         rows = [q.flatten(1) for q in tree.leaves(tree.matched(eigenpairs.vectors, alike, "vectors", "the probes"))]
-        inner = torch.stack([_column([z for z, _ in pairs], i) @ tree.wide(rows[i]).T for i in range(count)]).sum(0)
+        inner = torch.stack([_column(zs, i) @ tree.wide(rows[i]).T for i in range(count)]).sum(0)
     found = []
     for i in range(count):  # one leaf in float64 at a time
-        z, y = (_column([pair[part] for pair in pairs], i) for part in (0, 1))
+        z, y = _column(zs, i), _column(ys, i)
         if eigenpairs is None:
             found.append(_paired(z @ y.T))
         else:
@@ -176,9 +177,9 @@ def squared_frobenius_per_leaf(
     return result
 
 
-def _column(trees: list[T], index: int) -> Tensor:
+def _column(leaves: list[list[Tensor]], index: int) -> Tensor:
     """``(p, m)``, wide: one leaf of several trees."""
-    return torch.stack([tree.wide(tree.leaves(x)[index]).flatten() for x in trees])
+    return torch.stack([tree.wide(x[index]).flatten() for x in leaves])
 
 
 def _with_pairs(z: Tensor, rest: Tensor, q: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,16 +37,21 @@ def picture(draw: Draw, height: float = 3.8, *, width: float = 6.4) -> Picture:
     """What ``draw(figure)`` draws, in inches."""
     from PIL import Image  # Matplotlib needs it, and brings it
 
-    def png(colors: dict[Any, Any]) -> str:
+    # No pyplot: no display, no global state. To find where everything goes takes half of the time, and is done once.
+    light, dark = Figure(figsize=(width, height), layout="constrained"), Figure(figsize=(width, height))
+
+    def png(figure: Figure, colors: dict[Any, Any]) -> str:
         with mpl.rc_context(colors):
-            figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no display, no global state
+            figure.set_facecolor(mpl.rcParams["figure.facecolor"])
             draw(figure)
+            for axes, placed in zip(figure.axes, light.axes if figure is dark else (), strict=False):
+                axes.set_position(placed.get_position(original=True))
             drawn, file = io.BytesIO(), io.BytesIO()
             figure.savefig(drawn, dpi=144)
         Image.open(drawn).convert("RGB").quantize(_COLORS).save(file, "PNG", optimize=True)
         return base64.b64encode(file.getvalue()).decode()
 
-    return Picture(png({}), png(DARK))
+    return Picture(png(light, {}), png(dark, DARK))
 
 
 def pictures(result: dict[str, Any]) -> dict[str, Picture]:
