@@ -14,15 +14,15 @@ from hessfn.reporting.products import Parts
 
 
 def losses_by_group(problem: Prepared, parts: Parts) -> Tensor:
-    """``(g,)`` float64: the mean loss of each group of parts; one pass over the data, without derivatives."""
+    """``(g,)`` float64: the mean loss of each group of parts; one forward pass over the data."""
     num_parts = 0
 
     def of_part(_: tuple[Any, ...], part: Any, weight: float | Tensor) -> Tree:
         nonlocal num_parts
         group, num_parts = (parts.first + num_parts) % parts.num_groups, num_parts + 1
         found = torch.zeros(2, parts.num_groups, dtype=torch.float64)
-        with torch.no_grad():
-            found[0, group] = problem.loss(problem.params, part).to(found)
+        # Not under no_grad: a loss may take derivatives of its own, by the inputs.
+        found[0, group] = problem.loss(problem.params, part).detach().to(found)
         found[1, group] = 1
         return found
 

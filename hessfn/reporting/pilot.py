@@ -44,8 +44,7 @@ def measure(problem: Prepared, clock: Clock) -> tuple[Costs, Spreads]:
     # A process without a batch of its own measures one of the others'.
     batches = list(chosen) or list(some(getattr(problem.batches, "batches", ()), 1))
     first, probe = batches[0], gaussian(problem.params, 1)[0]
-    with torch.no_grad():
-        forward = _fastest(lambda: problem.loss(problem.params, first))
+    forward = _fastest(lambda: problem.loss(problem.params, first))  # not under no_grad: it may have derivatives in it
     begun = time.monotonic()
     made = [_made(problem, first)]
     build, fixed = time.monotonic() - begun, 0.0
