@@ -70,9 +70,19 @@ def copies_under_vmap(graph: fx.Graph) -> None:
         layout = _NHWC if is_channels_last(wanted) else {"memory_format": torch.contiguous_format}
         if (given.shape, given.dtype) == (wanted.shape, wanted.dtype) and wanted.is_contiguous(**layout):
             copy.target, copy.args, copy.kwargs = aten.clone.default, (source,), layout
+        elif (given.shape, given.dtype) == (wanted.shape, wanted.dtype):
+            order = sorted(range(wanted.dim()), key=lambda d: -wanted.stride(d))
+            if wanted.permute(order).is_contiguous():
+                copy.target, copy.args = laid_out, (source, tuple(order))
     for copy in graph.find_nodes(op="call_function", target=aten.clone.default):
         if copy.kwargs == _NHWC:
             copy.target, copy.kwargs = channels_innermost, {}
+
+
+def laid_out(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """A copy whose dimensions lie in memory in this order, the outermost first."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return x.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
 def channels_innermost(x: torch.Tensor) -> torch.Tensor:
