@@ -110,8 +110,6 @@ def _leave_out_zeros(node: fx.Node, module: fx.GraphModule) -> None:
 
 def compiled(module: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[Tensor]]:
     """The module through ``torch.compile``, once one product has been seen to be the same."""
-    if isinstance(module, GraphModule):
-        module.compiled()
     product = torch.compile(module, fullgraph=True, dynamic=False)
     v = [torch.arange(p.numel(), device=p.device).cos().to(p.dtype).view_as(p) for p in like]
     with torch.no_grad():
