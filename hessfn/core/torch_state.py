@@ -96,6 +96,12 @@ def is_observed(*inputs: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
 
+def value_of(loss: Callable[[], Tensor]) -> Tensor:
+    """The value of a loss, without derivatives. Not under no_grad: a loss may take some itself, by its inputs say."""
+    with torch.enable_grad():
+        return loss().detach()
+
+
 def known(flag: Tensor) -> bool | None:
     """The truth of a boolean tensor, or None where it must not be asked: under ``vmap``, ``torch.compile``, on meta."""
     if torch.compiler.is_compiling() or flag.is_meta:

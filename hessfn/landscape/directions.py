@@ -11,8 +11,9 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.func import gradient as gradient_of
+from hessfn.core.func import gradients
 from hessfn.core.probes import gaussian
-from hessfn.core.torch_state import known, recorded
+from hessfn.core.torch_state import is_observed, known, recorded
 from hessfn.core.tree import T
 from hessfn.landscape.slices import Loss, require_kinds
 
@@ -60,8 +61,18 @@ def gradient_direction(loss: Loss, params: T, *args: Any) -> T:
     tensor([0.6000, 0.8000])
     """
     require_kinds(loss, params, "gradient_direction(loss, params, ...)", floating=True)
-    gradient = gradient_of(lambda p: loss(p, *args), params)
+    gradient = _gradient(loss, params, args)
     return _unit(tree.map(lambda g: g.to_dense() if g.is_sparse else g, gradient))
+
+
+def _gradient(loss: Loss, params: T, args: tuple[Any, ...]) -> T:
+    flat = tree.leaves(params)
+    if is_observed(*flat, *tree.leaves(args)):
+        return gradient_of(lambda p: loss(p, *args), params)
+    # A loss may take derivatives by its inputs, which torch.func refuses.
+    by = [x.detach().requires_grad_() for x in flat]
+    with torch.enable_grad():
+        return tree.unflatten(gradients(loss(tree.unflatten(by, params), *args), by), params)
 
 
 def direction_to(params: T, other: T) -> T:

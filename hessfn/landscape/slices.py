@@ -14,7 +14,7 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_loss, require_pair, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import each
-from hessfn.core.torch_state import is_differentiated
+from hessfn.core.torch_state import is_differentiated, value_of
 from hessfn.core.tree import T, Tree
 
 Loss = Callable[..., Tensor]
@@ -108,12 +108,12 @@ def losses_at(
         where = params
         for direction, step in zip(directions, point, strict=True):
             where = tree.add(where, direction, step)
-        return loss(where, *args)
+        # A loss that closes over live parameters would leave a graph behind for every point.
+        return loss(where, *args) if wanted else value_of(lambda: loss(where, *args))
 
-    # A loss that closes over live parameters would leave a graph behind for every point.
     wanted = torch.is_grad_enabled() and is_differentiated(params, (directions, points, args))
     # Under vmap the other attention kernels fall back to a loop.
-    with torch.set_grad_enabled(wanted), nullcontext() if batch_size == 1 else sdpa_kernel(SDPBackend.MATH):
+    with nullcontext() if batch_size == 1 else sdpa_kernel(SDPBackend.MATH):
         return torch.stack(list(each(at, points, batch_size)))
 
 

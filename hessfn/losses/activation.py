@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
-from hessfn.core.torch_state import recorded
+from hessfn.core.torch_state import recorded, value_of
 from hessfn.losses.functional import Params, private
 from hessfn.losses.layer_selection import Edge, Layers, choose, refuse_missing
 from hessfn.losses.model_inputs import pair
@@ -110,8 +110,7 @@ def joint_loss(
     def shifts_of(batch: Any) -> Shifts:
         inputs, targets = pair(batch)
         shifts, outputs = zeros(inputs)
-        with torch.no_grad():
-            plain, value = criterion(outputs, targets), loss({}, shifts, batch)
+        plain, value = value_of(lambda: criterion(outputs, targets)), value_of(lambda: loss({}, shifts, batch))
         if (value - plain).abs().max() > torch.finfo(value.dtype).eps ** 0.5 * plain.abs().max():
             raise InvalidInput(
                 f"shifts of 0 change the loss from {float(plain):.6g} to {float(value):.6g}: one of {list(shifts)[:5]} "
@@ -150,7 +149,7 @@ def _shifted(
             seen[flow] = x.new_zeros(()).expand(x.shape)
             return x
 
-        with torch.no_grad():
+        with torch.enable_grad():  # a model may take derivatives by its inputs
             outputs = run({}, inputs, lambda skeleton: _visiting(skeleton, at, note, calls))
         flows = {flow.name(calls): x for flow, x in seen.items()}
         layer_of = {flow.name(calls): flow.layer for flow in seen}

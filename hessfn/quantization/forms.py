@@ -11,6 +11,7 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.errors import Untraceable
 from hessfn.core.probes import gaussian
+from hessfn.core.torch_state import value_of
 from hessfn.core.tree import MatVec, T
 from hessfn.core.watched import Watched
 from hessfn.losses.samples import few
@@ -54,8 +55,7 @@ class Forms(Generic[T]):
             whole = dict(zip(tree.names(small := self._point_of(some)), tree.leaves(small), strict=True))
             at = tree.unflatten([whole[name] for name in tree.names(point)], point)
             v = gaussian(at, 1)[0]
-            with torch.no_grad():
-                value = self._loss(at, some)
+            value = value_of(lambda: self._loss(at, some))
             seen = evidence(self._loss, at, (some,), v, value, narrow=False)
             if seen is None or 10 * seen.error > float(tree.norm(seen.product)):
                 return False

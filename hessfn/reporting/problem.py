@@ -17,6 +17,7 @@ from hessfn.core import tree
 from hessfn.core.arrays import as_tensors
 from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import fingerprint
+from hessfn.core.torch_state import value_of
 from hessfn.core.tree import Tree
 from hessfn.losses.batches import Weights, deal, mean
 from hessfn.losses.functional import functionalize, stateless
@@ -171,14 +172,13 @@ def _accuracy(problem: Prepared) -> Tensor | None:
     def share(batch: Any) -> Tensor:
         inputs, targets = pair(batch)
         home = tree.leaves(params)[0].device
-        outputs = forward(params, moved(inputs, home))
+        outputs = value_of(lambda: forward(params, moved(inputs, home)))
         if outputs.dim() != 2 or targets.shape != outputs.shape[:1] or targets.is_floating_point():
             raise InvalidInput("targets are no classes")
         return (outputs.argmax(1) == targets.to(home)).double().mean()
 
     try:
-        with torch.no_grad():
-            return mean(share, problem.batches)()
+        return mean(share, problem.batches)()
     except Exception:  # whatever there is to say of the model, the loss has said
         return None
 

@@ -13,7 +13,7 @@ from hessfn.core import tree
 from hessfn.core.arguments import kind, require_loss, require_vector
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import CriticalSharpness
-from hessfn.core.torch_state import carries_derivative, known
+from hessfn.core.torch_state import carries_derivative, known, value_of
 from hessfn.core.tree import T, Tree
 
 _CALL = "critical_sharpness(loss, params, direction)"
@@ -96,8 +96,7 @@ def critical_sharpness(
         )
 
     def at(eta: float) -> Tensor:
-        with torch.no_grad():
-            return loss(tree.add(params, direction, eta) if eta else params, *args)
+        return value_of(lambda: loss(tree.add(params, direction, eta) if eta else params, *args))
 
     zero = at(0.0)
     first = _number(zero)

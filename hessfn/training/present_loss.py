@@ -13,6 +13,7 @@ from hessfn.core import tree
 from hessfn.core.dtensor import layout
 from hessfn.core.errors import InvalidInput, Untraceable
 from hessfn.core.torch_private import BatchStatistics
+from hessfn.core.torch_state import value_of
 from hessfn.core.tree import MatVec
 from hessfn.losses.functional import Choice, Params, stateless
 from hessfn.losses.model_inputs import pair
@@ -59,16 +60,16 @@ class PresentLoss:
         buffers = {name: x.detach() for name, x in model.named_buffers()}
         batch = beside(params, self._batch)
         fresh = loss_of(forward, self._criterion, buffers)
-        with torch.no_grad():
-            value = fresh(params, batch, buffers)
-            if self._kept is None or not self._is_same(value, params, batch, buffers):
-                self._kept = fresh
+        value = value_of(lambda: fresh(params, batch, buffers))
+        if self._kept is None or not self._is_same(value, params, batch, buffers):
+            self._kept = fresh
         return value, params, self._product(self._kept, params, batch, buffers), {name: live[name] for name in params}
 
     def _is_same(self, value: Tensor, *arguments: Any) -> bool:
         assert self._kept is not None
+        kept = self._kept
         try:
-            return torch.equal(self._kept(*arguments), value)
+            return torch.equal(value_of(lambda: kept(*arguments)), value)
         except Exception:  # the model is another one
             return False
 
