@@ -17,6 +17,7 @@ from hessfn.core.tree import MatVec, T, Tree
 from hessfn.core.warn import warn
 from hessfn.engine import pipeline
 from hessfn.engine.graph_module import copied
+from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.batches import Weights
 from hessfn.losses.model_inputs import taken
 from hessfn.losses.weights import Weigher, knowing, of_loss, refuse_parts
@@ -136,7 +137,7 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
     # differentiate by what requires gradients.
     params, args = tree.map(lambda x: _copied(x) if isinstance(x, Tensor) else x, (params, args))
     with differentiating():
-        inspected = inspect(loss, params, args)._replace(graph=None)
+        inspected = inspect(by_definition(loss), params, args)._replace(graph=None)
     product = MadeHere(_linear_product, loss, params, args, compile)
 
     def matvec(v: T) -> T:
