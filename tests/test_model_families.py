@@ -38,21 +38,21 @@ INTRODUCTION = """\
 # Families of models
 
 The tables list small random models of common families, with batches as their libraries use them, on the CPU with
-torch {torch}. Every row is a test: the products of `hvp` and, if the mode is `traced`, of `linearized_hvp` are compared with differences of plain
-gradients of the model in float64, and checked for symmetry. `python tests/test_model_families.py` writes the tables, with the
-packages of `pip install -e ".[families]"`.
+torch {torch}. Every row is a test. It compares the products of `hvp` and, if the mode is `traced`, of `linearized_hvp` with
+differences of plain gradients of the model in float64, and checks their symmetry. `python tests/test_model_families.py` writes
+the tables, with the packages of `pip install -e ".[families]"`.
 
-- *mode* is the one that `hf.find_mode` names; [what can be differentiated](operations.md) says what each is.
-- *error* is the largest of all cases of a family, relative to the product. `float32 inside` stands where a model casts
-  to float32 whatever its dtype is, as RMSNorm, the softmax of eager attention and the losses of Hugging Face do: its
-  products have the digits of float32, and the truth is of the same model without these casts.
-- *why* says why no better mode is taken, where it is neither `traced` nor `forward`.
+- *mode* is the one that `hf.find_mode` names; [what can be differentiated](operations.md) explains each mode.
+- *error* is the largest of all cases of a family, relative to the product. `float32 inside` marks a model that casts to float32
+  whatever its dtype is, as RMSNorm, the softmax of eager attention and the losses of Hugging Face do. Its products have the
+  digits of float32, and the reference is the same model without these casts.
+- *why* gives the reason why no better mode is taken, if the mode is neither `traced` nor `forward`.
 
-Transformers have a row for each family: with `sdpa` and with eager attention where the family has both, without a mask
-and padded on the left and on the right (eager attention: on the left), with the loss that they compute of `labels`.
-Padding has no label, and neither has a token that padding predicts. Where a model has no finite gradient in float64,
-since the least number of float64 in its mask is minus infinity in the float32 of its softmax, it runs in float32.
-Embeddings with `padding_idx` are moved in their other rows, since gradients take that row for a constant.
+Transformers have one row for each family. Its cases are: `sdpa` and eager attention, if the family has both; no mask, and
+padding on the left and on the right (eager attention: on the left); the loss that the model computes from `labels`. Neither
+padding nor the token after it has a label. A model runs in float32 if its gradient in float64 is not finite: its mask has the
+smallest number of float64, which becomes minus infinity in the float32 of its softmax. Embeddings with `padding_idx` are
+varied in their other rows only, since gradients treat that row as a constant.
 """  # noqa: E501
 
 

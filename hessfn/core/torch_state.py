@@ -99,7 +99,8 @@ def is_observed(*inputs: Any) -> bool:
 def value_of(loss: Callable[[], Tensor]) -> Tensor:
     """The value of a loss, without derivatives. Not under no_grad: a loss may take some itself, by its inputs say."""
     with torch.enable_grad():
-        return loss().detach()
+        found = loss()
+    return found if under_functorch() or under_dual_level() else found.detach()  # which would drop tangents as well
 
 
 def known(flag: Tensor) -> bool | None:
