@@ -15,7 +15,7 @@ from reports import changed, report_of, trained, truth
 
 from hessfn.reporting import figures, html, text
 from hessfn.reporting.bars import Scale, scale_of
-from hessfn.reporting.text import largest_errors, number, share, summary
+from hessfn.reporting.text import estimate, largest_errors, number, share, summary
 
 NASTY = "</script><img src=x>$\\frac$"
 NET = truth(trained())
@@ -93,9 +93,10 @@ def test_contents_lead_to_every_part(made: Any) -> None:
 def test_page_says_what_was_looked_at_and_what_it_took(made: Any) -> None:
     result, _, parsed = made
     words = " ".join(parsed.shown.split())
+    loss_with_error = estimate(result["loss"], result["loss_data_stderr"]).replace("+-", "±")
     for said in (
         "Sequential, 2 layers, 57 parameters, in eval mode", "60 samples in 4 batches of 15", "CrossEntropyLoss",
-        number(result["loss"]), "90.0 ± 3.9 %", "0.0123", "2026-11-26 04:00:00Z",
+        loss_with_error, "90.0 ± 3.9 %", "0.0123", "2026-11-26 04:00:00Z",
         "87 products in 12.3 s, 2 threads, float64 on cpu, with the compiled kernel", "hessfn report 'a<b'",
         *result["versions"].values(),
     ):  # fmt: skip

@@ -46,7 +46,6 @@ def rendered(template: jinja2.Template, result: dict[str, Any]) -> str:
         numbers=_numbers(result, labels),
         verdict=verdict,
         value_of=text.value,
-        with_error=text.with_error,
     )
 
 

@@ -43,7 +43,12 @@ def template(name: str = "report.html.j2") -> jinja2.Template:
         number=text.number, setting=text.setting, error=_error, value=_value, breakable=_breakable, finite=text.finite
     )
     environment.globals.update(
-        estimate=text.estimate, share=text.share, plotly=_packed, scale_of=scale_of, largest_error=text.largest_error
+        estimate=text.estimate,
+        share=text.share,
+        with_error=text.with_error,
+        plotly=_packed,
+        scale_of=scale_of,
+        largest_error=text.largest_error,
     )
     return environment.get_template(name)
 

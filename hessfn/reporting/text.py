@@ -30,7 +30,8 @@ def summary(result: dict[str, Any]) -> str:
         f"{data['num_samples']:,} samples in {data['num_batches']:,} batch{'es' * (data['num_batches'] != 1)}, "
         f"{cost['products']} products{seconds}{threads}",
         "",
-        f"loss {number(result['loss'])}, gradient norm {number(result['gradient_norm'])}{_accuracy(result)}",
+        f"loss {with_error(result['loss'], result['loss_data_stderr'])}, gradient norm "
+        f"{number(result['gradient_norm'])}{_accuracy(result)}",
         "",
         f"{'':<20}{'value':>12}" + "".join(f"{title:>11}" for title in ERRORS.values()),
     ]
