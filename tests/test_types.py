@@ -152,10 +152,9 @@ MISUSES = {
 
 
 def tour() -> str:
-    (block,) = re.findall(
-        r"```python\n(import hessfn as hf\n\nloss, params.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S
-    )
-    return block.replace("import hessfn as hf\n", "")
+    page = (ROOT / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\nimport torch\nimport hessfn as hf\n\n(loss, params.*?)```", page, re.S)
+    return block
 
 
 def program() -> tuple[str, dict[int, str]]:
