@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,19 @@ def test_intervals_of_differences_cover(comparisons: int) -> None:
     assert 8 <= missed <= 34  # 20, and three standard deviations of a binomial number
 
 
-def test_what_other_data_would_change_is_known_by_batches() -> None:
-    """Over many draws of the data, the standard error of the difference is the spread of the differences."""
-    found, stated = [], []
+def over_draws_of_the_data() -> Iterator[Any]:
+    """Two nets of a step of training, and their reports, on forty draws of the data."""
     later = THETA + 0.05 * THETA.new_tensor(STEP)
     for seed in range(1, 41):
         batches = data(num_batches=6, size=8, seed=seed)
         nets = [truth(theta, batches) for theta in (THETA, later)]
-        a, b = (report_of(net, num_probes=4, fingerprint=str(seed)) for net in nets)
+        yield nets, *(report_of(net, num_probes=4, fingerprint=str(seed)) for net in nets)
+
+
+def test_what_other_data_would_change_is_known_by_batches() -> None:
+    """Over many draws of the data, the standard error of the difference is the spread of the differences."""
+    found, stated = [], []
+    for nets, a, b in over_draws_of_the_data():
         by = of(a, b)["trace"]
         found.append(nets[1].trace - nets[0].trace)
         stated.append(by.data_stderr)
@@ -88,11 +94,7 @@ def test_what_other_data_would_change_is_known_by_batches() -> None:
 def test_losses_are_compared_by_the_same_samples() -> None:
     """What the loss is on these data is known; over draws of the data, its difference spreads as it says."""
     found, stated = [], []
-    later = THETA + 0.05 * THETA.new_tensor(STEP)
-    for seed in range(1, 41):
-        batches = data(num_batches=6, size=8, seed=seed)
-        nets = [truth(theta, batches) for theta in (THETA, later)]
-        a, b = (report_of(net, num_probes=4, fingerprint=str(seed)) for net in nets)
+    for nets, a, b in over_draws_of_the_data():
         by = of(a, b)["loss"]
         assert by.mean == pytest.approx(nets[1].losses.mean() - nets[0].losses.mean(), abs=1e-12)
         assert by.differs and by.stderr == 0 and by.bound < 1e-10
