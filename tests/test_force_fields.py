@@ -51,6 +51,11 @@ def test_slices_and_directions_are_those_of_the_formula():
         assert torch.allclose(a, b, rtol=1e-6)
 
 
+def test_a_loss_without_a_gradient_has_no_direction():
+    with pytest.raises(ValueError, match="norm 0.0"):
+        hf.gradient_direction(lambda w: torch.tensor(1.0), torch.ones(2))
+
+
 @pytest.mark.slow
 def test_a_report_is_that_of_the_formula(tmp_path):
     found = [

@@ -72,7 +72,9 @@ def _gradient(loss: Loss, params: T, args: tuple[Any, ...]) -> T:
     # A loss may take derivatives by its inputs, which torch.func refuses.
     by = [x.detach().requires_grad_() for x in flat]
     with torch.enable_grad():
-        return tree.unflatten(gradients(loss(tree.unflatten(by, params), *args), by), params)
+        value = loss(tree.unflatten(by, params), *args)
+    found = gradients(value, by) if value.requires_grad else list(map(torch.zeros_like, flat))
+    return tree.unflatten(found, params)
 
 
 def direction_to(params: T, other: T) -> T:
