@@ -264,9 +264,10 @@ def test_torchrun_gives_the_report_of_one_process_and_one_progress_bar(tmp_path:
         del result["date"], result["cost"], result["samples"]["data"]  # of the moment, and of this process's batches
         # Groups of the data are numbered by rank: they are the same ones, and halves of them are others.
         groups = result["samples"]["batches"]
-        for values in (result["samples"]["batch_weights"], groups["trace"], *groups["layers"].values()):
-            values.sort()
-        groups["eigenvalues"] = [sorted(values) for values in groups["eigenvalues"]]
+        order = sorted(range(len(groups["losses"])), key=groups["losses"].__getitem__)
+        rows = [result["samples"]["batch_weights"], groups["losses"], groups["trace"]]
+        for values in rows + groups["eigenvalues"] + list(groups["layers"].values()):
+            values[:] = [values[i] for i in order]
         del result["sharpness"]["lower"], result["sharpness"]["upper"]
     assert list(numbers(two)) == pytest.approx(list(numbers(one)), rel=1e-6, abs=1e-12)
 
