@@ -117,6 +117,37 @@ def test_few_samples_are_a_quarter_at_most_of_all_tensors_alike(size: int) -> No
     assert few((x, object())) is None
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_few_long_sequences_are_cut_to_their_first_positions(size: int) -> None:
+    ids = torch.arange(80 * size).reshape(size, 80)
+    some = few({"ids": ids, "embedded": ids[..., None].float(), "targets": ids.flatten(), "mask": ids.numpy() > 0})
+    assert torch.equal(some["ids"], ids[:, :10]) and some["ids"].data_ptr() != ids.data_ptr()
+    assert some["embedded"].shape == (size, 10, 1)
+    assert torch.equal(some["targets"], ids[:, :10].flatten())
+    assert some["mask"].shape == (size, 10)
+    # Too short, and what has no positions: a label of each sequence, a mask of pairs.
+    assert few(ids[:, :60]) is None
+    assert few((ids, torch.zeros(size))) is None
+    assert few((ids, torch.zeros(size, 1, 80, 80))) is None
+
+
+def test_the_check_of_one_long_sequence_asks_its_first_positions() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Embedding(2000, 512), nn.Tanh(), nn.Linear(512, 5)))
+    shapes: list[tuple[int, ...]] = []
+
+    def loss(params: Any, batch: Any) -> Tensor:
+        shapes.append(tuple(batch[0].shape))
+        out = torch.func.functional_call(model, params, batch[0])
+        return F.cross_entropy(out.flatten(0, 1), batch[1].flatten())
+
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    batch = classes(96, 2000)[None], classes(96, 5)[None]
+    v = hf.gaussian(params, 1)[0]
+    found = hf.hvp(loss, params, batch)(v)
+    assert set(shapes) == {(1, 12), (1, 96)}
+    assert is_right(found, exact(loss, params, batch, v))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_first_product_costs_little_more_than_a_plain_one(name: str) -> None:

@@ -65,15 +65,20 @@ def two_parts(batch: Any, most: int | None = None) -> tuple[Any, Any, Any] | Non
 
 
 def few(batch: Any) -> Any | None:
-    """An eighth of the samples of a batch, at most eight and evenly spaced; None where it cannot be cut so.
+    """A part of a batch, for a look at the loss; None where it cannot be cut so.
 
-    A tensor of a multiple of the batch's length has several rows a sample, as flattened targets have.
+    It has an eighth of the samples, at most eight and evenly spaced; of fewer than four samples, which are sequences,
+    the first eighth of the positions of each. A tensor of a multiple of the batch's length has several rows a sample,
+    as flattened targets have.
     """
     if not all(isinstance(as_tensor(x), (Tensor, *PLAIN)) for x in tree.leaves(batch)):
         return None
-    size = next((len(x) for x in tensors(batch) if x.dim()), 0)
-    if size < 4 or any(x.layout != torch.strided or (x.dim() and len(x) % size) for x in tensors(batch)):
+    found = [x for x in tensors(batch) if x.dim()]
+    size = len(found[0]) if found else 0
+    if not size or any(x.layout != torch.strided or len(x) % size for x in found):
         return None
+    if size < 4:
+        return _shorter(batch, size, next((x.shape[1] for x in found if x.dim() > 1), 0))
     number = min(max(size // 8, 1), 8)
     stride = -(-size // number)
 
@@ -81,11 +86,32 @@ def few(batch: Any) -> Any | None:
         if not np.ndim(x):
             return x
         by_sample = x.reshape(size, len(x) // size, *x.shape[1:])[::stride]
-        if not isinstance(x, Tensor):
-            return by_sample.reshape(-1, *x.shape[1:])
-        return by_sample.detach().flatten(0, 1).clone().requires_grad_(x.requires_grad)
+        return _apart(by_sample.reshape(-1, *x.shape[1:]), x)
 
     return tree.map(some, batch)
+
+
+def _shorter(batch: Any, size: int, positions: int) -> Any | None:
+    """The first eighth of the positions of every sequence, where these are the second axis of all tensors."""
+
+    def rows_of(x: Any) -> int:  # positions in a row of its first axis; 1 of flattened targets, 0 of anything else
+        return positions if x.shape[:2] == (size, positions) else int(x.shape == (size * positions,))
+
+    if positions < 64 or not all(map(rows_of, (x for x in tensors(batch) if x.dim()))):
+        return None
+
+    def some(x: Any) -> Any:
+        if not np.ndim(x):
+            return x
+        by_position = x.reshape(size, positions, *x.shape[2:])[:, : positions // 8]
+        return _apart(by_position if rows_of(x) > 1 else by_position.reshape(-1), x)
+
+    return tree.map(some, batch)
+
+
+def _apart(part: Any, of: Any) -> Any:
+    """Some entries of a tensor, with memory of their own and no history; of an array as they are."""
+    return part.detach().clone().requires_grad_(of.requires_grad) if isinstance(of, Tensor) else part
 
 
 def refuse_uneven(batch: Any) -> None:

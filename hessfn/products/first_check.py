@@ -59,14 +59,16 @@ def evidence(
     if not math.isfinite(float(tree.norm(params))):
         return None
     for wide in (True, False)[: 1 + narrow]:
-        at, rest, along = tree.map(widened, (params, args, v)) if wide else (params, args, v)
+        rest = tree.map(widened, args) if wide else args
+        eps = tree.eps(tree.map(lambda x: widened(x.new_empty(0)), params) if wide else params)
         tape = Tape(wide, all_without_grad=not custom)
         try:
             if not plain:
                 with tape.recording(), torch.enable_grad():
-                    exact = loss(at, *rest).detach()
-            relative = 1e-8 if wide else tree.eps(at) ** 0.25
-            seen = _evidence(_along(loss, tape, at, rest, along), at, along, relative, float(value.abs()))
+                    exact = loss(tree.map(widened, params) if wide else params, *rest).detach()
+            relative = 1e-8 if wide else eps**0.25
+            gradient = _along(loss, tape, params, rest, v)
+            seen = _evidence(gradient, params, v, relative, float(value.abs()), eps)
             if plain and tape.loss is not None:
                 exact = tape.loss.detach()  # a step away
             rounding = float((exact - value).abs() / value.abs().clamp(min=1e-30))
@@ -91,7 +93,8 @@ def _along(loss: Loss, tape: Tape, params: Tree, args: tuple[Any, ...], v: Tree)
     def gradient(c: float) -> list[Tensor]:
         # Not plain_gradient: the tape would hold its detached leaves fast.
         pairs = zip(tree.leaves(params), tree.leaves(v), strict=True)
-        leaves = [torch.add(x.detach(), d.detach(), alpha=c).requires_grad_() for x, d in pairs]
+        wide = widened if tape.wide else lambda x: x
+        leaves = [torch.add(wide(x.detach()), wide(d.detach()), alpha=c).requires_grad_() for x, d in pairs]
         with tape.playing(), torch.enable_grad():
             value = tape.loss = loss(tree.unflatten(leaves, params), *args)
             return [g.to_dense() if g.is_sparse else g for g in gradients(value, leaves)]
@@ -99,19 +102,24 @@ def _along(loss: Loss, tape: Tape, params: Tree, args: tuple[Any, ...], v: Tree)
     return gradient
 
 
-def _evidence(gradient: Gradient, params: Tree, v: Tree, relative: float, value: float) -> Evidence:
+def _evidence(gradient: Gradient, params: Tree, v: Tree, relative: float, value: float, eps: float) -> Evidence:
     size = float(tree.norm(params)) or 1.0
     step = relative * size / float(tree.norm(v))
-    plus, minus = gradient(step), gradient(-step)
+    slopes = []
 
     def difference(smaller: float) -> list[Tensor]:
         h = step / smaller
-        pairs = zip(plus, minus, strict=True) if smaller == 1 else zip(gradient(h), gradient(-h), strict=True)
-        return [torch.sub(p, m).div_(2 * h) for p, m in pairs]
+        plus = gradient(h)
+        slopes.append(float(tree.norm(plus)))
+        minus = gradient(-h)
+        # Of a large model both are gigabytes in float64: each leaf goes when it has been used.
+        found = [torch.sub(plus.pop(), minus.pop()).div_(2 * h) for _ in range(len(plus))]
+        return found[::-1]
 
+    product = difference(1)
     # A gradient is right to some tens of roundings, of itself or of what cancelled in it; the step is exact to one.
-    error = 30 * tree.eps(params) * max(float(tree.norm(plus)), value / size) / step
-    return Evidence(difference, difference(1), error, 0.0)
+    error = 30 * eps * max(slopes[0], value / size) / step
+    return Evidence(difference, product, error, 0.0)
 
 
 def verdict(found: Tree, seen: Evidence) -> Verdict:
@@ -145,8 +153,8 @@ def not_finite(product: Tree) -> InvalidInput:
 def _agrees(found: Tree, expected: list[Tensor], tolerance: float, error: float) -> bool:
     leaves = [x.detach() for x in tree.leaves(found)]
     size = max(float(tree.norm(leaves)), float(tree.norm(expected)))
-    apart = [e - x for x, e in zip(leaves, expected, strict=True)]  # in the wider of their dtypes
-    return float(tree.norm(apart)) <= tolerance * size + error
+    apart = math.hypot(*(float(tree.norm(e - x)) for x, e in zip(leaves, expected, strict=True)))  # in the wider dtype
+    return apart <= tolerance * size + error
 
 
 def is_generic(v: Tree) -> bool:

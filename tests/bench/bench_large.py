@@ -1,7 +1,10 @@
-"""A GPT of 110 million parameters through everything, on 64 tokens: products, seconds, and peak memory.
+"""GPT-2 of 124 million parameters through the main jobs: products, seconds, errors, and peak memory.
 
-``python tests/bench/bench_large.py [--tokens 64]``: every row is a process of its own. Memory is in units of the
-parameters' size, 0.44 GB in float32, on top of what importing torch and hessfn takes.
+``python tests/bench/bench_large.py [--batch 4] [--tokens 1024] [--weights FILE]``: the model is transformers' own,
+randomly initialised, or of a state dict in FILE. Every row is a process of its own. Sequences are taken one at a time
+(``microbatch=1``). Seconds are the processor's, which other work beside does not change much; on one thread they are
+those of an idle machine. Memory is the peak of the process, and in units of the parameters' size (0.5 GB in float32) on
+top of what the imports take.
 """
 
 from __future__ import annotations
@@ -18,13 +21,11 @@ from typing import Any
 
 import record
 import torch
-from models import GPT
-from torch import nn
+from gpu_problems import text
 
 import hessfn as hf
 from hessfn.core import tree
 
-VOCABULARY, WIDTH, LAYERS = 16384, 768, 12
 Task = Callable[[hf.MatVec, hf.Tree], tuple[int, str]]
 
 
@@ -34,14 +35,16 @@ def product(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
 
 
 def top_two(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
-    found = hf.eigsh(matvec, hf.gaussian(params, 1)[0], 2, which="LA", rtol=1e-2, basis_size=16, max_matvecs=64)
+    found = hf.eigsh(matvec, hf.gaussian(params, 1)[0], 2, which="LA", rtol=1e-2, basis_size=12, max_matvecs=24)
     pairs = zip(found.values.tolist(), found.residuals.tolist(), strict=True)
     return int(found.num_matvecs), ", ".join(f"{value:.4g} (residual {r:.1g})" for value, r in pairs)
 
 
 def trace(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
     found = hf.hutchinson(matvec, hf.rademacher(params, 6))
-    return 6, f"{float(found.mean):.4g} +- {float(found.stderr):.2g}"
+    lower, upper = found.interval()
+    interval = f"95 %: {float(lower):.4g} to {float(upper):.4g}"
+    return 6, f"{float(found.mean):.4g} +- {float(found.stderr):.2g} ({interval})"
 
 
 def density(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
@@ -53,51 +56,60 @@ def density(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
 TASKS: dict[str, Task | None] = {
     "nothing but the imports": None,
     "one product": product,
-    "top 2, 16 vectors kept": top_two,
+    "top two, 12 vectors kept": top_two,
     "trace": trace,
     "density, no basis": density,
 }
 
 
-def run(name: str, tokens: int) -> dict[str, Any]:
+def run(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    import transformers
+
     result: dict[str, Any] = {"products": 0, "found": "", "seconds": 0.0, "parameters": 0}
     task = TASKS[name]
     if task is not None:
         torch.manual_seed(0)
-        ids = torch.randint(VOCABULARY, (1, tokens + 1))
-        model = GPT(VOCABULARY, WIDTH, LAYERS, tokens).eval()
-        loss, params = hf.functionalize(model, nn.CrossEntropyLoss())
-        matvec = hf.hvp(loss, params, (ids[:, :-1], ids[:, 1:].flatten()))
-        start = time.perf_counter()
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+        if given.weights:
+            model.load_state_dict(torch.load(given.weights, weights_only=True), strict=False)  # the head is tied
+        ids = text(given.batch * given.tokens, 50257).reshape(given.batch, given.tokens)
+        loss, params = hf.functionalize(model.eval(), lambda outputs, batch: outputs.loss)
+        batches = [{"input_ids": ids, "labels": ids}]
+        matvec = hf.mean_hvp(loss, params, batches, microbatch=1)
+        start = time.process_time()
         result["products"], result["found"] = task(matvec, params)
-        result["seconds"], result["parameters"] = time.perf_counter() - start, tree.numel(params)
+        result["seconds"], result["parameters"] = time.process_time() - start, tree.numel(params)
     # Not ru_maxrss, which a process has from its parent.
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return {**result, "peak": int(peak.group(1)) * 1024}
+    return {**result, "peak": int(peak.group(1)) * 1024 if peak else 0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"of {list(TASKS)}")
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=4, help="sequences")
+    parser.add_argument("--tokens", type=int, default=1024, help="of each")
+    parser.add_argument("--weights", help="a state dict of GPT2LMHeadModel, saved by torch.save")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     record.add_option(parser)
-    arguments = parser.parse_args()
-    if arguments.alone:
-        print(json.dumps(run(arguments.tasks[0], arguments.tokens)))
+    given = parser.parse_args()
+    if given.alone:
+        print(json.dumps(run(given.tasks[0], given)))
         return
     print(f"{'':26} {'products':>8} {'seconds':>8} {'peak GB':>8} {'/ parameters':>12}  result")
     floor, rows = None, []
-    for name in arguments.tasks:
-        command = [sys.executable, "-W", "ignore", __file__, name, "--alone", "--tokens", str(arguments.tokens)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    options = ["--batch", str(given.batch), "--tokens", str(given.tokens)]
+    options += ["--weights", given.weights] if given.weights else []
+    for name in given.tasks:
+        command = [sys.executable, "-W", "ignore", __file__, name, "--alone", *options]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
         floor = row["peak"] if floor is None else floor
         units = (row["peak"] - floor) / (4 * row["parameters"]) if row["parameters"] else 0.0
         cost = f"{row['products']:8} {row['seconds']:8.0f} {row['peak'] / 1e9:8.2f} {units:12.1f}"
         print(f"{name:26} {cost}  {row['found']}", flush=True)
         rows.append({"task": name, **row, "peak in parameters": units})
-    record.write(arguments.json, rows)
+    record.write(given.json, rows)
 
 
 if __name__ == "__main__":
