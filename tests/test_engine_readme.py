@@ -37,6 +37,7 @@ small compiler, with the usual parts under their usual names:
 | `recurrent_cells.py` | cells of recurrent layers, which GPUs have fused |
 | `rewrites.py` | passes that rewrite a graph in place: folding of BatchNorm, layouts, reassociation |
 | `linearize.py` | forward-over-reverse, constant folding |
+| `linear_leaves.py` | degree analysis: whether a network is linear in each leaf of its parameters alone |
 | `memory_plan.py` | alias analysis, out-variant rewrite, liveness: where results go |
 | `heap.py` | what was freed goes back to the system on the way to a peak of memory |
 | `fused/` | attention by tiles and cross-entropy in chunks: one node each, with both derivatives |

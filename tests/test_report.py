@@ -280,5 +280,5 @@ def test_estimates_show_the_digits_their_error_leaves() -> None:
     assert text.estimate(142.2371, 3.14159) == "142.2 +- 3.1"
     assert text.estimate(0.00123456, 0.0000123) == "0.001235 +- 0.000012"
     assert text.estimate(1234.5, 250.0) == "1,234 +- 250"
-    assert text.estimate(5.0, 0.0) == "5 +- 0"
+    assert text.estimate(5.0, 0.0) == "5"
     assert text.estimate(None, None) == "not finite +- not finite"

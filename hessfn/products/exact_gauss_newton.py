@@ -12,11 +12,15 @@ from hessfn.core import tree
 from hessfn.core.arguments import kind, require_batches, require_forward
 from hessfn.core.arrays import as_tensors
 from hessfn.core.dtensor import layout
-from hessfn.core.errors import InvalidInput
+from hessfn.core.errors import InvalidInput, Untraceable
+from hessfn.core.flatten import flatten
 from hessfn.core.torch_state import recorded
 from hessfn.core.tree import T
+from hessfn.engine.linear_leaves import is_linear_by_leaf
 from hessfn.engine.op_definitions import by_definition
+from hessfn.engine.trace import trace
 from hessfn.losses.batches import Weights, mean
+from hessfn.losses.model_inputs import fresh
 from hessfn.losses.weights import Weigher, of_criterion
 from hessfn.products.modes import differentiating
 from hessfn.products.outputs import outputs_of, sides, targets_of, value_of
@@ -91,13 +95,15 @@ def ggn_traces(
 
     Returns:
         A tree like ``params`` of float64 scalars, in the unit of the eigenvalues; their sum is the trace of the whole.
+        Where the network is linear in each leaf alone, piecewise, they are the traces of the Hessian as well: networks
+        of convolutions, linear layers, ReLUs, pooling, and BatchNorm in eval mode are so.
 
     Cost: as for :func:`ggn_diagonal`.
 
     Raises:
         ValueError: as for :func:`ggn_diagonal`.
 
-    Source: as for :func:`ggn_diagonal`.
+    Source: as for :func:`ggn_diagonal`; Botev, Ritter and Barber (2017) for networks that are piecewise linear.
 
     >>> x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
     >>> square = lambda out, y: (out - y).square().sum()
@@ -105,6 +111,26 @@ def ggn_traces(
     tensor(12., dtype=torch.float64)
     """
     return _mean(forward, criterion, params, batches, weights, microbatch, chunk_size, "ggn_traces", lambda x: x.sum())
+
+
+def has_blocks_of_the_hessian(forward: Callable[[T, Any], Any], params: T, inputs: Any) -> bool:
+    """Whether each leaf's block of the Hessian is that of the Gauss-Newton matrix, whatever the criterion.
+
+    Of ``J' H_out J + sum_c r_c D^2 f_c`` it is so where no output bends along a single leaf; where no trace can tell,
+    it is not known to be so. Cost: the trace of a forward pass.
+    """
+
+    def total(params: T, inputs: Any) -> Tensor:
+        outputs, _ = flatten(by_definition(forward)(params, fresh(inputs)))
+        found = [x for x in outputs if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
+        return torch.stack([(torch.view_as_real(x) if x.is_complex() else x).sum() for x in found]).sum()
+
+    try:
+        with differentiating():
+            graph = trace(total, params, (inputs,)).graph
+    except Untraceable:
+        return False
+    return is_linear_by_leaf(graph, len(tree.leaves(params)))
 
 
 def _mean(

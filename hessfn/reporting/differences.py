@@ -64,7 +64,8 @@ def difference(
     The levels are 95 % for all ``comparisons`` together (Bonferroni).
     """
     mean, stderr, df = b.mean - a.mean, math.hypot(a.stderr, b.stderr), num_probes - 1.0
-    if shared.samples is not None:
+    paired = shared.samples is not None and not (a.stderr == b.stderr == 0)
+    if shared.samples is not None and paired:
         found = _by_probes(shared.samples, shared.plain)
         mean, stderr, df = (found[0] if math.isfinite(found[1]) else mean), found[1], found[2]
     data_stderr = math.hypot(a.data_stderr, b.data_stderr)
@@ -81,7 +82,7 @@ def difference(
         differs=beyond > reach,
         data_stderr=data_stderr,
         generalizes=beyond > math.hypot(reach, data_reach) if math.isfinite(data_stderr) else None,
-        paired=shared.samples is not None,
+        paired=paired,
     )
 
 

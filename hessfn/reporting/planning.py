@@ -22,6 +22,7 @@ from hessfn.reporting.spread import number_of_all
 LEAST_PROBES = 10  # a standard error from fewer is too uncertain to stop on
 LEAST_STEPS = 8
 PAGE_SECONDS = 6.0  # for pictures and page
+HELD_PROBES = 6  # against traces that are exact
 STEPS_OF_A_LAYER = 4  # products for the top of one block, which starts near it
 _PILOT = 0.1  # of the time
 _POINTS = 90  # of a landscape, about
@@ -47,9 +48,12 @@ def work_of(options: Options, num_batches: int) -> Plan:
     )
 
 
-def announce(measured: Measured, options: Options) -> None:
-    """Says what is to come, from the products that were made so far."""
+def announce(measured: Measured, options: Options, width: int | None) -> None:
+    """Says what is to come, from the products that were made so far; of traces that are exact, a product an output."""
     num_batches = len(measured.sizes)
+    work = work_of(options, num_batches)
+    if width is not None:
+        work = replace(work, num_probes=HELD_PROBES, num_extra=work.num_extra + width)
     each = measured.pace / num_batches
     costs = Costs(
         product=each,
@@ -60,7 +64,7 @@ def announce(measured: Measured, options: Options) -> None:
         vector_bytes=sum(leaf.nbytes for leaf in tree.leaves(measured.params)),
         peak_bytes=measured.bytes_kept,
     )
-    say(options, f"to come: {described(estimated(work_of(options, num_batches), costs))}")
+    say(options, f"to come: {described(estimated(work, costs))}")
 
 
 def products_of_pairs(options: Options, clock: Clock, pace: float) -> int | None:

@@ -93,16 +93,23 @@ def some_batches(problem: Prepared, num: int) -> Prepared:
 def _loss(model: nn.Module, criterion: Any, options: Options) -> tuple[Loss, Tree]:
     """The loss of parameters and a batch, in the dtype of the options, and the parameters."""
     of_batch, theta = functionalize(*converted(model, criterion, options), params=options.params)
-    home, dtype = tree.leaves(theta)[0].device, options.torch_dtype
+    fitting = batch_in(options, theta)
+
+    def loss(params: Tree, batch: Any) -> Tensor:
+        return of_batch(params, fitting(batch))
+
+    loss.mean_over = of_loss(of_batch)  # type: ignore[attr-defined]
+    return loss, theta
+
+
+def batch_in(options: Options, params: Tree) -> Callable[[Any], Any]:
+    """Puts batches where the parameters are, in the dtype of the options."""
+    home, dtype = tree.leaves(params)[0].device, options.torch_dtype
 
     def cast(x: Any) -> Any:
         return x.to(dtype) if dtype and isinstance(x, Tensor) and x.is_floating_point() else x
 
-    def loss(params: Tree, batch: Any) -> Tensor:
-        return of_batch(params, tree.map(cast, moved(as_tensors(batch), home)))
-
-    loss.mean_over = of_loss(of_batch)  # type: ignore[attr-defined]
-    return loss, theta
+    return lambda batch: tree.map(cast, moved(as_tensors(batch), home))
 
 
 def _is_finest(params: Tree) -> bool:

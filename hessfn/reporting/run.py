@@ -18,6 +18,7 @@ from hessfn.reporting import html
 from hessfn.reporting.activations import analyse_activations
 from hessfn.reporting.analysis import Analysis
 from hessfn.reporting.clock import Clock
+from hessfn.reporting.exact_traces import exact_traces
 from hessfn.reporting.landscape import analyse_landscape
 from hessfn.reporting.layers import analyse_layers
 from hessfn.reporting.options import Options, Which
@@ -80,7 +81,9 @@ def report(
         k: number of eigenvalues shown; ``which`` and ``rtol`` as for :func:`hessfn.eigsh`.
         num_pairs: eigenpairs, of which ``k`` are shown. All Ritz pairs of their Krylov space serve as a control variate
             for trace, layers and density, without further products.
-        num_probes: random vectors for the trace, one product each.
+        num_probes: random vectors for the trace, one product each. Where the network is linear in each leaf alone, as
+            networks of ReLUs are in eval mode, the traces are computed exactly instead, at a backward pass for each
+            output of a sample, and six probes are held against them: if that is less work, and not with ``minutes``.
         rtol_trace: take probes until the 95 % interval of the trace has this relative half width.
         num_runs: Lanczos runs for the spectral density, ``num_steps`` products each.
         num_layers: for this many layers, those with the largest traces, also the top eigenvalue and the stable rank.
@@ -115,7 +118,8 @@ def report(
           eigenvalues lie, with probability 0.999
         - ``sharpness``: value, residual, rounding, data_stderr, converged of the largest eigenvalue; lower and upper:
           where that of the population lies, 95 %
-        - ``trace``: mean, stderr (by the probes), lower, upper (95 % by the probes), rounding, data_stderr
+        - ``trace``: mean, stderr (by the probes; 0 where it is exact), lower, upper (95 % by the probes), rounding,
+          data_stderr
         - ``negative_curvature``: smallest: value and errors of the most negative eigenvalue; share_of_squares: mean,
           stderr, steps_error of the part of the sum of lambda^2 that is of negative ones
         - ``density``: grid, values; lower, upper: a band of 95 % (None of a single run)
@@ -177,15 +181,16 @@ def run(problem: Problem, out: Path, options: Options) -> dict[str, Any]:
 def analyse(problem: Prepared, first: FirstPass, options: Options, keep: Keep, clock: Clock) -> Analysis:
     """All numbers of a report. The trace comes late: its probes take the time that is left."""
     measured, stages = Measured(problem, first.sizes, keep), Stages()
+    exact = exact_traces(problem, measured, options)
     stages.begin("spectrum")
-    found = analyse_spectrum(measured, options, clock)
+    found = analyse_spectrum(measured, options, clock, exact.width if exact else None)
     options = lighter(options, clock, measured.pace)
     stages.begin("landscape")
     landscape = analyse_landscape(problem, first.loss, first.gradient, found.eigen, options)
     stages.begin("activations")
     activations = analyse_activations(problem, options, keep)
     stages.begin("trace")
-    traces = analyse_traces(measured, found, options, clock, reserve=reserve(options, measured.pace))
+    traces = analyse_traces(measured, found, options, clock, exact, reserve=reserve(options, measured.pace))
     stages.begin("layers")
     layers = analyse_layers(measured, found, traces, options)
     return Analysis(

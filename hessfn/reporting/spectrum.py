@@ -37,8 +37,12 @@ class Spectrum(NamedTuple):
     band: Band | None
 
 
-def analyse_spectrum(measured: Measured, options: Options, clock: Clock) -> Spectrum:
-    """Eigenvalues, both ends and the density, in fewer steps where the time is short."""
+def analyse_spectrum(measured: Measured, options: Options, clock: Clock, width: int | None) -> Spectrum:
+    """Eigenvalues, both ends and the density, in fewer steps where the time is short.
+
+    Args:
+        width: backward passes of traces that are exact; None where they take probes.
+    """
     theta, seed = measured.params, options.seed
     # How many products the eigenvalues take turns out on the way: 2 num_pairs is a guess.
     later = options.k + options.num_runs * options.num_steps
@@ -47,7 +51,7 @@ def analyse_spectrum(measured: Measured, options: Options, clock: Clock) -> Spec
         bar.set_description("check")
         check_matvec(measured.matvec, theta, seed=seed)
         if options.minutes is None:
-            announce(measured, options)
+            announce(measured, options, width)
         bar.set_description("eigenvalues")
         start, second, *runs = gaussian(theta, 2 + options.num_runs, seed=seed)
         space = eigsh(

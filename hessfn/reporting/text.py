@@ -96,7 +96,9 @@ def _words(result: dict[str, Any]) -> list[str]:
     lines = []
     if sharpness is not None and finite(sharpness["lower"]) and finite(sharpness["upper"]):
         lines.append(f"sharpness on all such data: {number(sharpness['lower'])} to {number(sharpness['upper'])} (95 %)")
-    if finite(trace["lower"]) and finite(trace["upper"]):
+    if trace["stderr"] == 0:
+        lines.append("traces: without probes, since the net is linear in each of its layers")
+    elif finite(trace["lower"]) and finite(trace["upper"]):
         lines.append(f"trace on these data: {number(trace['lower'])} to {number(trace['upper'])} (95 %)")
     lines.append("negative share: of the sum of all squared eigenvalues")
     return [*lines, "search, rounding: at most; probes, data: one standard error"]
@@ -133,7 +135,9 @@ def value(found: dict[str, Any] | None) -> str:
 
 
 def estimate(mean: float | None, stderr: float | None) -> str:
-    """A number to the digits that its error leaves: ``142.2 +- 3.1``."""
+    """A number to the digits that its error leaves: ``142.2 +- 3.1``; alone where it is exact."""
+    if stderr == 0:
+        return number(mean)
     if mean is None or not stderr or not math.isfinite(mean) or not math.isfinite(stderr):
         return f"{number(mean)} +- {number(stderr)}"
     digits = 1 - math.floor(math.log10(stderr))  # two digits of the error

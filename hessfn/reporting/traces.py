@@ -23,13 +23,15 @@ from hessfn.estimators.quadratic_forms import MeanForm, form, is_within, per_lea
 from hessfn.estimators.rounding import rounding_of_products
 from hessfn.reporting.analysis import Samples
 from hessfn.reporting.clock import Clock
+from hessfn.reporting.exact_traces import Exact, ExactTraces
 from hessfn.reporting.options import Options
 from hessfn.reporting.plan import MOST_PROBES
-from hessfn.reporting.planning import LEAST_PROBES
+from hessfn.reporting.planning import HELD_PROBES, LEAST_PROBES
 from hessfn.reporting.products import Measured, no_rounding
 from hessfn.reporting.progress import progress_bar
 from hessfn.reporting.spectrum import Spectrum
 
+_SURE = 1 - 1e-6  # that they lie in the interval, for each of them
 _PROBES_OF_PARTS = 12  # enough to tell the spread over parts, whose products take longer
 _MOST_IMAGES = 40  # for the stable ranks of layers
 _SHARE = 0.1  # of the memory that is free, for these
@@ -68,6 +70,17 @@ class _Means:
     def total(self) -> Estimate[Tensor]:
         return plus(self._total.estimate(), self.known.trace())
 
+    def agree_with(self, known: ExactTraces) -> bool:
+        """Whether the exact traces lie in the intervals of the probes: of the whole, and of every layer."""
+        wanted = known.weights @ known.groups
+        layers = plus(self._layers.estimate(), self.known.traces())
+        return _is_in(wanted.sum(), self.total(), known.rounding.sum()) and all(
+            _is_in(x, Estimate(mean, stderr, layers.num_matvecs, df), slack)
+            for x, mean, stderr, df, slack in zip(
+                wanted, *map(tree.leaves, (layers.mean, layers.stderr, layers.df)), known.rounding, strict=True
+            )
+        )
+
     def layers(self, names: list[str]) -> Estimate[dict[str, Tensor]]:
         found = plus(self._layers.estimate(), self.known.traces())
 
@@ -77,31 +90,43 @@ class _Means:
         return found._replace(mean=named(found.mean), stderr=named(found.stderr), df=named(found.df))
 
 
-def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock: Clock, *, reserve: float) -> Traces:
-    """Both traces, from as many probes as are asked for, as the tolerance takes, or as there is time for."""
+def analyse_traces(
+    measured: Measured, found: Spectrum, options: Options, clock: Clock, exact: Exact | None, *, reserve: float
+) -> Traces:
+    """Both traces, from as many probes as are asked for, as the tolerance takes, or as there is time for.
+
+    Where they can be had exactly, a few probes are held against them, and say what is said of products alone.
+    """
     names = tree.names(measured.params)
-    with progress_bar(options, options.num_probes, "product", "trace") as bar:
+    known = exact() if exact else None
+    with progress_bar(options, HELD_PROBES if known else options.num_probes, "product", "trace") as bar:
         measured.bar = bar
         means = _Means(ControlVariate(found.space, "traces of a report"))
-        samples = list(_sampled(measured, found, options, clock, reserve, means))
-        rounding = _rounding(measured, options)
+        samples = list(_sampled(measured, found, options, clock, reserve, means, known))
+        if known and not means.agree_with(known):
+            warn("the traces by Gauss-Newton blocks are not those of the probes, which are taken instead")
+            known = None
+        rounding = None if known else _rounding(measured, options)
     leaves, plain = (torch.stack([getattr(x, part) for x in samples]) for part in ("leaves", "plain"))  # (p, l)
     weights = found.group_weights
-    by_probe = torch.stack([x.groups for x in samples if x.groups is not None], dim=1)  # (g, p, l)
-    groups = by_probe.mean(1)
-    spread = trace_data_stderr(by_probe, weights)
 
     def named(values: Tensor) -> dict[str, Tensor]:
         return dict(zip(names, values.unbind(-1), strict=True))
 
-    total = means.total()._replace(
-        rounding=rounding and rounding.total, data_stderr=trace_data_stderr(by_probe.sum(2), weights)
-    )
-    if options.rtol_trace is not None and not is_within(total, options.rtol_trace):
-        warn(f"the trace is not known to rtol_trace={options.rtol_trace:g} after {len(samples):,} probes")
-    layers = means.layers(names)._replace(
-        rounding=rounding and named(torch.stack(tree.leaves(rounding.leaves))), data_stderr=named(spread)
-    )
+    if known:
+        groups, (total, layers) = known.groups, known.estimates(named)
+    else:
+        by_probe = torch.stack([x.groups for x in samples if x.groups is not None], dim=1)  # (g, p, l)
+        groups = by_probe.mean(1)
+        total = means.total()._replace(
+            rounding=rounding and rounding.total, data_stderr=trace_data_stderr(by_probe.sum(2), weights)
+        )
+        layers = means.layers(names)._replace(
+            rounding=rounding and named(torch.stack(tree.leaves(rounding.leaves))),
+            data_stderr=named(trace_data_stderr(by_probe, weights)),
+        )
+        if options.rtol_trace is not None and not is_within(total, options.rtol_trace):
+            warn(f"the trace is not known to rtol_trace={options.rtol_trace:g} after {len(samples):,} probes")
     kept = Samples(
         trace=leaves.sum(1),
         layers=named(leaves),
@@ -116,7 +141,13 @@ def analyse_traces(measured: Measured, found: Spectrum, options: Options, clock:
 
 
 def _sampled(
-    measured: Measured, found: Spectrum, options: Options, clock: Clock, reserve: float, means: _Means
+    measured: Measured,
+    found: Spectrum,
+    options: Options,
+    clock: Clock,
+    reserve: float,
+    means: _Means,
+    known: ExactTraces | None,
 ) -> Iterator[_Sample]:
     """Each probe's traces, with the whole Krylov space as control variate.
 
@@ -134,15 +165,22 @@ def _sampled(
     size = sum(x.nbytes for x in tree.leaves(measured.params))
     num_kept = min(_MOST_IMAGES, int(_SHARE * free_bytes(home) / size)) if options.num_layers else 0
     for z in clock.while_time(probes, reserve=reserve, least=LEAST_PROBES):
-        is_cut = len(means) < _PROBES_OF_PARTS
+        is_cut = (HELD_PROBES if known else 0) <= len(means) < _PROBES_OF_PARTS
         product, change = measured(z) if is_cut else measured.by_batch(z), terms(z)
         leaves = product.weights @ product.forms
         groups = product.forms - of_groups @ change if is_cut else None
         image = product.image if len(means) < num_kept else None
         means.add(z, product.image)
         yield _Sample(leaves - theta @ change, leaves, groups, image)
+        if known and len(means) == HELD_PROBES and means.agree_with(known):
+            return
         if rtol is not None and len(means) % LEAST_PROBES == 0 and is_within(means.total(), rtol):
             return
+
+
+def _is_in(value: Tensor, estimate: Estimate, slack: Tensor) -> bool:
+    lower, upper = estimate.interval(_SURE)
+    return bool(lower - slack <= value.to(lower)) and bool(value.to(upper) <= upper + slack)
 
 
 def _terms(pairs: ControlVariate[Tree]) -> Callable[[Tree], Tensor]:
