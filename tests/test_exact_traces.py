@@ -184,3 +184,29 @@ def test_two_exact_traces_are_compared_without_probes() -> None:
     wanted = sum(blocks(model, data(80)).values()) - sum(blocks(relu_net().float(), data(80)).values())
     assert by.stderr == 0 and not by.paired and by.differs
     assert abs(by.mean - wanted) <= by.bound
+
+
+def test_the_activations_of_a_report_are_exact_too() -> None:
+    model, batch = relu_net().float(), data(40)
+    found = numbers((model, nn.CrossEntropyLoss(), [batch]), k=2, num_activation_probes=6)["activations"]
+    double = relu_net().float().double()
+    for index in (0, 2, 4):
+        entering = double[:index](batch[0].double()).detach()
+        shape = entering.shape
+
+        def loss(shift: Tensor, index: int = index, entering: Tensor = entering, shape: Any = shape) -> Tensor:
+            return nn.functional.cross_entropy(double[index:](entering + shift.reshape(shape)), batch[1])
+
+        H = torch.autograd.functional.hessian(loss, torch.zeros(shape.numel()).double())
+        x = found[f"{index}"]
+        assert x["stderr"] == x["weight_stderr"] == 0
+        assert x["trace"] == pytest.approx(float(H.trace()), rel=1e-5)
+        assert x["weight_trace"] == pytest.approx(blocks(relu_net().float(), batch)[f"{index}.weight"], rel=1e-5)
+        assert (x["numel"], x["weight_numel"]) == (shape[1], double[index].weight.numel())
+
+
+def test_a_weight_that_is_not_among_the_parameters_leaves_the_activations_to_probes() -> None:
+    model = relu_net().float()
+    found = numbers((model, nn.CrossEntropyLoss(), [data(40)]), k=2, params="4.*", num_activation_probes=6)
+    assert found["trace"]["stderr"] == 0
+    assert found["activations"]["0"]["stderr"] > 0

@@ -93,14 +93,14 @@ def activation_shapes(
     0 (5, 3) 15
     1 (5, 2) 10
     """
-    return {name: x.shape for name, x in _shifted(model, layers, at, strict=False)[1](inputs)[0].items()}
+    return {name: x.shape for name, x in shifted_forward(model, layers, at, strict=False)[1](inputs)[0].items()}
 
 
 def joint_loss(
     model: nn.Module, criterion: Callable[[Any, Any], Tensor], layers: Layers, at: Edge, strict: bool = True
 ) -> tuple[Callable[[Params, Shifts, Any], Tensor], Callable[[Any], Shifts]]:
     """``loss(params, shifts, batch)``, and from a batch its shifts of zero; what is not given is as it is."""
-    forward, zeros = _shifted(model, layers, at, strict)
+    forward, zeros = shifted_forward(model, layers, at, strict)
 
     def loss(params: Params, shifts: Shifts, batch: Any) -> Tensor:
         inputs, targets = pair(batch)
@@ -121,7 +121,7 @@ def joint_loss(
     return loss, shifts_of
 
 
-def _shifted(
+def shifted_forward(
     model: nn.Module, layers: Layers, at: Edge, strict: bool
 ) -> tuple[Callable[[Params, Shifts, Any], Any], Callable[[Any], tuple[Shifts, Any]]]:
     """``forward(params, shifts, inputs)``, and ``zeros(inputs)`` to shifts of zero and the outputs without them.

@@ -171,6 +171,36 @@ def sensitivities(
     return Sensitivities(part(0), part(1), weight_numel, activation_numel)
 
 
+def exact_sensitivities(
+    model: nn.Module, weights: ByName, activations: ByName, numel: Mapping[str, int]
+) -> Sensitivities | None:
+    """:class:`Sensitivities` of traces that are exact; None where that of a layer's weight is not among them.
+
+    Args:
+        weights: by parameter.
+        activations, numel: by shift (:func:`hessfn.activation_loss`), the trace and the entries of one sample.
+    """
+    model = bare(model)
+    modules = dict(model.named_modules())
+    names = {id(p): name for name, p in model.named_parameters()}
+    flows: dict[str, list[str]] = {}
+    for flow in activations:
+        flows.setdefault(_layer_of(flow, modules), []).append(flow)
+    own = {layer: names[id(_weight(layer, modules))] for layer in flows}
+    if not set(own.values()) <= weights.keys():
+        return None
+
+    def exact(found: ByName) -> Estimate[ByName]:
+        return Estimate(found, {layer: torch.zeros_like(x) for layer, x in found.items()}, torch.tensor(0))
+
+    return Sensitivities(
+        exact({layer: weights[name] for layer, name in own.items()}),
+        exact({layer: torch.stack([activations[x] for x in some]).sum() for layer, some in flows.items()}),
+        {layer: as_real(_weight(layer, modules).detach()).numel() for layer in flows},
+        {layer: sum(numel[x] for x in some) for layer, some in flows.items()},
+    )
+
+
 def _require_kinds(model: nn.Module, batches: Iterable[Any], call: str) -> None:
     require_model(model, call)
     require_batches(batches, call)

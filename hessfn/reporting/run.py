@@ -91,7 +91,8 @@ def report(
             time, prints the plan, and keeps to the time within a tenth. The batches are spread over all of them, if
             their number is known.
         num_activation_probes: random vectors for the traces by layer of weights and activations, one product with each
-            batch; 0 for none. If the model does not allow them, there is a warning.
+            batch; 0 for none. They are exact where those of ``num_probes`` are. If the model does not allow them, there
+            is a warning.
         radius: how far the landscape goes each way; by default as far as the quadratic model along the top eigenvector
             rises by ten times the loss, but at most a tenth of the norm of the parameters.
         num_plane_points: points each way of the plane over the top two eigenvectors; 0, or k = 1, for none. About fifty
@@ -187,10 +188,16 @@ def analyse(problem: Prepared, first: FirstPass, options: Options, keep: Keep, c
     options = lighter(options, clock, measured.pace)
     stages.begin("landscape")
     landscape = analyse_landscape(problem, first.loss, first.gradient, found.eigen, options)
-    stages.begin("activations")
-    activations = analyse_activations(problem, options, keep)
+    activations = None
+    if exact is None:
+        stages.begin("activations")
+        activations = analyse_activations(problem, options, keep)
     stages.begin("trace")
     traces = analyse_traces(measured, found, options, clock, exact, reserve=reserve(options, measured.pace))
+    if exact is not None:
+        stages.begin("activations")
+        known = traces.exact and traces.exact.sensitivities
+        activations = known or analyse_activations(problem, options, keep)
     stages.begin("layers")
     layers = analyse_layers(measured, found, traces, options)
     return Analysis(

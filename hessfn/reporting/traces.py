@@ -42,6 +42,7 @@ class Traces(NamedTuple):
     layers: Estimate[dict[str, Tensor]]
     samples: Samples
     images: list[Tree]  # products with the first probes, as far as memory allows
+    exact: ExactTraces | None  # what took the place of the probes, if it did
 
 
 class _Sample(NamedTuple):
@@ -137,7 +138,7 @@ def analyse_traces(
         group_layers=named(groups),
         group_eigenvalues=found.group_eigenvalues,
     )
-    return Traces(total, layers, kept, [x.image for x in samples if x.image is not None])
+    return Traces(total, layers, kept, [x.image for x in samples if x.image is not None], known)
 
 
 def _sampled(
