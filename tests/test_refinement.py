@@ -78,6 +78,53 @@ def test_a_line_from_half_of_its_points_is_within_a_hundredth(name: str) -> None
     assert found.measured.sum() <= 21
 
 
+UNEVEN: dict[str, Callable[[Any, Any], Any]] = {
+    "one kink": lambda x, y: 1 + np.maximum(0, 0.8 * x + 0.6 * y - 0.3),
+    "a valley": lambda x, y: 1 + 0.5 * x**2 + 0.3 * y**2 - 0.6 * np.exp(-(((0.8 * x + 0.6 * y - 0.5) / 0.25) ** 2)),
+    "a hole": lambda x, y: 1 + 0.5 * x**2 + 0.3 * y**2 - 0.6 * np.exp(-((x - 0.6) ** 2 + (y + 0.5) ** 2) / 0.3**2),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_what_the_middle_does_not_tell_is_found_away_from_it(name: str) -> None:
+    """A quadratic model, known at the middle, predicts none of it."""
+    surface = UNEVEN[name]
+    truth, near = surface(*PLANE.T), np.array([-1, 0, 1]) / 60
+    beside = np.stack(np.meshgrid(near, near, indexing="ij"), -1).reshape(-1, 2)
+    known = beside, surface(*beside.T)
+    coarse, _ = run(PLANE, truth, COARSE, known=known, most=len(COARSE))
+    found, asked = run(PLANE, truth, COARSE, known=known, rtol=0.015, at_once=4)
+    assert visible(found.losses, truth) <= 0.04
+    before, after = (np.abs(x.losses - truth).mean() for x in (coarse, found))
+    assert after < 0.5 * before
+    assert len(asked) <= 100
+
+
+def test_a_flat_line_beside_a_steep_one_takes_few_points() -> None:
+    """On their axis it is a straight line, whatever it does on its own."""
+    flat, steep = 1 + 1e-3 * np.cos(9 * STEPS), 1 + 4 * STEPS**2 + STEPS**3
+    lines = {"flat": flat, "steep": steep}
+
+    def losses_at(wanted: dict[str, list[int]]) -> dict[str, dict[int, float]]:
+        return {name: {i: float(lines[name][i]) for i in indices} for name, indices in wanted.items()}
+
+    def refined(names: list[str]) -> Refined:
+        chosen = {name: refinement(STEPS[:, None], [0, 8, 15, 22, 30], at_once=2) for name in names}
+        return side_by_side(chosen, losses_at)["flat"]
+
+    alone, beside = refined(["flat"]), refined(["flat", "steep"])
+    assert visible(alone.losses, flat) <= 0.02 and np.abs(beside.losses - flat).max() <= 0.01 * np.ptp(steep)
+    assert beside.measured.sum() <= 9 < 15 <= alone.measured.sum()
+
+
+def test_what_is_interpolated_stays_within_what_was_measured() -> None:
+    """Else it could be drawn on another scale than the one on which the tolerance holds."""
+    truth = 0.02 + np.maximum(0, PLANE @ [1.0, 0.3]) ** 3
+    found, _ = run(PLANE, truth, COARSE, most=25)
+    inside = found.losses[found.measured]
+    assert inside.min() <= found.losses.min() and found.losses.max() <= inside.max()
+
+
 def test_a_bend_takes_more_points_where_it_is() -> None:
     truth = np.tanh(12 * (PLANE @ [0.8, 0.6] - 0.3))
     found, _ = run(PLANE, truth, COARSE)
@@ -176,7 +223,7 @@ def test_the_landscape_of_a_report_is_that_of_all_points(activation: Any) -> Non
     matvec = hf.mean_hvp(problem.loss, problem.params, batches)
     eigen = hf.eigsh(matvec, hf.gaussian(problem.params, 1)[0], 2)
     whole = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-    gradient = hf.gradient_direction(problem.loss, problem.params, whole)
+    gradient = torch.func.grad(problem.loss)(problem.params, whole)
     found = analyse_landscape(problem, problem.loss(problem.params, whole), gradient, eigen, options)
     vectors = [tree.map(lambda x, i=i: x[i], eigen.vectors) for i in range(2)]
     vectors = [v if tree.dot(gradient, v) > 0 else tree.scale(-1.0, v) for v in vectors]
@@ -185,18 +232,20 @@ def test_the_landscape_of_a_report_is_that_of_all_points(activation: Any) -> Non
     directions = {
         "top eigenvector": vectors[0],
         "random": hf.random_direction(problem.params),
-        "gradient": gradient,
+        "gradient": hf.gradient_direction(problem.loss, problem.params, whole),
     }
     assert set(found.losses) == set(directions)
-    for name, direction in directions.items():
-        truth = hf.line(problem.loss, problem.params, direction, found.steps, whole)
-        # The tolerance is held by an estimate. A kink beside a point that is measured may hide from it, by a little.
-        assert visible(found.losses[name].numpy(), truth.numpy()) <= (0.02 if activation is nn.ReLU else 0.01)
-        middle = slice(14, 17)  # beside the middle it is measured, so that the curve bends there as the Hessian says
-        assert found.measured[name][middle].all()
-        assert torch.allclose(found.losses[name][middle], truth[middle], rtol=1e-10)
+    lines = {name: hf.line(problem.loss, problem.params, v, found.steps, whole) for name, v in directions.items()}
+    # On one axis. The tolerance is held by an estimate: a kink beside a point that is measured may hide from it.
+    assert visible(*(torch.cat([x[name] for name in lines]).numpy() for x in (found.losses, lines))) <= 0.02
+    for name, line in lines.items():
+        measured = found.measured[name]
+        assert torch.allclose(found.losses[name][measured], line[measured], rtol=1e-10)
+        # It is known there, and how it rises and bends.
+        assert measured[15] and torch.allclose(found.losses[name][14:17], line[14:17], rtol=2e-3)
+    assert sum(int(x.sum()) for x in found.measured.values()) <= 36
     truth = hf.plane(problem.loss, problem.params, vectors, found.plane.steps, found.plane.steps, whole)
-    assert visible(found.plane.losses.numpy(), truth.numpy()) <= 0.01
+    assert visible(found.plane.losses.numpy(), truth.numpy()) <= 0.02
     measured = found.plane.measured
     assert torch.allclose(found.plane.losses[measured], truth[measured], rtol=1e-10)
-    assert measured.sum() < 110
+    assert measured.sum() < 60

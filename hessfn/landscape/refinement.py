@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +37,15 @@ class Refined(NamedTuple):
     error: float  #: of the predictions that were measured last, the largest, as a part of the visible range
 
 
-Refinement = Generator[list[int], Mapping[int, float], Refined]
+class Answer(NamedTuple):
+    """What a refinement is sent."""
+
+    losses: Mapping[int, float]  #: at the points it asked for, by index
+    lowest: float  #: of all losses so far that are drawn on the same axis
+    highest: float
+
+
+Refinement = Generator[list[int], Answer, Refined]
 
 
 def refinement(
@@ -54,15 +62,17 @@ def refinement(
     Interpolations with cubic and with quintic radial functions, of the losses and of their logarithms, predict all
     points from those that are measured. Where they differ most the next ones are measured, some at a time and apart
     from each other, and the one that is farthest from all; until they differ by little, and two rounds in a row were as
-    predicted. The scale on which predictions were best is taken. Of losses that span more than a factor of 50, as they
-    are drawn on a logarithmic axis, "little" is said of the logarithm.
+    predicted, by what was known before or by earlier rounds. The scale on which predictions were best is taken. Of
+    losses that span more than a factor of 50, as they are drawn on a logarithmic axis, "little" is said of the
+    logarithm.
 
     Args:
         grid: ``(g, d)``, the points.
         start: the indices that are measured in any case: a coarse grid, which finds what is wider than its meshes.
-        known: points ``(m, d)`` of the same space, and their losses ``(m,)``.
-        rtol: the tolerance, as a part of the visible range. It is no bound: of planes over six nets that were also
-            measured in full, five were within 0.01, and one, of a tiny net whose loss spans a factor of 500, 0.04 off.
+        known: points ``(m, d)`` of the same space, no two of them the same but on the grid, and their losses ``(m,)``.
+        rtol: the tolerance, as a part of the range of all that is drawn on the same axis. It is no bound: at 0.01, of
+            planes over six nets that were also measured in full, five were within it, and one, of a tiny net whose loss
+            spans a factor of 500, 0.04 off. At 0.015 a single kink or a narrow valley was up to 0.05 off.
         at_once: how many points are measured before what they say is heard.
         most: so many points of the grid are measured at most.
 
@@ -72,36 +82,34 @@ def refinement(
     if grid.ndim != 2 or not len(start):
         raise InvalidInput(f"the grid is {grid.shape} and must be (points, dimensions), with one point to start at")
     grid, beside, losses = _on_grid(grid, known)
-    measured, wanted, error, calibration, num_good = ~np.isnan(losses), list(start), math.inf, 1.0, 0
-    predictions: _Predictions = {}
+    measured, wanted, num_good = ~np.isnan(losses), list(start), 0
+    error = calibration = math.inf
     errors: dict[_Kind, list[float]] = {}  # of each prediction, in the rounds so far
-    best, doubt = next(iter(_MATES)), np.zeros(len(grid))
+    before = _range([*losses[measured], *beside[1]])
+    sight = _Sight(*before)
     while True:
-        new = yield [i for i in wanted if not measured[i]]
-        here = list(new)
-        losses[here], measured[here] = list(new.values()), True
         points = np.concatenate([grid[measured], beside[0]])
-        heights = np.concatenate([losses[measured], beside[1]])
-        sight = _Sight(heights)
-        if predictions and here:
-            gaps = {kind: sight.difference(values[here], losses[here]) for kind, values in predictions.items()}
-            error = gaps[best]
-            # How much further off than the predictions are from each other they are from the truth.
-            calibration = max(1.0, error * sight.span / max(doubt[here].max(), _ROUNDING * sight.span))
-            for kind, gap in gaps.items():
-                errors.setdefault(kind, []).append(gap)
-        predictions = _predicted(grid, points, heights, sight)
+        predictions = _predicted(grid, points, np.concatenate([losses[measured], beside[1]]), sight)
         best = min(predictions, key=lambda kind: max(errors.get(kind, [math.inf])[-2:]))
-        predicted = predictions[best]
-        doubt = np.where(measured, 0.0, np.abs(sight.of(predicted) - sight.of(predictions[_MATES[best]])))
-        is_open = ~measured & ~np.isnan(doubt)
-        if not is_open.any():
-            return Refined(np.where(measured, losses, predicted), measured, 0.0)
-        is_good = error <= rtol and calibration * doubt[is_open].max() <= rtol * sight.span
-        num_good = num_good + 1 if is_good else 0
-        if num_good == _PATIENCE or measured.sum() >= most:
-            return Refined(np.where(measured, losses, predicted), measured, error)
-        wanted = _apart(grid, points, np.where(is_open, doubt / sight.span, -1.0), at_once)
+        doubt = np.abs(sight.of(predictions[best]) - sight.of(predictions[_MATES[best]]))
+        if errors:
+            is_open = ~measured & ~np.isnan(doubt)
+            if not is_open.any():
+                return Refined(sight.within(predictions[best], losses), measured, 0.0)
+            is_good = error <= rtol and calibration * doubt[is_open].max() <= rtol * sight.span
+            num_good = num_good + 1 if is_good else 0
+            if num_good == _PATIENCE or measured.sum() >= most:
+                return Refined(sight.within(predictions[best], losses), measured, error)
+            wanted = _apart(grid, points, np.where(is_open, doubt / sight.span, -1.0), at_once)
+        new, *seen = yield [i for i in wanted if not measured[i]]
+        here, sight = list(new), _Sight(min(before[0], seen[0]), max(before[1], seen[1]))
+        losses[here], measured[here] = list(new.values()), True
+        for kind, values in predictions.items():
+            errors.setdefault(kind, []).append(sight.difference(values[here], losses[here]) if here else math.inf)
+        error = errors[best][-1]
+        # How much further off than the predictions are from each other they are from the truth.
+        apart = np.nan_to_num(doubt[here]).max(initial=0.0)
+        calibration = max(1.0, error * sight.span / max(apart, _ROUNDING * sight.span))
 
 
 def side_by_side(
@@ -109,38 +117,45 @@ def side_by_side(
     losses_at: Callable[[dict[str, list[int]]], Mapping[str, Mapping[int, float]]],
     agree: Callable[[Any], Any] = lambda decision: decision,
 ) -> dict[str, Refined]:
-    """The results of several dialogues, of which the points of a round are measured at once.
+    """The results of several dialogues about losses on one axis, of which the points of a round are measured at once.
 
     Args:
         losses_at: from the indices wanted, by dialogue, to losses by index.
         agree: of what each process has decided, what the first one has: they all measure the same points.
     """
     found: dict[str, Refined] = {}
+    lowest, highest = _range([])
     wanted: dict[str, list[int]] = agree({name: next(dialogue) for name, dialogue in refinements.items()})
     while wanted:
         losses, asked, wanted = losses_at(wanted), wanted, {}
+        lowest, highest = _range([lowest, highest, *(x for one in losses.values() for x in one.values())])
         for name in asked:
-            answer = _said(refinements[name], losses[name])
+            answer = _said(refinements[name], Answer(losses[name], lowest, highest))
             (found if isinstance(answer, Refined) else wanted)[name] = answer
         wanted, found = agree((wanted, found))
     return {name: found[name] for name in refinements}
 
 
-def _said(dialogue: Refinement, losses: Mapping[int, float]) -> Any:
+def _said(dialogue: Refinement, answer: Answer) -> Any:
     """The next points that a dialogue wants, or its result."""
     try:
-        return dialogue.send(losses)
+        return dialogue.send(answer)
     except StopIteration as end:
         return end.value
 
 
-class _Sight:
-    """The scale on which losses are seen."""
+def _range(losses: Iterable[float]) -> tuple[float, float]:
+    """The smallest and the largest, of those that are finite."""
+    finite = [x for x in losses if math.isfinite(x)]
+    return min(finite, default=math.inf), max(finite, default=-math.inf)
 
-    def __init__(self, losses: Array) -> None:
-        finite = losses[np.isfinite(losses)]
-        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
-        self.is_wide, self.low = 0 < _WIDE * low < high, low
+
+class _Sight:
+    """The scale on which losses are seen that lie between two."""
+
+    def __init__(self, low: float, high: float) -> None:
+        low, high = (low, high) if low <= high else (0.0, 0.0)
+        self.is_wide, self.low, self.high = 0 < _WIDE * low < high, low, high
         self.span = (
             math.log(high / low) if self.is_wide else max(high - low, _ROUNDING * max(abs(low), abs(high), 1e-30))
         )
@@ -148,6 +163,10 @@ class _Sight:
     def of(self, losses: Array) -> Array:
         """A prediction may be below all losses, also below 0."""
         return np.log(np.maximum(losses, self.low / 10)) if self.is_wide else losses
+
+    def within(self, predicted: Array, losses: Array) -> Array:
+        """The losses, and predictions where they are NaN, within the range, so that the scale drawn is this one."""
+        return np.where(np.isnan(losses), np.clip(predicted, self.low, self.high), losses)
 
     def difference(self, predicted: Array, losses: Array) -> float:
         """The largest, as a part of what is seen; infinite where either is not finite."""

@@ -25,9 +25,9 @@ PAGE_SECONDS = 6.0  # for pictures and page
 HELD_PROBES = 6  # against traces that are exact
 STEPS_OF_A_LAYER = 4  # products for the top of one block, which starts near it
 _PILOT = 0.1  # of the time
-_POINTS = 90  # of a landscape, about
+_POINTS = 55  # of a landscape, about
 _SECOND_START = 8  # products, about
-_FIXED_PRODUCTS = 4 + 2 + 36  # check, rounding, both ends on halves of the data
+_FIXED_PRODUCTS = 4 + 2 + 26  # check, rounding, both ends on halves of the data
 _ACTIVATION = 3  # products that a probe of the activations takes, with its part in making it linear
 _STEPS_A_PAIR = 4  # Lanczos steps until one more pair has settled, and nothing further out is left
 

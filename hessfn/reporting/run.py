@@ -95,7 +95,7 @@ def report(
             is a warning.
         radius: how far the landscape goes each way; by default as far as the quadratic model along the top eigenvector
             rises by ten times the loss, but at most a tenth of the norm of the parameters.
-        num_plane_points: points each way of the plane over the top two eigenvectors; 0, or k = 1, for none. About fifty
+        num_plane_points: points each way of the plane over the top two eigenvectors; 0, or k = 1, for none. About 30
             are computed, where the loss bends most; the others are interpolated.
         seed: of all random vectors.
         resume: use the products that a killed report has left in ``out``; the numbers are the same to the last bit.
@@ -121,8 +121,9 @@ def report(
           where that of the population lies, 95 %
         - ``trace``: mean, stderr (by the probes; 0 where it is exact), lower, upper (95 % by the probes), rounding,
           data_stderr
-        - ``negative_curvature``: smallest: value and errors of the most negative eigenvalue; share_of_squares: mean,
-          stderr, steps_error of the part of the sum of lambda^2 that is of negative ones
+        - ``negative_curvature``: smallest: value and errors of the most negative eigenvalue, whose residual is at most
+          ``10 rtol`` of it; share_of_squares: mean, stderr, steps_error of the part of the sum of lambda^2 that is of
+          negative ones
         - ``density``: grid, values; lower, upper: a band of 95 % (None of a single run)
         - ``layers``: name: numel, trace and its errors, top, top_residual, stable_rank, stable_rank_stderr (None but
           for the largest), pairs_share
