@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hessfn as hf
 from hessfn.engine import pipeline
-from hessfn.engine.fused import attention, chunks, cross_entropy, tiles
+from hessfn.engine.fused import attention, cross_entropy, logits, tiles
 from hessfn.engine.op_definitions import by_definition
 
 LENGTH, WIDTH, CLASSES = 13, 8, 11
@@ -74,7 +74,7 @@ def in_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "WORTH", 1)
     monkeypatch.setattr(tiles, "COLUMNS", 5)
     monkeypatch.setattr(tiles, "ENTRIES", 2 * 5 * LENGTH)
-    monkeypatch.setattr(chunks, "ENTRIES", 7 * CLASSES)
+    monkeypatch.setattr(logits, "ENTRIES", 7 * CLASSES)
 
 
 def attending(how: dict[str, Any]) -> tuple[nn.Module, nn.Module, tuple[Tensor, Tensor]]:
@@ -131,8 +131,8 @@ def test_cross_entropy_in_chunks_is_cross_entropy(in_small: None, net: Any, how:
     (node,) = module.graph.find_nodes(op="call_function", target=cross_entropy.losses)
     through_head = node.args[1] is not None
     assert through_head is not net.get("scaled", False)
-    logits = [n for n in module.graph.nodes if "val" in n.meta and n.meta["val"].shape[-1:] == (CLASSES,)]
-    assert not through_head or all(n.meta["val"].dim() < 2 or len(n.meta["val"]) < 7 for n in logits)
+    wide = [n for n in module.graph.nodes if "val" in n.meta and n.meta["val"].shape[-1:] == (CLASSES,)]
+    assert not through_head or all(n.meta["val"].dim() < 2 or len(n.meta["val"]) < 7 for n in wide)
 
 
 def test_a_mask_that_is_learned_has_its_gradient(in_small: None) -> None:

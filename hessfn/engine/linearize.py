@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from hessfn.core import tree
 from hessfn.core.errors import WrongProduct
+from hessfn.engine.fused.outputs import Cut
 from hessfn.engine.graph_module import GraphModule, interpreted
 from hessfn.engine.heap import trim_heap
 from hessfn.engine.meta_shapes import looks
@@ -25,6 +26,8 @@ def differentiate(
 ) -> fx.GraphModule:
     """Forward-over-reverse: the graph of the Hessian-vector product of a clean loss.
 
+    Where outputs are marked in it (``fused/outputs.py``), it is that of the Gauss-Newton product.
+
     Args:
         loss: from the parameters and what else it takes, tensors in a row.
         point, others: what these look like; nothing is computed with them.
@@ -35,12 +38,18 @@ def differentiate(
 
     def product(*inputs: Tensor) -> list[Tensor]:
         at, rest, v = inputs[: len(point)], inputs[len(point) : -len(point)], inputs[-len(point) :]
+        cut = Cut()
         with fwAD.dual_level(), torch.enable_grad():
             duals = [fwAD.make_dual(p.detach().requires_grad_(), t) for p, t in zip(at, v, strict=True)]
-            (value,) = interpreted(loss, *duals, *rest)
+            (value,) = interpreted(loss, *duals, *rest, instead=cut.instead)
             # With create_graph, derivatives are made of operations that have derivatives.
             options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
-            tangents = [fwAD.unpack_dual(g).tangent for g in torch.autograd.grad(value, duals, **options)]
+            one = torch.ones(value.shape, dtype=value.dtype, device=value.device)  # nothing needs the value itself
+            slopes = torch.autograd.grad(value, cut.inner or duals, one, **options)
+            tangents: list[Tensor | None] = [fwAD.unpack_dual(g).tangent for g in slopes]
+            images = cut.images(slopes)
+        if cut.inner:
+            tangents = [*cut.pulled_back(images, duals)]
         found = [torch.zeros_like(p) if t is None else t for t, p in zip(tangents, at, strict=True)]
         return [t.contiguous() if p.is_contiguous() else t for t, p in zip(found, point, strict=True)]
 

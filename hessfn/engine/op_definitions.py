@@ -47,26 +47,25 @@ def by_definition(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return defined
 
 
-def noting_fused(loss: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], set[Any]]:
-    """The same loss, and which operations of its it has called that :func:`by_definition` fuses."""
-    found: set[Any] = set()
+def noting_fused(loss: Callable[..., Tensor], note: Callable[[Any], Any]) -> Callable[..., Tensor]:
+    """The same loss; ``note`` is called with each operation before it, if :func:`by_definition` would fuse it."""
 
     def noted(*args: Any) -> Tensor:
-        with _Noting(found):
+        with _Noting(note):
             return loss(*args)
 
-    return noted, found
+    return noted
 
 
 class _Noting(TorchFunctionMode):
-    def __init__(self, found: set[Any]) -> None:
+    def __init__(self, note: Callable[[Any], Any]) -> None:
         super().__init__()
-        self.found = found
+        self.note = note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FUSED and _FUSED[func](*args, **kwargs):
-            self.found.add(func)
+            self.note(func)
         return func(*args, **kwargs)
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from hessfn.core import tree
@@ -17,6 +18,7 @@ from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.weights import knowing, of_criterion
 from hessfn.products.modes import differentiating
 from hessfn.products.outputs import has_entries, outputs_of, refuse_own_loss, sides, targets_of, value_of
+from hessfn.products.traced_gauss_newton import Criterion, Traced
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +43,12 @@ def call_of(make: Callable[..., Any]) -> str:
 
 @says_what_is_missing
 def ggnvp(
-    forward: Callable[[T, Any], Any], criterion: Callable[[Any, Any], Tensor], params: T, batch: Any
+    forward: Callable[[T, Any], Any],
+    criterion: Callable[[Any, Any], Tensor],
+    params: T,
+    batch: Any,
+    *,
+    check: bool = True,
 ) -> MatVec[T]:
     """Products with the generalized Gauss-Newton matrix ``J' H_out J``.
 
@@ -80,21 +87,34 @@ def ggnvp(
     inputs, targets = sides(batch, call_of(ggnvp))
     unchecked = [True]
 
+    def eager(criterion: Criterion, args: tuple[Any, ...], v: T) -> T:
+        inputs, targets = args
+        out = outputs_of(by_definition(forward), params, inputs)
+
+        def slope_at(parts: list[Tensor]) -> list[Tensor]:
+            return gradient(lambda parts: criterion(out.whole(parts), targets), parts)
+
+        # Reverse mode: the criterion is cheap, and the common ones lack a forward rule.
+        slope, curvature = vjp(slope_at, out.parts)
+        image = curvature(out.pushforward(v))
+        if unchecked[0] and not is_observed(*slope, *image):
+            refuse_own_loss(ggnvp, slope, is_linear=not any(map(has_entries, image)))
+            unchecked[0] = False
+        found: T = out.pullback(image)
+        return found
+
+    product = None if torch.compiler.is_compiling() else Traced(forward, criterion, params, eager, check)
+
     @recorded
     def matvec(v: T) -> T:
         v = tree.aligned(v, params)
         with differentiating():
-            out = outputs_of(by_definition(forward), params, inputs)
-
-            def slope_at(parts: list[Tensor]) -> list[Tensor]:
-                return gradient(lambda parts: criterion(out.whole(parts), targets), parts)
-
-            # Reverse mode: the criterion is cheap, and the common ones lack a forward rule.
-            slope, curvature = vjp(slope_at, out.parts)
-            image = curvature(out.pushforward(v))
-            if unchecked[0] and not is_observed(*slope, *image):
-                refuse_own_loss(ggnvp, slope, is_linear=not any(map(has_entries, image)))
-                unchecked[0] = False
-            return tree.owned(out.pullback(image))
+            if (
+                product is None
+                or torch.compiler.is_compiling()
+                or is_observed(*tree.leaves((params, inputs, targets, v)))
+            ):
+                return tree.owned(eager(criterion, (inputs, targets), v))
+            return tree.owned(product((inputs, targets), v))
 
     return knowing(matvec, of_criterion(criterion, targets_of), value_of(forward, criterion, params))

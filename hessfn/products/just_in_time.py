@@ -53,10 +53,10 @@ def product_of(loss: Loss, mode: ModeName, check: bool = True, trace_after: int 
             raise NoDerivative(_CUT.format(mode=mode))
         differentiated = is_differentiated(params, args)
         key = (mode, check, trace_after, differentiated, *shapes_of((params, args)))
-        found, stale = _known(memory, key, loss, params, args)
+        found, stale = recall(memory, key, loss, params, args)
         if under_functorch() and (found is None or found.mode.mode in _OF_PLAIN_AUTOGRAD):
             key = ("transformed", *key)  # where nothing is checked, and plain autograd is of no use
-            found, stale = _known(memory, key, loss, params, args)
+            found, stale = recall(memory, key, loss, params, args)
         if found is None:
             order, patience = _order(mode, differentiated, trace_after, stale)
             climbed = climb(loss, params, args, v, order, check, memory)
@@ -78,7 +78,7 @@ def product_of(loss: Loss, mode: ModeName, check: bool = True, trace_after: int 
     return product
 
 
-def _known(
+def recall(
     memory: Memory, key: Any, loss: Loss, params: Tree, args: tuple[Any, ...]
 ) -> tuple[Found | None, Found | None]:
     """What is known for such arguments, and what was, before something changed that the loss closes over."""

@@ -110,9 +110,9 @@ def climb(
     Of one mode alone, which was asked for, it is said what is wrong with it. ``reasons`` are why modes that were tried
     before are not taken.
     """
-    noted, fused = noting_fused(loss)
+    fused: set[Any] = set()
     with differentiating():
-        inspected = inspect(by_definition(noted), params, args)
+        inspected = inspect(by_definition(noting_fused(loss, fused.add)), params, args)
     # The graph of this evaluation is that of the product, which can go on from there.
     graphs = [inspected.graph] if order[0] == "double_backward" and inspected.graph else []
     inspected = inspected._replace(graph=None)

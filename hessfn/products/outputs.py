@@ -12,7 +12,7 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_pair
 from hessfn.core.arrays import as_tensors
 from hessfn.core.errors import InvalidInput
-from hessfn.core.flatten import flatten
+from hessfn.core.flatten import Structure, flatten
 from hessfn.core.func import jvp, vjp, vjp_with
 from hessfn.core.tree import T, Tree
 from hessfn.losses.model_inputs import fresh, is_one
@@ -28,21 +28,17 @@ class Outputs(NamedTuple):
     pullback: Callable[[list[Tensor]], Any]  # u -> J' u
 
 
-def outputs_of(forward: Callable[[T, Any], Any], params: T, inputs: Any) -> Outputs:
-    """One forward pass; a product with ``J`` is another, one with ``J'`` is not."""
-    seen: list[Any] = []
+class Apart(NamedTuple):
+    """What a model has returned, taken apart: its floating-point tensors (complex ones as real views), and the rest."""
 
-    def split(p: T) -> tuple[list[Tensor], list[Tensor]]:
-        flat, structure = flatten(forward(p, fresh(inputs)))
-        seen[:] = [[None if isinstance(x, Tensor) else x for x in flat], list(map(_kind, flat)), structure]
-        parts = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in flat if _kind(x) in _PARTS]
-        return parts, [x for x in flat if _kind(x) == "constant"]
+    parts: list[Tensor]
+    constants: list[Tensor]
+    rest: tuple[list[Any], list[str], Structure]  # by leaf: values that are no tensors, and kinds; the structure
 
-    parts, pullback, constants = vjp_with(split, params)
-    values, kinds, structure = seen
-
-    def whole(parts: list[Tensor]) -> Any:
-        rest, others = iter(parts), iter(constants)
+    def whole(self, parts: list[Tensor]) -> Any:
+        """What the model returns, with these parts."""
+        values, kinds, structure = self.rest
+        rest, others = iter(parts), iter(self.constants)
         take = {
             "real": lambda _: next(rest),
             "complex": lambda _: torch.view_as_complex(next(rest)),
@@ -51,6 +47,25 @@ def outputs_of(forward: Callable[[T, Any], Any], params: T, inputs: Any) -> Outp
         }
         return structure.unflatten([take[kind](x) for kind, x in zip(kinds, values, strict=True)])
 
+
+def taken_apart(outputs: Any) -> Apart:
+    flat, structure = flatten(outputs)
+    parts = [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in flat if _kind(x) in _PARTS]
+    values = [None if isinstance(x, Tensor) else x for x in flat]
+    return Apart(parts, [x for x in flat if _kind(x) == "constant"], (values, list(map(_kind, flat)), structure))
+
+
+def outputs_of(forward: Callable[[T, Any], Any], params: T, inputs: Any) -> Outputs:
+    """One forward pass; a product with ``J`` is another, one with ``J'`` is not."""
+    seen: list[Any] = []
+
+    def split(p: T) -> tuple[list[Tensor], list[Tensor]]:
+        apart = taken_apart(forward(p, fresh(inputs)))
+        seen[:] = [apart.rest]
+        return apart.parts, apart.constants
+
+    parts, pullback, constants = vjp_with(split, params)
+    whole = Apart([], constants, seen[0]).whole
     return Outputs(parts, whole, lambda v: pushforward(lambda p: split(p)[0], params, v), pullback)
 
 

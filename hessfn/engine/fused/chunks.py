@@ -11,59 +11,44 @@ it, are faster so. Those that make it are half as fast where a row of its memory
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ENTRIES = 1 << 24  # of a chunk
-_ALIGNED = 64  # rows
-
-
-class Logits(NamedTuple):
-    """What the logits (n, c) are made of; all of them, or the tangents of all."""
-
-    x: Tensor | None  # (n, d), or (n, c) where there is no weight
-    weight: Tensor | None  # (c, d)
-    bias: Tensor | None  # (c,)
-
-
-class Labels(NamedTuple):
-    """What they are held against."""
-
-    target: Tensor  # (n,)
-    part: Tensor  # (n,)
-    smooth: Tensor | None  # (c,)
-
-    @property
-    def total(self) -> Tensor:
-        return self.part if self.smooth is None else self.part + self.smooth.sum()
-
-    def of(self, rows: slice) -> Labels:
-        return Labels(self.target[rows], self.part[rows], self.smooth)
+from hessfn.engine.fused.logits import (
+    Labels,
+    Logits,
+    Room,
+    change_of,
+    entries_of,
+    exponentials,
+    logits_of,
+    num_classes,
+)
 
 
 def losses(z: Logits, y: Labels) -> Tensor:
     """Those of the rows, (n,)."""
-    out, room = _of(z).new_empty(len(_of(z))), _Room(z)
+    out, room = entries_of(z).new_empty(len(entries_of(z))), Room(z)
     for rows in room.chunks():
-        logits = _logits(z, rows, room)
+        logits = logits_of(z, rows, room)
         linear = _linear(logits, y.of(rows))
-        _, top, sums = _exponentials(logits, z)
+        _, top, sums = exponentials(logits, z)
         out[rows] = y.total[rows] * (top + sums.log()) - linear
     return out
 
 
 def tangents(z: Logits, y: Labels, d: Logits) -> Tensor:
     """Those of :func:`losses`."""
-    out, room = _of(z).new_zeros(len(_of(z))), _Room(z)
+    out, room = entries_of(z).new_zeros(len(entries_of(z))), Room(z)
     for rows in room.chunks():
-        change = _change(z, d, rows, room)
+        change = change_of(z, d, rows, room)
         if change is not None:
             linear = _linear(change, y.of(rows))
-            weights, _, sums = _exponentials(_logits(z, rows, room), z)
+            weights, _, sums = exponentials(logits_of(z, rows, room), z)
             out[rows] = y.total[rows] * change.mul_(weights).sum(0) / sums - linear
     return out
 
@@ -78,14 +63,14 @@ def gradients(
     wanted_tangents: Sequence[bool] = (False,) * 3,
 ) -> tuple[Any, ...]:
     """Those of ``sum_i g_i loss_i`` by x, weight and bias, and their tangents in one pass; None where not wanted."""
-    found, dfound, room = _blank(z, wanted), _blank(z, wanted_tangents), _Room(z)
+    found, dfound, room = _blank(z, wanted), _blank(z, wanted_tangents), Room(z)
     by_rows = z.weight is not None and (wanted[0] or wanted_tangents[0])
     for rows in room.chunks():
-        change = None if d is None else _change(z, d, rows, room)
-        weights, _, sums = _exponentials(_logits(z, rows, room), z)
+        change = None if d is None else change_of(z, d, rows, room)
+        weights, _, sums = exponentials(logits_of(z, rows, room), z)
         pulled = weights.T @ z.weight if by_rows else None  # type: ignore[operator]
         chunk = _Chunk(rows, weights, pulled, sums, y.of(rows), g[rows], None if dg is None else dg[rows])
-        _add(found, chunk, z)
+        _add(found, chunk.gradient, chunk, z)
         if d is not None:
             _add_tangents(dfound, chunk, z, d, change)
     return *found, *dfound
@@ -93,9 +78,9 @@ def gradients(
 
 def softmax(z: Logits) -> Tensor:
     """Of all logits, (c, n): what a linearized product keeps."""
-    room, out = _Room(z), _of(z).new_empty(_num_classes(z), len(_of(z)))
+    room, out = Room(z), entries_of(z).new_empty(num_classes(z), len(entries_of(z)))
     for rows in room.chunks():
-        weights, _, sums = _exponentials(_logits(z, rows, room), z)
+        weights, _, sums = exponentials(logits_of(z, rows, room), z)
         torch.div(weights, sums, out=out[:, rows])
     return out
 
@@ -104,10 +89,27 @@ def tangents_with(
     weights: Tensor, pulled: Tensor, z: Logits, y: Labels, g: Tensor, d: Logits, wanted: Sequence[bool]
 ) -> list[Any]:
     """The tangents of :func:`gradients` through a matrix product by W, where the softmax P is known, and ``P' W``."""
-    found, room, ones = _blank(z, wanted), _Room(z), torch.ones_like(g)
+    found, room, ones = _blank(z, wanted), Room(z), torch.ones_like(g)
     for rows in room.chunks():
         chunk = _Chunk(rows, weights[:, rows], pulled[rows], ones[rows], y.of(rows), g[rows], None)
-        _add_tangents(found, chunk, z, d, _change(z, d, rows, room))
+        _add_tangents(found, chunk, z, d, change_of(z, d, rows, room))
+    return found
+
+
+def curvatures(z: Logits, y: Labels, g: Tensor, d: Logits, dg: Tensor | None, wanted: Sequence[bool]) -> list[Any]:
+    """As the tangents of :func:`gradients`, but for what is curved in the logits: a derivative by them is made here.
+
+    It is pulled back by two matrix products, where its parts would take four.
+    """
+    found, room = _blank(z, wanted), Room(z)
+    for rows in room.chunks():
+        change = change_of(z, d, rows, room)
+        weights, _, sums = exponentials(logits_of(z, rows, room), z)
+        chunk = _Chunk(rows, weights, None, sums, y.of(rows), g[rows], None if dg is None else dg[rows])
+        moved = torch.zeros_like(weights) if change is None else change.mul_(weights)
+        by = chunk.tangent(moved.sum(0))
+        moved.mul_(chunk.gradient.weights).addcmul_(weights, by.weights)
+        _add(found, by._replace(weights=torch.ones_like(sums)), chunk._replace(weights=moved), z)
     return found
 
 
@@ -142,13 +144,12 @@ class _Combination(NamedTuple):
     smooth: Tensor  # c (rows,)
 
 
-def _add(found: list[Any], chunk: _Chunk, z: Logits) -> None:
+def _add(found: list[Any], by: _Combination, chunk: _Chunk, z: Logits) -> None:
     by_x, by_weight, by_bias = found
-    by = chunk.gradient
     if by_x is not None:
         by_x[chunk.rows] += _times_weight(by, chunk, z.weight, chunk.pulled)
     if by_weight is not None:
-        _add_times(by_weight, chunk, [(by, _of(z)[chunk.rows])])
+        _add_times(by_weight, chunk, [(by, entries_of(z)[chunk.rows])])
     if by_bias is not None:
         _add_times(by_bias[:, None], chunk, [(by, _column(by))])
 
@@ -167,7 +168,7 @@ def _add_tangents(found: list[Any], chunk: _Chunk, z: Logits, d: Logits, change:
             total += _times_weight(by, chunk, d.weight, None)
         by_x[chunk.rows] += total
     if by_weight is not None:
-        x = _of(z)[chunk.rows]
+        x = entries_of(z)[chunk.rows]
         terms = [(dby, x)] if d.x is None else [(dby, x), (by, d.x[chunk.rows])]
         _add_times(by_weight, chunk, terms)
         if moved is not None:
@@ -199,69 +200,6 @@ def _add_times(total: Tensor, chunk: _Chunk, terms: Sequence[tuple[_Combination,
     total.addmm_(chunk.weights, weights).index_add_(0, chunk.y.target, targets)
     if chunk.y.smooth is not None:
         total.addr_(chunk.y.smooth, smooth.sum(0))
-
-
-class _Room:
-    """Memory for two chunks, used by one pair of chunks after the other."""
-
-    def __init__(self, z: Logits) -> None:
-        self._like, self._num_classes = _of(z), _num_classes(z)
-        size = max(1, ENTRIES // self._num_classes)
-        self._size = size // _ALIGNED * _ALIGNED or size
-        self._made: dict[str, Tensor] = {}
-
-    def chunks(self) -> Iterator[slice]:
-        for start in range(0, len(self._like), self._size):
-            yield slice(start, min(start + self._size, len(self._like)))
-
-    def take(self, name: str, rows: slice) -> Tensor:
-        """(c, rows), not filled."""
-        if name not in self._made:
-            num = min(self._size, -(-len(self._like) // _ALIGNED) * _ALIGNED)
-            self._made[name] = self._like.new_empty(self._num_classes, num)
-        return self._made[name][:, : rows.stop - rows.start]
-
-
-def _of(z: Logits) -> Tensor:
-    assert z.x is not None
-    return z.x
-
-
-def _num_classes(z: Logits) -> int:
-    return _of(z).shape[1] if z.weight is None else len(z.weight)
-
-
-def _logits(z: Logits, rows: slice, room: _Room) -> Tensor:
-    x = _of(z)[rows].T
-    if z.weight is None:
-        return x
-    found = torch.mm(z.weight, x, out=room.take("logits", rows))
-    return found if z.bias is None else found.add_(z.bias[:, None])
-
-
-def _exponentials(logits: Tensor, z: Logits) -> tuple[Tensor, Tensor, Tensor]:
-    """``exp(z - top)``, in place of the logits where these are the chunk's own, the top, and the sums."""
-    top = logits.amax(0)
-    weights = (logits - top if z.weight is None else logits.sub_(top)).exp_()
-    return weights, top, weights.sum(0)
-
-
-def _change(z: Logits, d: Logits, rows: slice, room: _Room) -> Tensor | None:
-    """The tangent of the logits, in memory of its own."""
-    if z.weight is None:
-        return None if d.x is None else d.x[rows].T.clone()
-    terms = [] if d.x is None else [(z.weight, d.x[rows].T)]
-    terms += [] if d.weight is None else [(d.weight, _of(z)[rows].T)]
-    if not terms and d.bias is None:
-        return None
-    found = room.take("change", rows)
-    if terms:
-        torch.mm(*terms[0], out=found)
-    else:
-        found.zero_()
-    for factors in terms[1:]:
-        found.addmm_(*factors)
-    return found if d.bias is None else found.add_(d.bias[:, None])
 
 
 def _linear(logits: Tensor, y: Labels) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hessfn.engine.fused import chunks
+from hessfn.engine.fused.logits import Labels, Logits
 from hessfn.engine.fused.operation import Fused, call, is_followed, of_tangents, sees_operations
 
 WORTH = 1 << 20  # logits: with fewer, torch's own operations are as fast
@@ -96,7 +97,7 @@ def gradients(
         return _gradients_by_definition(*args)
     if is_followed(*args):
         return _Gradients.apply(*args)  # type: ignore[no-any-return]
-    return call(gradients, _gradients_kernel, _gradients_look, *args)  # type: ignore[no-any-return]
+    return call(gradients, _gradients_kernel, look_of_gradients, *args)  # type: ignore[no-any-return]
 
 
 def tangents_of_gradients(
@@ -108,7 +109,7 @@ def tangents_of_gradients(
     if sees_operations() or is_followed(*args):
         return _tangents_of_gradients_by_definition(*args)
     return call(  # type: ignore[no-any-return]
-        tangents_of_gradients, _tangents_of_gradients_kernel, _gradients_look, *args
+        tangents_of_gradients, _tangents_of_gradients_kernel, look_of_gradients, *args
     )
 
 
@@ -121,8 +122,8 @@ def gradients_with_tangents(
     if sees_operations() or is_followed(*args, dx, dweight, dbias, dg):
         tangents = tangents_of_gradients(*args, wanted_tangents, dx, dweight, dbias, dg)
         return *gradients(*args, wanted), *tangents
-    z, labels = chunks.Logits(x, weight, bias), chunks.Labels(target, part, smooth)
-    return chunks.gradients(z, labels, g, wanted, chunks.Logits(dx, dweight, dbias), dg, wanted_tangents)
+    z, labels = Logits(x, weight, bias), Labels(target, part, smooth)
+    return chunks.gradients(z, labels, g, wanted, Logits(dx, dweight, dbias), dg, wanted_tangents)
 
 
 class _Losses(Fused):
@@ -154,7 +155,7 @@ class _Gradients(Fused):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
-        return call(gradients, _gradients_kernel, _gradients_look, *args)
+        return call(gradients, _gradients_kernel, look_of_gradients, *args)
 
     @staticmethod
     def jvp(ctx: Any, *by: Any) -> Any:
@@ -171,14 +172,14 @@ class _Gradients(Fused):
         return *tangents_of_gradients(*by_rest), None, None, None, tangents(*by_g), None
 
 
-def _change(x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any) -> Any:
+def change_of(x: Any, weight: Any, dx: Any, dweight: Any, dbias: Any) -> Any:
     terms = [None if dx is None else dx if weight is None else dx @ weight.T, dbias]
     terms.append(None if dweight is None else x @ dweight.T)
     total = torch.zeros((), dtype=x.dtype, device=x.device)
     return sum((t for t in terms if t is not None), start=total)
 
 
-def _logits(x: Tensor, weight: Maybe, bias: Maybe) -> Tensor:
+def logits(x: Tensor, weight: Maybe, bias: Maybe) -> Tensor:
     return x if weight is None else x @ weight.T if bias is None else x @ weight.T + bias
 
 
@@ -192,15 +193,15 @@ def _total(part: Tensor, smooth: Maybe) -> Tensor:
 
 
 def _by_definition(x: Any, weight: Any, bias: Any, target: Any, part: Any, smooth: Any) -> Tensor:
-    z = _logits(x, weight, bias)
+    z = logits(x, weight, bias)
     return _total(part, smooth) * z.logsumexp(1) - _linear(z, target, part, smooth)
 
 
 def _tangents_by_definition(
     x: Any, weight: Any, bias: Any, target: Any, part: Any, smooth: Any, dx: Any, dweight: Any, dbias: Any
 ) -> Tensor:
-    z = _logits(x, weight, bias)
-    change = _change(x, weight, dx, dweight, dbias).expand_as(z)
+    z = logits(x, weight, bias)
+    change = change_of(x, weight, dx, dweight, dbias).expand_as(z)
     return _total(part, smooth) * (z.softmax(1) * change).sum(1) - _linear(change, target, part, smooth)
 
 
@@ -209,7 +210,7 @@ def _by_logits(weights: Tensor, target: Tensor, part: Tensor, smooth: Maybe) -> 
     return found if smooth is None else found - smooth
 
 
-def _pulled_back(by_logits: Tensor, x: Any, weight: Any, wanted: Wanted) -> list[Any]:
+def pulled_back(by_logits: Tensor, x: Any, weight: Any, wanted: Wanted) -> list[Any]:
     by = [
         lambda: by_logits if weight is None else by_logits @ weight,
         lambda: by_logits.T @ x,
@@ -221,20 +222,20 @@ def _pulled_back(by_logits: Tensor, x: Any, weight: Any, wanted: Wanted) -> list
 def _gradients_by_definition(
     x: Any, weight: Any, bias: Any, target: Any, part: Any, smooth: Any, g: Any, wanted: Any
 ) -> Any:
-    weights = _logits(x, weight, bias).softmax(1)
-    return tuple(_pulled_back(g[:, None] * _by_logits(weights, target, part, smooth), x, weight, wanted))
+    weights = logits(x, weight, bias).softmax(1)
+    return tuple(pulled_back(g[:, None] * _by_logits(weights, target, part, smooth), x, weight, wanted))
 
 
 def _tangents_of_gradients_by_definition(
     x: Any, weight: Any, bias: Any, target: Any, part: Any, smooth: Any, g: Any, wanted: Any,
     dx: Any, dweight: Any, dbias: Any, dg: Any,
 ) -> Any:  # fmt: skip
-    weights, change = _logits(x, weight, bias).softmax(1), _change(x, weight, dx, dweight, dbias)
+    weights, change = logits(x, weight, bias).softmax(1), change_of(x, weight, dx, dweight, dbias)
     plain = _by_logits(weights, target, part, smooth)
     apart = change - (weights * change).sum(1, keepdim=True)
     change = (g * _total(part, smooth))[:, None] * weights * apart
     change = change if dg is None else change + dg[:, None] * plain
-    found = _pulled_back(change, x, weight, wanted)
+    found = pulled_back(change, x, weight, wanted)
     by_logits = g[:, None] * plain
     if dweight is not None and found[0] is not None:
         found[0] = found[0] + by_logits @ dweight
@@ -244,30 +245,30 @@ def _tangents_of_gradients_by_definition(
 
 
 def _kernel(x: Any, weight: Any, bias: Any, *labels: Any) -> Any:
-    return chunks.losses(chunks.Logits(x, weight, bias), chunks.Labels(*labels))
+    return chunks.losses(Logits(x, weight, bias), Labels(*labels))
 
 
 def _tangents_kernel(x: Any, weight: Any, bias: Any, target: Any, part: Any, smooth: Any, *d: Any) -> Any:
-    return chunks.tangents(chunks.Logits(x, weight, bias), chunks.Labels(target, part, smooth), chunks.Logits(*d))
+    return chunks.tangents(Logits(x, weight, bias), Labels(target, part, smooth), Logits(*d))
 
 
 def _gradients_kernel(x: Any, weight: Any, bias: Any, target: Any, part: Any, smooth: Any, g: Any, wanted: Any) -> Any:
-    return chunks.gradients(chunks.Logits(x, weight, bias), chunks.Labels(target, part, smooth), g, wanted)[:3]
+    return chunks.gradients(Logits(x, weight, bias), Labels(target, part, smooth), g, wanted)[:3]
 
 
 def _tangents_of_gradients_kernel(
     x: Any, weight: Any, bias: Any, target: Any, part: Any, smooth: Any, g: Any, wanted: Any,
     dx: Any, dweight: Any, dbias: Any, dg: Any,
 ) -> Any:  # fmt: skip
-    z, labels = chunks.Logits(x, weight, bias), chunks.Labels(target, part, smooth)
-    return chunks.gradients(z, labels, g, (False,) * 3, chunks.Logits(dx, dweight, dbias), dg, wanted)[3:]
+    z, labels = Logits(x, weight, bias), Labels(target, part, smooth)
+    return chunks.gradients(z, labels, g, (False,) * 3, Logits(dx, dweight, dbias), dg, wanted)[3:]
 
 
 def _look(x: Tensor, *_: Any) -> Any:
     return torch.empty(len(x), dtype=x.dtype, device="meta")
 
 
-def _gradients_look(x: Tensor, weight: Maybe, bias: Maybe, *rest: Any) -> Any:
+def look_of_gradients(x: Tensor, weight: Maybe, bias: Maybe, *rest: Any) -> Any:
     wanted = next(part for part in rest if isinstance(part, tuple))
     parts = zip((x, weight, bias), wanted, strict=True)
     return tuple(torch.empty(p.shape, dtype=p.dtype, device="meta") if w and p is not None else None for p, w in parts)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hessfn.engine.fused import attention, chunks, cross_entropy
+from hessfn.engine.fused import attention, chunks, cross_entropy, outputs
+from hessfn.engine.fused.logits import Labels, Logits
 from hessfn.engine.fused.operation import sees_operations
 
 aten = torch.ops.aten
@@ -28,10 +29,12 @@ def fuse_heads(graph: fx.Graph) -> None:
         x, weight, bias = factors
         with graph.inserting_before(node):
             for step in reversed(chain):
-                x = _applied(graph, step, x)
+                x = x if step.target is outputs.output else _applied(graph, step, x)
             weight = graph.call_function(aten.t.default, (weight,))
             weight.meta["val"] = weight.args[0].meta["val"].t()  # type: ignore[union-attr]
         node.args = (x, weight, bias, *rest[1:])
+        if any(step.target is outputs.output for step in chain):
+            node.target = outputs.head
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
@@ -49,6 +52,8 @@ def _keeps_rows(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.args[0], fx.Node):
         return False
     before, after = node.args[0].meta["val"], node.meta["val"]
+    if node.target is outputs.output:
+        return True
     if node.target in _VIEWS:
         return bool(before.shape[-1] == after.shape[-1])
     if node.target in _COPIES:
@@ -69,7 +74,7 @@ def _applied(graph: fx.Graph, step: fx.Node, x: fx.Node) -> fx.Node:
 
 def only_wanted(graph: fx.Graph) -> None:
     """Gradients of cross-entropy that nobody takes are not computed."""
-    for function in (cross_entropy.gradients, cross_entropy.tangents_of_gradients):
+    for function in (cross_entropy.gradients, cross_entropy.tangents_of_gradients, outputs.curvatures):
         for node in graph.find_nodes(op="call_function", target=function):
             taken = {user.args[1] for user in node.users}
             node.update_arg(7, tuple(i in taken for i in range(3)))
@@ -77,7 +82,7 @@ def only_wanted(graph: fx.Graph) -> None:
 
 def softmax(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Of the logits of all rows, (c, n)."""
-    return chunks.softmax(chunks.Logits(x, weight, bias))
+    return chunks.softmax(Logits(x, weight, bias))
 
 
 def pulled_back(weights: Tensor, weight: Tensor) -> Tensor:
@@ -90,8 +95,8 @@ def tangents_with(weights: Tensor, pulled: Tensor, *args: Any) -> Any:
     if sees_operations():
         return cross_entropy.tangents_of_gradients(*args)
     x, weight, bias, target, part, smooth, g, wanted, dx, dweight, dbias, _ = args
-    z, labels = chunks.Logits(x, weight, bias), chunks.Labels(target, part, smooth)
-    return tuple(chunks.tangents_with(weights, pulled, z, labels, g, chunks.Logits(dx, dweight, dbias), wanted))
+    z, labels = Logits(x, weight, bias), Labels(target, part, smooth)
+    return tuple(chunks.tangents_with(weights, pulled, z, labels, g, Logits(dx, dweight, dbias), wanted))
 
 
 def keep_softmax(module: fx.GraphModule) -> fx.GraphModule:
