@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,10 +46,10 @@ def differentiate(
             options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
             one = torch.ones(value.shape, dtype=value.dtype, device=value.device)  # nothing needs the value itself
             slopes = torch.autograd.grad(value, cut.inner or duals, one, **options)
-            tangents: list[Tensor | None] = [fwAD.unpack_dual(g).tangent for g in slopes]
-            images = cut.images(slopes)
+            tangents: Sequence[Tensor | None] = [fwAD.unpack_dual(g).tangent for g in slopes]
+            images = cut.images(slopes) if cut.inner else []
         if cut.inner:
-            tangents = [*cut.pulled_back(images, duals)]
+            tangents = cut.pulled_back(images, duals)
         found = [torch.zeros_like(p) if t is None else t for t, p in zip(tangents, at, strict=True)]
         return [t.contiguous() if p.is_contiguous() else t for t, p in zip(found, point, strict=True)]
 

@@ -41,7 +41,7 @@ class Traced:
     ) -> None:
         self._criterion, self._params, self._eager, self._is_checked = criterion, params, eager, check
         self._memory = _MEMORIES.get_or_make(forward, Remembered).get_or_make(criterion, Memory)
-        self._loss = _loss_of(forward, criterion)
+        self._loss = with_marked_outputs(forward, criterion)
         self._is_of_model = hasattr(forward, "closes_over")
 
     def __call__(self, args: tuple[Any, ...], v: Tree) -> Tree:
@@ -93,7 +93,7 @@ class Traced:
             return False
 
 
-def _loss_of(forward: Callable[..., Any], criterion: Criterion) -> Callable[..., Tensor]:
+def with_marked_outputs(forward: Callable[..., Any], criterion: Criterion) -> Callable[..., Tensor]:
     def loss(params: Tree, inputs: Any, targets: Any) -> Tensor:
         out = taken_apart(forward(params, fresh(inputs)))
         return criterion(out.whole([output(x) for x in out.parts]), targets)
