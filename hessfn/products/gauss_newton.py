@@ -64,12 +64,18 @@ def ggnvp(
         params: a tree of tensors.
         batch: ``(inputs, targets)``. One mapping or one object goes to both sides, as for
             :func:`hessfn.functionalize`.
+        check: whether the first product that comes from a trace of this model and criterion, for these shapes, is
+            compared with one that does not, on a few samples if they suffice.
 
     Returns:
         A matvec on trees like ``params``, symmetric. It runs under ``vmap`` and has derivatives.
 
     Cost: a product takes a forward pass with its tangent and a backward pass, about 2 gradients, and the intermediate
-    results of one gradient while it runs. Nothing is kept between products.
+    results of one gradient while it runs. Where the criterion takes the cross-entropy of at least 2^20 logits, model
+    and criterion are traced once for their shapes. Then a product takes about 1 gradient (measured: the time of 0.9 to
+    1.3), and less memory than one: logits that a matrix product makes exist in chunks only. The first product makes
+    the trace, which is kept with ``forward`` and ``criterion``, and has the logits once. Products under ``vmap``,
+    autograd and ``torch.compile`` come from no trace.
 
     Raises:
         ValueError: an argument is of another kind, such as a loss where the model's outputs are wanted; the criterion

@@ -78,19 +78,20 @@ class Traced:
         """Whether the product of a trace is that of the eager way: on some of the samples, or else on all."""
         if self._is_checked:
             v = v if is_generic(v) else gaussian(self._params, 1)[0]
-            part = some_samples(self._params, args, is_of_model=self._is_of_model)
-            if not any(self._agrees(some, v) for some in (part, args) if some is not None):
+            if not self._is_right_on_some(args, v) and not self._agrees(args, v):
                 return False
         return self._product(args) is not None
 
-    def _agrees(self, args: tuple[Any, ...], v: Tree) -> bool:
-        product = self._product(args)
+    def _is_right_on_some(self, args: tuple[Any, ...], v: Tree) -> bool:
+        part = some_samples(self._params, args, is_of_model=self._is_of_model)
         try:
-            return product is not None and are_close(
-                product(self._params, args, v), self._eager(self._criterion, args, v), self._params
-            )
+            return part is not None and self._agrees(part, v)
         except Exception:  # no batch of its own
             return False
+
+    def _agrees(self, args: tuple[Any, ...], v: Tree) -> bool:
+        expected, product = self._eager(self._criterion, args, v), self._product(args)
+        return product is not None and are_close(product(self._params, args, v), expected, self._params)
 
 
 def with_marked_outputs(forward: Callable[..., Any], criterion: Criterion) -> Callable[..., Tensor]:
