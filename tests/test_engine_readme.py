@@ -30,6 +30,7 @@ small compiler, with the usual parts under their usual names:
 | `explain.py` | what an error of torch means for whoever wrote the loss |
 | `graph_module.py` | a graph as a module, compiled when it is first called, in no cache of the process |
 | `listing.py` | a graph as text |
+| `same_operations.py` | what a graph consists of, whatever the number of samples |
 | `meta_shapes.py` | shapes, strides and dtypes of results, without torch's compiler |
 | `zero_propagation.py` | what derivative rules do with zeros, left out |
 | `op_definitions.py` | operations by their definitions, where torch's derivatives are wrong or cost more |

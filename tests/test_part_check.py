@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -18,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hessfn as hf
 from hessfn.losses.samples import few
+from hessfn.products.loss_memory import make_trace
+from hessfn.products.modes import differentiating
 from hessfn.products.part_check import SMALL
 
 sys.path.append(str(Path(__file__).parent / "bench"))
@@ -57,9 +60,46 @@ def test_the_check_asks_few_samples_and_no_second_time(make: Any) -> None:
     found = make(loss, params, batch)(v)
     of_check = [n for n in rows if n < 2 * N]
     assert of_check and max(of_check) <= 8
-    # The whole batch: looked at; and to be compared with, or traced, for a product that is linearized.
-    assert rows.count(2 * N) <= (1 if make is hf.hvp else 3)
+    # The whole batch: looked at; and traced, for a product that is linearized.
+    assert rows.count(2 * N) == (1 if make is hf.hvp else 2)
     assert is_right(found, exact(loss, params, batch, v))
+    if make is hf.linearized_hvp:  # other samples, as many or not, consist of the same operations
+        rows.clear()
+        for other in (tuple(x.flip(0) for x in batch), tuple(x[:100] for x in batch)):
+            assert is_right(make(loss, params, other)(v), exact(loss, params, other, v))
+        # Looked at, traced (for their number, and since the list of rows has changed), and differentiated by the truth.
+        assert rows == [2 * N] * 3 + [100] * 3
+
+
+def test_operations_that_only_all_samples_have_are_asked_of_all() -> None:
+    """The product of some samples is right: it says nothing of what the loss of more of them consists of."""
+    model, batch = problem()
+    loss, params = hf.functionalize(model, nn.CrossEntropyLoss())
+    with torch.no_grad():
+        params = {name: torch.zeros_like(p) if name == "2.bias" else p for name, p in params.items()}
+
+    def of_many(params: Any, batch: Any) -> Tensor:
+        return loss(params, batch) + (50 * wrong_rule(params["2.bias"]) if len(batch[1]) > N else 0.0)
+
+    few_of_them = (batch[0][:N], batch[1][:N])
+    v = hf.gaussian(params, 1)[0]
+    assert is_right(hf.linearized_hvp(of_many, params, few_of_them)(v), exact(loss, params, few_of_them, v))
+    with pytest.raises(hf.Untraceable, match="not the curvature of the loss.*vector_norm"):
+        hf.linearized_hvp(of_many, params, batch)
+
+
+def test_traces_of_all_numbers_of_samples_consist_of_the_same_operations() -> None:
+    model, (x, y) = problem()
+
+    def digest(size: int, power: float = 2.0, flag: bool = False) -> str:
+        loss, params = hf.functionalize(
+            model, lambda out, y: F.cross_entropy(out, y) + out.square().add(1).pow(power).sum(1, keepdim=flag).mean()
+        )
+        with differentiating():
+            return make_trace(loss, params, ((x[:size], y[:size]),)).operations
+
+    assert len({digest(size) for size in (2, 3, 8, 64, 2 * N)}) == 1
+    assert len({digest(8), digest(8, power=1.5), digest(8, flag=True)}) == 3
 
 
 def wrong_rule(w: Tensor) -> Tensor:
@@ -100,6 +140,25 @@ def test_what_only_all_samples_have_is_not_finite_there() -> None:
     assert all(few(y) == 1)
     with pytest.raises(hf.HessfnError, match="curvature is not"):
         hf.hvp(loss, params, (x, y))(hf.gaussian(params, 1)[0])
+
+
+def test_the_first_product_of_every_linearized_one_is_finite() -> None:
+    """One of the samples has no slope. The check does not ask it, and was made for the batch before."""
+    model, (x, _) = problem()
+    loss, params = hf.functionalize(model, lambda out, y: (y * out.square().sum(1)).sqrt().sum())
+    v = hf.gaussian(params, 1)[0]
+    y = torch.ones(2 * N, dtype=torch.float64)
+    assert math.isfinite(float(hf.tree.norm(hf.linearized_hvp(loss, params, (x, y))(v))))
+    y[1] = 0.0  # it is not among the evenly spaced ones
+    with pytest.raises(hf.HessfnError, match="curvature is not"):
+        hf.linearized_hvp(loss, params, (x, y))(v)
+
+
+def test_a_vector_that_is_not_finite_is_no_fault_of_the_loss() -> None:
+    model, batch = problem()
+    loss, params = hf.functionalize(model, nn.CrossEntropyLoss())
+    v = hf.tree.scale(math.nan, hf.gaussian(params, 1)[0])
+    assert all(leaf.isnan().all() for leaf in hf.linearized_hvp(loss, params, batch)(v).values())
 
 
 @pytest.mark.parametrize("size", [4, 7, 8, 9, 16, 64, 100, 513])

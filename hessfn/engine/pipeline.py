@@ -20,6 +20,7 @@ from hessfn.core.tree import Tree
 from hessfn.engine import decisions, heap, linearize, memory_plan, rewrites, symmetric_map
 from hessfn.engine.fused import passes
 from hessfn.engine.graph_module import compiled, without_collections
+from hessfn.engine.same_operations import operations_in
 from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
 
 try:
@@ -210,11 +211,11 @@ def run(
     return module
 
 
-def linear_product(module: fx.GraphModule, job: Job) -> Callable[..., list[Tensor]]:
-    """The linearized product that the graph of a derivative is lowered to, from a vector's tensors in a row.
+def linear_product(module: fx.GraphModule, job: Job) -> tuple[Callable[..., list[Tensor]], frozenset[str]]:
+    """The linearized product that the graph of a derivative is lowered to, and the names of the operations in it.
 
-    It has derivatives by the vector, which are products again: the graph itself is not to be differentiated. Not under
-    ``torch_state_lock``: it may wait for a compiler.
+    The product is a function of a vector's tensors in a row. It has derivatives by the vector, which are products
+    again: the graph itself is not to be differentiated. Not under ``torch_state_lock``: it may wait for a compiler.
     """
     module = compiled(run(LOWERING, module, job))
     product = linearize.compiled(module, tree.leaves(job.params)) if job.compile else module
@@ -231,7 +232,7 @@ def linear_product(module: fx.GraphModule, job: Job) -> Callable[..., list[Tenso
             observed = is_observed(*v)
         return symmetric_map.differentiable(plain, *v) if observed else plain(*v)
 
-    return linear
+    return linear, operations_in(module.graph)
 
 
 def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[..., Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -11,24 +11,18 @@ from hessfn.core import tree
 from hessfn.core.arguments import require_batches, require_loss, require_vector
 from hessfn.core.errors import InvalidInput, Untraceable
 from hessfn.core.locks import MadeHere
-from hessfn.core.probes import gaussian
-from hessfn.core.torch_state import carries_derivative, is_observed, recorded
+from hessfn.core.torch_state import carries_derivative, recorded
 from hessfn.core.tree import MatVec, T, Tree
-from hessfn.core.warn import warn
-from hessfn.engine import pipeline
-from hessfn.engine.graph_module import copied
 from hessfn.engine.op_definitions import by_definition
 from hessfn.losses.batches import Weights
 from hessfn.losses.model_inputs import taken
 from hessfn.losses.weights import Weigher, knowing, of_loss, refuse_parts
 from hessfn.products.batch_mean import mean_of
-from hessfn.products.first_check import AT_A_KINK, disagreement, evidence, not_finite, verdict
 from hessfn.products.just_in_time import PATIENCE, product_of
-from hessfn.products.ladder import blame
-from hessfn.products.loss_checks import Inspected, Loss, inspect
-from hessfn.products.loss_memory import memory_of, shapes_of
-from hessfn.products.modes import ModeName, differentiating
-from hessfn.products.part_check import PartCheck
+from hessfn.products.linear_check import LinearCheck
+from hessfn.products.loss_checks import Loss, inspect
+from hessfn.products.loss_memory import memory_of
+from hessfn.products.modes import Linear, ModeName, differentiating, linear_of_trace
 
 
 def hvp(
@@ -106,7 +100,8 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
         loss, params, args: as for :func:`hvp`.
         compile: run the products through ``torch.compile``, and compare one with the uncompiled product. It takes tens
             of seconds once, and saves up to a tenth of the time of a product, nothing for small nets.
-        check: as for :func:`hvp`, along a random direction.
+        check: as for :func:`hvp`, along a random direction, once for the operations that the product consists of. And
+            the first product of every matvec must be finite.
 
     Returns:
         A matvec on trees like ``params``. It runs under ``vmap`` and has all derivatives by its vector, none by the
@@ -138,13 +133,21 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
     params, args = tree.map(lambda x: _copied(x) if isinstance(x, Tensor) else x, (params, args))
     with differentiating():
         inspected = inspect(by_definition(loss), params, args)._replace(graph=None)
-    product = MadeHere(_linear_product, loss, params, args, compile)
+    linear = MadeHere(_linear_product, loss, params, args, compile)
+
+    def product(v: T) -> T:
+        return tree.owned(tree.unflatten(linear.made.product(*tree.leaves(tree.aligned(v, params))), params))
+
+    held = LinearCheck(loss, params, args, inspected, product) if check else None
+    if held is not None:
+        held.when_made(linear.made)
 
     def matvec(v: T) -> T:
-        return tree.owned(tree.unflatten(product.made(*tree.leaves(tree.aligned(v, params))), params))
+        found = product(v)
+        if held is not None:
+            held.of_product(found)
+        return found
 
-    if check:
-        _hold(loss, params, args, inspected, matvec)
     return knowing(matvec, of_loss(loss), lambda batch: loss(params, batch))
 
 
@@ -153,52 +156,19 @@ def _copied(x: Tensor) -> Tensor:
     return copy.requires_grad_() if x.requires_grad else copy  # which transforms of torch.func refuse, even as False
 
 
-def _linear_product(loss: Loss, params: Tree, args: tuple[Any, ...], compile: bool) -> Callable[..., list[Tensor]]:
-    """From a vector's tensors in a row to its product's."""
+def _linear_product(loss: Loss, params: Tree, args: tuple[Any, ...], compile: bool) -> Linear:
     try:
         with differentiating():
             trace = memory_of(loss).trace(loss, params, args, for_ever=False)
+        return linear_of_trace(trace, loss, params, args, compile=compile)
     except Untraceable as error:
         raise Untraceable(f"{error}; hvp finds another way") from error
-    if trace.product is None:
-        raise Untraceable(f"{trace.reason}; hvp finds another way")
-    job = pipeline.Job(loss, params, args, linearized=True, compile=compile)
-    return pipeline.linear_product(copied(trace.product), job)
 
 
 _CONSTANT = (
     "linearized_hvp(loss, params, ...): the parameters or the data are being differentiated, of which its products "
     "know nothing: take hvp; or, where no derivative by them is wanted, detach them or use torch.no_grad()"
 )
-
-
-def _hold(loss: Loss, params: T, args: tuple[Any, ...], inspected: Inspected, matvec: MatVec[T]) -> None:
-    """Raises where the linearized product is not what gradients of the loss say, once for its shapes."""
-    memory, key = memory_of(loss), ("linearized", *shapes_of((params, args)))
-    if memory.is_right.get(key) or is_observed(*tree.leaves((params, args))):
-        return
-    v = gaussian(params, 1)[0]
-    of_part = PartCheck(loss, params, args, v, inspected.has_custom_backward)
-    seen = None if of_part.ask_with_plain() else evidence(loss, params, args, v, inspected.value)
-    if of_part.plain is None and seen is None:
-        return
-    found = matvec(v)
-    if of_part.agrees_with_plain(found):
-        memory.is_right[key] = True
-        return
-    seen = seen or evidence(loss, params, args, v, inspected.value)
-    if seen is None:
-        return
-    said = verdict(found, seen)
-    if said == "not finite":
-        raise not_finite(found)
-    memory.is_right[key] = said != "wrong"
-    if said in ("agrees", "unknown"):
-        return
-    message = disagreement("linearized", found, seen, v)
-    if said == "wrong":
-        raise Untraceable(f"{message}{blame(loss, params, args)}; hvp finds another way")
-    warn(f"{message}. {AT_A_KINK}")
 
 
 def mean_hvp(

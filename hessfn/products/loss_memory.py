@@ -19,6 +19,7 @@ from hessfn.core.remembered import Remembered
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.op_definitions import by_definition
+from hessfn.engine.same_operations import digest_of
 from hessfn.engine.trace import graph_of
 from hessfn.products.guards import PLAIN, Snapshot, snapshot
 from hessfn.products.loss_checks import Loss
@@ -33,6 +34,7 @@ class Trace(NamedTuple):
     loss: fx.GraphModule
     product: fx.GraphModule | None
     reason: str = ""  # why there is no product: a derivative rule looks at values, say
+    operations: str = ""  # what the product consists of, for samples of any number
 
     def holds(self, params: Tree, args: tuple[Any, ...]) -> bool:
         """Whether the loss decides by these integers and masks what it has decided in the trace."""
@@ -90,9 +92,10 @@ def make_trace(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Trace:
         graph = pipeline.run(pipeline.LOSS, None, job)
         guard = snapshot(loss, params)  # afterwards: a loss may count its calls
         try:
-            return Trace(guard, graph, pipeline.run(pipeline.PRODUCT, graph, job))
+            product = pipeline.run(pipeline.PRODUCT, graph, job)
         except Untraceable as error:
             return Trace(guard, graph, None, str(error))
+    return Trace(guard, graph, product, operations=digest_of(product.graph))
 
 
 def memory_of(loss: Loss) -> Memory:

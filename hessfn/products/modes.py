@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessfn.core import tree
+from hessfn.core.errors import Untraceable
 from hessfn.core.func import gradient, gradients, jvp, vjp
 from hessfn.core.torch_private import uncompiled
 from hessfn.core.torch_state import is_differentiated, torch_state_lock
@@ -33,6 +34,27 @@ def of_trace(trace: Trace, params: Tree, args: tuple[Any, ...]) -> Product:
         return lambda params, args, v: forward(graph, params, args, v)
     module = pipeline.run(pipeline.LOWERING, copied(trace.product), pipeline.Job(graph, params, args))
     return lambda params, args, v: tree.unflatten(module(*tensors((params, args, v))[0]), params)
+
+
+class Linear(NamedTuple):
+    """A linearized product, and what it consists of."""
+
+    product: Callable[..., list[Tensor]]  # of a vector's tensors in a row
+    traced: str  # the operations of its trace
+    lowered: frozenset[str]  # and those that these were lowered to
+
+
+def linear_of_trace(trace: Trace, loss: Loss, params: Tree, args: tuple[Any, ...], *, compile: bool = False) -> Linear:
+    """The linearized product that a trace is lowered to. Not under ``differentiating``: it may wait for a compiler.
+
+    Raises:
+        Untraceable: there is none, and the message says why.
+    """
+    if trace.product is None:
+        raise Untraceable(trace.reason)
+    job = pipeline.Job(loss, params, args, linearized=True, compile=compile)
+    product, lowered = pipeline.linear_product(copied(trace.product), job)
+    return Linear(product, trace.operations, lowered)
 
 
 def forward(loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree) -> Tree:

@@ -56,8 +56,12 @@ class PartCheck:
 
     def ask_with_plain(self) -> bool:
         """Takes the product on all samples by plain autograd, if it is right on some."""
+        return self.ask() and self.ask_plain()
+
+    def ask_plain(self) -> bool:
+        """As :meth:`ask_with_plain`, once gradients have been asked."""
         product = in_mode("double_backward", self.loss)
-        if self.ask() and self.agrees(product):
+        if self.agrees(product):
             try:
                 with differentiating():
                     self.plain = product(self.params, self.args, self.v)

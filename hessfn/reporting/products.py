@@ -84,11 +84,22 @@ class Product(NamedTuple):
 
 
 def linearized(loss: Loss, params: Tree, part: Any) -> MatVec | None:
-    """None where no trace can stand for the loss."""
+    """None where no trace can stand for the loss. Where the first product is wrong, the others are made from the loss."""
+    instead: list[MatVec] = []
     try:
-        return linearized_hvp(loss, params, part)
+        linear = linearized_hvp(loss, params, part)
     except Untraceable:
         return None
+
+    def matvec(v: Tree) -> Tree:
+        if not instead:
+            try:
+                return linear(v)
+            except Untraceable:
+                instead.append(hvp(loss, params, part, trace_after=0))
+        return instead[0](v)
+
+    return matvec
 
 
 def no_rounding(params: Tree) -> Tensor | None:
