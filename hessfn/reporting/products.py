@@ -84,7 +84,7 @@ class Product(NamedTuple):
 
 
 def linearized(loss: Loss, params: Tree, part: Any) -> MatVec | None:
-    """None where no trace can stand for the loss. Where the first product is wrong, the others are made from the loss."""
+    """None where no trace can stand for the loss. Where its first product is wrong, all are made from the loss."""
     instead: list[MatVec] = []
     try:
         linear = linearized_hvp(loss, params, part)
