@@ -39,6 +39,7 @@ small compiler, with the usual parts under their usual names:
 | `rewrites.py` | passes that rewrite a graph in place: folding of BatchNorm, layouts, reassociation |
 | `linearize.py` | forward-over-reverse, constant folding |
 | `linear_leaves.py` | degree analysis: whether a network is linear in each leaf of its parameters alone |
+| `linear_product.py` | what a linearized product is lowered to, kept for other parameters and data |
 | `memory_plan.py` | alias analysis, out-variant rewrite, liveness: where results go |
 | `heap.py` | what was freed goes back to the system on the way to a peak of memory |
 | `fused/` | attention by tiles and cross-entropy in chunks: one node each, with both derivatives |

@@ -51,6 +51,14 @@ def compiled(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def with_tensors(graph: fx.Graph, code: Callable[..., Any], tensors: dict[str, Any]) -> GraphModule:
+    """The module of a graph, compiled already, with other tensors for its constants."""
+    module = GraphModule(tensors, graph)
+    module._run = code
+    graph.owning_module = None  # or it would keep the tensors as long as it lives itself
+    return module
+
+
 @contextmanager
 def without_collections() -> Iterator[None]:
     """A graph is many small objects that all stay: to look for garbage among them takes a third of a trace."""

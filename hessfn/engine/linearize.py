@@ -56,65 +56,107 @@ def differentiate(
     return record(product, [*point, *others, *map(torch.empty_like, point)], lean=True)
 
 
+class Folding:
+    """The part of a graph that depends on its first inputs alone: it computes the constants of what is left.
+
+    Args:
+        constants: the nodes that are constants for the others, and their names.
+    """
+
+    def __init__(self, module: fx.GraphModule, given: list[fx.Node], steps: list[fx.Node], constants: dict[Any, str]):
+        self.given, self.names = given, constants
+        last = {i: node for node in steps for i in node.all_input_nodes}
+        ending: dict[fx.Node, list[fx.Node]] = {node: [] for node in steps}
+        for i, node in last.items():
+            ending[node].append(i)
+        self.steps = list(ending.items())
+        self.closed_over = {str(n.target): module.get_buffer(str(n.target)) for n in steps if n.op == "get_attr"}
+        self.may_vanish: set[str] = set()  # what is added to something, as derivative rules add zeros
+
+    def constants(self, values: list[Tensor]) -> dict[str, Any]:
+        """The constants for these inputs.
+
+        Memory that was freed on the way goes back to the system: what the products will keep must not come on top.
+        """
+        known: dict[fx.Node, Any] = dict(zip(self.given, values, strict=True))
+        found = {name: known[node] for node, name in self.names.items() if node in known}
+        trim_heap()
+        freed = 0
+        for node, ending in self.steps:
+            if freed > _WORTH_TRIMMING:
+                trim_heap()
+                freed = 0
+            known[node] = self._computed(node, known)
+            if node in self.names:
+                found[self.names[node]] = known[node]
+            for i in ending:
+                value = known.pop(i)
+                freed += value.nbytes if isinstance(value, Tensor) and i not in self.names else 0
+                del value  # its memory is free
+        trim_heap()
+        return found
+
+    def _computed(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return self.closed_over[str(node.target)].clone()  # what the loss closed over may change in place
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def vanishing(self, constants: dict[str, Any]) -> frozenset[str]:
+        """Which of the constants that may be left out are zero."""
+        return frozenset(name for name in self.may_vanish if not constants[name].any())
+
+
 def fold_constants(module: fx.GraphModule, values: list[Tensor]) -> fx.GraphModule:
     """Constant folding: the graph with its first inputs fixed; all that depends on nothing else is computed now, once.
 
-    Memory that was freed on the way goes back to the system: what the products will keep must not come on top of it.
+    In ``meta["folding"]`` is what computes the constants for other inputs, and in ``meta["vanishing"]`` which are left
+    out, being zero here: for inputs with which the same vanish, the graph is the same.
     """
-    graph = module.graph
-    given = graph.find_nodes(op="placeholder")[: len(values)]
-    fixed = fixed_nodes(graph, len(values))
-    known: dict[fx.Node, Any] = dict(zip(given, values, strict=True))
-    constants: dict[fx.Node, fx.Node] = {}
-    waiting = {node: set(node.users) for node in graph.nodes}
-    trim_heap()
-    freed = 0
-    for node in list(graph.nodes):
-        if freed > _WORTH_TRIMMING:
-            trim_heap()
-            freed = 0
-        inputs = node.all_input_nodes
-        if node.op == "get_attr":
-            known[node] = module.get_buffer(node.target).clone()  # what the loss closed over may change in place
-        elif node.op == "call_function" and node in fixed:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)
-        else:
-            for i in inputs:
-                if i in fixed and i not in constants:
-                    module.register_buffer(f"folded{len(constants)}", known[i])
-                    with graph.inserting_before(node):
-                        constants[i] = graph.get_attr(f"folded{len(constants)}")
-                    constants[i].meta = dict(i.meta)
-                if i in fixed:
-                    node.replace_input_with(i, constants[i])
-            _leave_out_zeros(node, module)
-        for i in inputs:
-            waiting[i].discard(node)
-            if not waiting[i] and i in known:
-                freed += known[i].nbytes if isinstance(known[i], Tensor) else 0
-                known[i] = None  # its memory is free
+    given = module.graph.find_nodes(op="placeholder")[: len(values)]
+    fixed = fixed_nodes(module.graph, len(values))
+    graph, new, names = fx.Graph(), dict[fx.Node, fx.Node](), dict[fx.Node, str]()
+    steps, sums = [], []
+    for node in module.graph.nodes:
+        if node in fixed:
+            steps += [node] if node.op != "placeholder" else []
+            continue
+        for i in node.all_input_nodes:
+            if i in fixed and i not in names:
+                names[i] = name = f"folded{len(names)}"
+                new[i] = graph.create_node("get_attr", name, name=name)
+                new[i].meta = dict(i.meta)
+        new[node] = graph.create_node(node.op, node.target, name=node.name)
+        new[node].args, new[node].kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
+        new[node].meta = dict(node.meta)
+        if _may_add_zeros(new[node]):
+            sums.append(new[node])
+    folding = Folding(module, given, steps, names)
+    folding.may_vanish = {str(i.target) for node in sums for i in node.all_input_nodes if i.op == "get_attr"}
+    constants = folding.constants(values)
+    vanishing = folding.vanishing(constants)
+    for node in sums:
+        inputs: Any = node.args
+        for zeros, other in (inputs, inputs[::-1]):
+            if zeros.op == "get_attr" and zeros.target in vanishing:
+                node.replace_all_uses_with(other)
     drop_dead(graph)
-    for node in given:
-        graph.erase_node(node)
-    trim_heap()
-    return GraphModule(module, graph)  # with the buffers that it still uses
+    folded = GraphModule(constants, graph)  # with those that it still uses
+    folded.meta |= {"folding": folding, "vanishing": vanishing}
+    return folded
 
 
 _WORTH_TRIMMING = 2**24  # bytes: each time takes some milliseconds
 
 
-def _leave_out_zeros(node: fx.Node, module: fx.GraphModule) -> None:
-    """Derivative rules add zeros."""
+def _may_add_zeros(node: fx.Node) -> bool:
+    """Whether it is a constant, and something that looks like the sum."""
     inputs: Any = node.args
     if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(i, fx.Node) for i in inputs):
-        return
-    for zeros, other in (inputs, inputs[::-1]):
-        same = looks(other.meta["val"]) == looks(node.meta["val"])
-        if zeros.op == "get_attr" and same and not module.get_buffer(zeros.target).any():
-            node.replace_all_uses_with(other)
-            return
+        return False
+    of_sum = looks(node.meta["val"])
+    return any(a.op == "get_attr" and looks(b.meta["val"]) == of_sum for a, b in (inputs, inputs[::-1]))
 
 
 def compiled(module: fx.GraphModule, like: list[Tensor]) -> Callable[..., list[Tensor]]:

@@ -11,7 +11,7 @@ To ask for memory and to give it back in every call costs a tenth of the time, s
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -99,9 +99,13 @@ def keep_block(module: fx.GraphModule, at_least: int = 1 << 16) -> None:
         for owner in {owners[i] for i in node.all_input_nodes}:
             if owner in taken and last[owner] is node:
                 layout.release(taken[owner], _size(owner.meta["val"]))
-    block = torch.empty(layout.size, dtype=torch.uint8)
-    for node, start in taken.items():
-        place = _view(module, block[start:], node)
+    block = Block(layout.size, {f"place_of_{node.name}": (start, node.meta["val"]) for node, start in taken.items()})
+    for name, memory in block.places().items():
+        module.register_buffer(name, memory)
+    module.meta["block"] = block
+    for node in taken:
+        with module.graph.inserting_before(node):
+            place = module.graph.get_attr(f"place_of_{node.name}")
         if takes_out(node.target):
             node.kwargs = {"out": place}
             continue
@@ -181,12 +185,19 @@ class Layout:
         self.free = merged
 
 
-def _view(module: fx.GraphModule, start: Tensor, node: fx.Node) -> fx.Node:
-    like, name = node.meta["val"], f"place_of_{node.name}"
-    place = start[: like.numel() * like.element_size()].view(like.dtype).as_strided(like.shape, like.stride())
-    module.register_buffer(name, place)
-    with module.graph.inserting_before(node):
-        return module.graph.get_attr(name)
+class Block(NamedTuple):
+    """A block of memory, and what lies in it."""
+
+    size: int  # bytes
+    contents: dict[str, tuple[int, Tensor]]  # by name: where it begins, and what it looks like
+
+    def places(self) -> dict[str, Tensor]:
+        """The places in a new block, by name."""
+        block = torch.empty(self.size, dtype=torch.uint8)
+        return {
+            name: block[start:][: x.numel() * x.element_size()].view(x.dtype).as_strided(x.shape, x.stride())
+            for name, (start, x) in self.contents.items()
+        }
 
 
 # They say that they are none; whoever calls them promises not to use the whole again.

@@ -7,20 +7,15 @@ README.md shows a small loss after every stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx
 
 from hessfn.core import tree
-from hessfn.core.locks import Lock
-from hessfn.core.torch_state import is_observed
 from hessfn.core.tree import Tree
-from hessfn.engine import decisions, heap, linearize, memory_plan, rewrites, symmetric_map
+from hessfn.engine import decisions, heap, linearize, memory_plan, rewrites
 from hessfn.engine.fused import passes
-from hessfn.engine.graph_module import compiled, without_collections
-from hessfn.engine.same_operations import operations_in
+from hessfn.engine.graph_module import without_collections
 from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
 
 try:
@@ -204,35 +199,12 @@ def run(
             if stage.run is not None and stage.when(job):
                 given, module = module, stage.run(module, job) or module
                 if given is not None and given is not module:  # what was decided on the way to it has made it, too
-                    module.meta["guards"] = [*given.meta.get("guards", ()), *module.meta.get("guards", ())]
+                    guards = [*given.meta.get("guards", ()), *module.meta.get("guards", ())]
+                    module.meta = {**given.meta, **module.meta, "guards": guards}
                 if after is not None:
                     after(stage.name, module)
     module.recompile()
     return module
-
-
-def linear_product(module: fx.GraphModule, job: Job) -> tuple[Callable[..., list[Tensor]], frozenset[str]]:
-    """The linearized product that the graph of a derivative is lowered to, and the names of the operations in it.
-
-    The product is a function of a vector's tensors in a row. It has derivatives by the vector, which are products
-    again: the graph itself is not to be differentiated. Not under ``torch_state_lock``: it may wait for a compiler.
-    """
-    module = compiled(run(LOWERING, module, job))
-    product = linearize.compiled(module, tree.leaves(job.params)) if job.compile else module
-    lock = Lock()  # the block of memory is one product's at a time
-
-    def plain(*v: Tensor) -> list[Tensor]:
-        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else lock:
-            return product(*v)
-
-    def linear(*v: Tensor) -> list[Tensor]:
-        if torch.compiler.is_compiling():
-            observed = torch.is_grad_enabled() and any(x.requires_grad for x in v)
-        else:
-            observed = is_observed(*v)
-        return symmetric_map.differentiable(plain, *v) if observed else plain(*v)
-
-    return linear, operations_in(module.graph)
 
 
 def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[..., Tensor]:

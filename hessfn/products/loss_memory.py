@@ -18,6 +18,7 @@ from hessfn.core.errors import Untraceable
 from hessfn.core.remembered import Remembered
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
+from hessfn.engine.linear_product import Plan
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.same_operations import digest_of
 from hessfn.engine.trace import graph_of
@@ -33,8 +34,9 @@ class Trace(NamedTuple):
     guard: Snapshot
     loss: fx.GraphModule
     product: fx.GraphModule | None
-    reason: str = ""  # why there is no product: a derivative rule looks at values, say
-    operations: str = ""  # what the product consists of, for samples of any number
+    reason: str  # why there is no product: a derivative rule looks at values, say
+    operations: str  # what the product consists of, for samples of any number
+    plans: list[Plan]  # what linearized products of it are lowered to
 
     def holds(self, params: Tree, args: tuple[Any, ...]) -> bool:
         """Whether the loss decides by these integers and masks what it has decided in the trace."""
@@ -94,8 +96,8 @@ def make_trace(loss: Loss, params: Tree, args: tuple[Any, ...]) -> Trace:
         try:
             product = pipeline.run(pipeline.PRODUCT, graph, job)
         except Untraceable as error:
-            return Trace(guard, graph, None, str(error))
-    return Trace(guard, graph, product, operations=digest_of(product.graph))
+            return Trace(guard, graph, None, str(error), "", [])
+    return Trace(guard, graph, product, "", digest_of(product.graph), [])
 
 
 def memory_of(loss: Loss) -> Memory:

@@ -18,6 +18,7 @@ from hessfn.core.torch_state import is_differentiated, torch_state_lock
 from hessfn.core.tree import Tree
 from hessfn.engine import pipeline
 from hessfn.engine.graph_module import copied
+from hessfn.engine.linear_product import linear_product
 from hessfn.engine.op_definitions import by_definition
 from hessfn.engine.trace import tensors
 from hessfn.products.loss_checks import Graph, Loss, plain_graph, two_differences
@@ -53,7 +54,7 @@ def linear_of_trace(trace: Trace, loss: Loss, params: Tree, args: tuple[Any, ...
     if trace.product is None:
         raise Untraceable(trace.reason)
     job = pipeline.Job(loss, params, args, linearized=True, compile=compile)
-    product, lowered = pipeline.linear_product(copied(trace.product), job)
+    product, lowered = linear_product(trace.product, job, trace.plans)
     return Linear(product, trace.operations, lowered)
 
 
