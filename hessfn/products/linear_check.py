@@ -15,7 +15,7 @@ from hessfn.core import tree
 from hessfn.core.containers import PLAIN
 from hessfn.core.errors import Untraceable
 from hessfn.core.probes import gaussian
-from hessfn.core.torch_state import is_observed
+from hessfn.core.torch_state import is_observed, known
 from hessfn.core.tree import MatVec, Tree
 from hessfn.core.warn import warn
 from hessfn.products.first_check import AT_A_KINK, Evidence, disagreement, evidence, not_finite, verdict
@@ -65,7 +65,7 @@ class LinearCheck:
         if self.is_done or torch.compiler.is_compiling() or is_observed(*leaves):
             return
         self.is_done = True
-        if not all(bool(leaf.isfinite().all()) for leaf in leaves if not leaf.is_meta):
+        if any(known(leaf.isfinite().all()) is False for leaf in leaves):
             self._can_be_right(None)
 
     def _can_be_right(self, of_part: PartCheck | None) -> bool:
