@@ -107,15 +107,15 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
         A matvec on trees like ``params``. It runs under ``vmap`` and has all derivatives by its vector, none by the
         parameters and the data: where these require gradients, give them detached, or take :func:`hvp`.
 
-    Cost: once, the trace, a gradient and the check; then the arithmetic of about 2 gradients a product instead of 3
-    (measured: the time of 0.9 to 2.4). It keeps the intermediate results of one gradient, and on the CPU the memory for
+    Cost: once for a loss, the trace and the check; once for each matvec, a gradient and an evaluation of the loss; then
+    the arithmetic of about 2 gradients a product instead of 3 (measured: the time of 0.9 to 2.4). It keeps the intermediate results of one gradient, and on the CPU the memory for
     those of a product, which threads use in turn.
 
     Raises:
         Untraceable: the loss cannot be traced, and the message says why; or the check has found that its product is
             wrong: take :func:`hvp`.
         ValueError: an argument is of another kind, the loss is not one finite number, or the parameters or the data
-            are being differentiated.
+            are being differentiated; or, at the first product, the curvature is not finite.
 
     Source: Pearlmutter (1994).
 
