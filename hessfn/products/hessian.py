@@ -108,8 +108,8 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
         parameters and the data: where these require gradients, give them detached, or take :func:`hvp`.
 
     Cost: once for a loss, the trace and the check; once for each matvec, a gradient and an evaluation of the loss; then
-    the arithmetic of about 2 gradients a product instead of 3 (measured: the time of 0.9 to 2.4). It keeps the intermediate results of one gradient, and on the CPU the memory for
-    those of a product, which threads use in turn.
+    the arithmetic of about 2 gradients a product instead of 3 (measured: the time of 0.9 to 2.4). It keeps the
+    intermediate results of one gradient, and on the CPU the memory for those of a product, which threads use in turn.
 
     Raises:
         Untraceable: the loss cannot be traced, and the message says why; or the check has found that its product is
