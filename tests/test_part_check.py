@@ -88,6 +88,21 @@ def test_operations_that_only_all_samples_have_are_asked_of_all() -> None:
         hf.linearized_hvp(of_many, params, batch)
 
 
+def test_a_transformer_is_held_by_a_trace_of_two_samples() -> None:
+    """Of one sample its trace has fewer operations, and plain autograd would take the memory of all of them."""
+    layer = seeded(lambda: nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True))
+    x = normal(8, 48, 32)
+    samples: list[int] = []
+
+    def criterion(out: Tensor, y: Tensor) -> Tensor:
+        samples.append(len(out))
+        return F.mse_loss(out, y)
+
+    loss, params = hf.functionalize(layer, criterion)
+    hf.linearized_hvp(loss, params, (x, x.flip(0)))
+    assert samples.count(8) == 2 and set(samples) == {2, 8}  # looked at, and traced
+
+
 def test_traces_of_all_numbers_of_samples_consist_of_the_same_operations() -> None:
     model, (x, y) = problem()
 
@@ -172,6 +187,7 @@ def test_few_samples_are_a_quarter_at_most_of_all_tensors_alike(size: int) -> No
     assert torch.equal(some["x"], x[torch.from_numpy(of)])
     assert some["rows"].tolist() == [3 * i + j for i in of.tolist() for j in range(3)]
     assert some["scale"] == 2.0 and some["one"] == 1
+    assert few(batch, least=2)["one"] == 1 and len(few(batch, least=2)["x"]) == max(number, 2)
     assert few({"x": x, "edges": torch.zeros(2 * size + 1)}) is None
     assert few((x, object())) is None
 

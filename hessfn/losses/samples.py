@@ -64,12 +64,12 @@ def two_parts(batch: Any, most: int | None = None) -> tuple[Any, Any, Any] | Non
     return (some, rows(batch, 0, cut), rows(batch, cut, stop)) if stop > 1 else None
 
 
-def few(batch: Any) -> Any | None:
+def few(batch: Any, least: int = 1) -> Any | None:
     """A part of a batch, for a look at the loss; None where it cannot be cut so.
 
-    It has an eighth of the samples, at most eight and evenly spaced; of fewer than four samples, which are sequences,
-    the first eighth of the positions of each. A tensor of a multiple of the batch's length has several rows a sample,
-    as flattened targets have.
+    It has an eighth of the samples, ``least`` to eight and evenly spaced; of fewer than four samples, which are
+    sequences, the first eighth of the positions of each. A tensor of a multiple of the batch's length has several rows
+    a sample, as flattened targets have.
     """
     if not all(isinstance(as_tensor(x), (Tensor, *PLAIN)) for x in tree.leaves(batch)):
         return None
@@ -79,7 +79,7 @@ def few(batch: Any) -> Any | None:
         return None
     if size < 4:
         return _shorter(batch, size, next((x.shape[1] for x in found if x.dim() > 1), 0))
-    number = min(max(size // 8, 1), 8)
+    number = min(max(size // 8, least), 8)
     stride = -(-size // number)
 
     def some(x: Any) -> Any:

@@ -28,13 +28,16 @@ class PartCheck:
 
     Args:
         v: the vector, with something in every leaf.
+        least: how many samples at least.
     """
 
-    def __init__(self, loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, custom: bool = False) -> None:
+    def __init__(
+        self, loss: Loss, params: Tree, args: tuple[Any, ...], v: Tree, custom: bool = False, least: int = 1
+    ) -> None:
         self.loss, self.params, self.args, self.v = loss, params, args, v
         self.part: Any = None
         if not custom:
-            self.part = some_samples(params, args, is_of_model=of_loss(loss).state is not None)
+            self.part = some_samples(params, args, is_of_model=of_loss(loss).state is not None, least=least)
         self.seen: Evidence | None = None
         self.plain: Tree | None = None  # the product on all samples by plain autograd, once that is seen to be right
 
@@ -94,7 +97,9 @@ def _tells(seen: Evidence) -> bool:
     return size < math.inf and 10 * seen.error <= size
 
 
-def some_samples(params: Tree, args: tuple[Any, ...], *, is_of_model: bool) -> tuple[Any, ...] | None:
+def some_samples(
+    params: Tree, args: tuple[Any, ...], *, is_of_model: bool, least: int = 1
+) -> tuple[Any, ...] | None:
     """Some of the samples, where that is much less work; ``is_of_model``: whether they are known to be samples."""
     given = [x for x in tree.leaves((params, args)) if isinstance(x, Tensor)]
     if any(layout(x) or x.is_meta for x in given):
@@ -104,5 +109,5 @@ def some_samples(params: Tree, args: tuple[Any, ...], *, is_of_model: bool) -> t
     # Were these no samples, indices could lead out of what is left, which is the end of the process on an accelerator.
     if not is_of_model and any(not x.is_cpu and not x.is_floating_point() for x in given):
         return None
-    some: tuple[Any, ...] | None = few(args)
+    some: tuple[Any, ...] | None = few(args, least)
     return some
