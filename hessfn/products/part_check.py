@@ -97,9 +97,7 @@ def _tells(seen: Evidence) -> bool:
     return size < math.inf and 10 * seen.error <= size
 
 
-def some_samples(
-    params: Tree, args: tuple[Any, ...], *, is_of_model: bool, least: int = 1
-) -> tuple[Any, ...] | None:
+def some_samples(params: Tree, args: tuple[Any, ...], *, is_of_model: bool, least: int = 1) -> tuple[Any, ...] | None:
     """Some of the samples, where that is much less work; ``is_of_model``: whether they are known to be samples."""
     given = [x for x in tree.leaves((params, args)) if isinstance(x, Tensor)]
     if any(layout(x) or x.is_meta for x in given):
