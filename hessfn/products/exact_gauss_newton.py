@@ -181,6 +181,7 @@ def _diagonal(forward: Any, criterion: Criterion, params: T, batch: Any, chunk_s
     row = max(2 * size, curved.outputs.numel() * curved.outputs.element_size())  # in gradients, and in the Hessians
     rows = min(curved.width, max(_MOST_BYTES // row, 1))
     chunk = chunk_size or max(min(_MOST_PASSES // rows, _MOST_BYTES // (2 * size * rows)), 1)
+    chunk = -(-samples.number // -(-samples.number // chunk))  # all of one length
     for first in range(0, curved.width, rows):
         group = range(first, min(first + rows, curved.width))
         hessian = curved.columns(group)  # (N, r, D), a row for every output of the group

@@ -197,7 +197,7 @@ def state_of(problem: Prepared) -> dict[str, Any]:
     return {
         "parameters or buffers": [dict(whole.named_parameters()) | dict(whole.named_buffers()) for whole in wholes],
         "train or eval mode": [module.training for module in modules],
-        "code": sorted({_source(code) for code in [problem.criterion, *map(type, modules)]}),
+        "code": sorted(map(_source, {id(code): code for code in (problem.criterion, *map(type, modules))}.values())),
         "weights": _source(problem.weights) if callable(problem.weights) else list(problem.weights or ()),
         "device": str(tree.leaves(problem.params)[0].device),
     }
