@@ -28,7 +28,7 @@ from hessfn.reporting.text import number
 _LINE_POINTS = 31
 _COARSE = 5  # points that are measured before others are chosen, each way
 _AT_ONCE = {1: 1, 2: 4}  # of each grid in a round, by its dimensions
-_RTOL = 0.015  # of the range drawn: a quarter of the way from contour to contour
+_RTOL = 0.02  # of the range drawn: a third of the way from contour to contour
 _NEAR = 1 / 60  # of the radius: so far from the middle the quadratic model counts as known
 _USUAL_POINTS = 50  # so many were measured of the loss of a ResNet20
 

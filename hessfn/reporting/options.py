@@ -91,7 +91,7 @@ class Options:
         metadata=_number("take as many probes as it takes for an interval of 95 %% so wide to each side of the trace"),
     )
     num_runs: int = field(default=2, metadata=_count("Lanczos runs for the spectral density", 1))
-    num_steps: int = field(default=16, metadata=_count("products in each of these runs", 1))
+    num_steps: int = field(default=10, metadata=_count("products in each of these runs", 1))
     num_layers: int = field(
         default=3, metadata=_count("layers whose top eigenvalue is computed; 0 for none", 1, or_zero=True)
     )
