@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,3 +211,16 @@ def test_a_weight_that_is_not_among_the_parameters_leaves_the_activations_to_pro
     found = numbers((model, nn.CrossEntropyLoss(), [data(40)]), k=2, params="4.*", num_activation_probes=6)
     assert found["trace"]["stderr"] == 0
     assert found["activations"]["0"]["stderr"] > 0
+
+
+def test_the_page_and_the_comparison_show_exact_traces_without_an_error(tmp_path: Path) -> None:
+    model = relu_net().float()
+    for name in ("before", "after"):
+        found = hf.report((model, nn.CrossEntropyLoss(), [data(80)]), tmp_path / name, k=2, num_plane_points=0)
+        with torch.no_grad():
+            model[0].weight.mul_(1.001)
+    page = (tmp_path / "after" / "report.html").read_text()
+    assert f"<dd>{text.number(found['trace']['mean'])}</dd>" in page and "&plusmn; </small>" not in page
+    by = hf.compare(tmp_path / "before", tmp_path / "after", out=tmp_path / "compare.html")["trace"]
+    assert by.stderr == 0 and not by.paired
+    assert "&plusmn; </small>" not in (tmp_path / "compare.html").read_text()

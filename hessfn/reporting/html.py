@@ -112,11 +112,11 @@ def _call(settings: dict[str, Any]) -> str:
 
 
 def _error(estimate: str) -> Any:
-    """An estimate with its error in small letters."""
+    """An estimate with its error in small letters; an exact one has none."""
     from markupsafe import Markup, escape
 
     mean, _, error = estimate.partition(" +- ")
-    return Markup(f"{escape(mean)} <small>&plusmn; {escape(error)}</small>")
+    return Markup(f"{escape(mean)} <small>&plusmn; {escape(error)}</small>") if error else escape(mean)
 
 
 def _breakable(name: str) -> Any:
