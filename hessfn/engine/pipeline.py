@@ -221,6 +221,7 @@ def clean(loss: Callable[..., Tensor], params: Tree, *args: Any) -> Callable[...
     Raises:
         Untraceable: the loss branches on values, draws random numbers, has custom derivatives or switches them off.
 
+    >>> import torch
     >>> graph = clean(lambda w, x: (w * x).relu_().sum(), torch.ones(2), torch.ones(2))
     >>> graph(torch.tensor([2.0, -1.0]), torch.ones(2))
     tensor(2.)
