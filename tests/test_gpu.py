@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hessfn as hf
-from hessfn.engine.fused import attention, chunks, cross_entropy, tiles
+from hessfn.engine.fused import attention, cross_entropy, logits, tiles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -163,7 +163,7 @@ def in_small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "WORTH", 1)
     monkeypatch.setattr(tiles, "COLUMNS", 3)
     monkeypatch.setattr(tiles, "ENTRIES", 40)
-    monkeypatch.setattr(chunks, "ENTRIES", 15)
+    monkeypatch.setattr(logits, "ENTRIES", 15)
 
 
 @pytest.mark.parametrize("net", ["attention", "mlp"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hessfn as hf
 from hessfn.core import tree
-from hessfn.engine.fused import attention, chunks, cross_entropy, tiles
+from hessfn.engine.fused import attention, cross_entropy, logits, tiles
 from hessfn.products.loss_memory import memory_of, shapes_of
 
 pytest.importorskip("transformers", minversion="5.0")
@@ -142,7 +142,7 @@ def test_attention_and_cross_entropy_are_fused(name: str, counted: bool, monkeyp
     monkeypatch.setattr(attention, "WORTH", 1)
     monkeypatch.setattr(cross_entropy, "WORTH", 1)
     monkeypatch.setattr(tiles, "COLUMNS", 3)
-    monkeypatch.setattr(chunks, "ENTRIES", 5 * 13)
+    monkeypatch.setattr(logits, "ENTRIES", 5 * 13)
     build = built(name, "eager" if name in CAPPED else "sdpa")
     model, batch = drawn(build), batch_of(5, 4, LENGTH)
     if counted:  # a sum over the labels, divided by their number in all batches of a step
