@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hessfn as hf
 from hessfn.products.exact_gauss_newton import has_blocks_of_the_hessian
-from hessfn.reporting import text
+from hessfn.reporting import exact_traces, text
 from hessfn.reporting.differences import Shared, difference, of_trace
 from hessfn.reporting.exact_traces import Exact, ExactTraces
 
@@ -224,3 +224,11 @@ def test_the_page_and_the_comparison_show_exact_traces_without_an_error(tmp_path
     by = hf.compare(tmp_path / "before", tmp_path / "after", out=tmp_path / "compare.html")["trace"]
     assert by.stderr == 0 and not by.paired
     assert "&plusmn; </small>" not in (tmp_path / "compare.html").read_text()
+
+
+def test_a_net_whose_gradients_are_large_takes_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(p.numel() for p in relu_net().parameters()) * 4 * 3
+    for most, is_exact in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(exact_traces, "_MOST_BYTES", most)
+        found = numbers((relu_net().float(), nn.CrossEntropyLoss(), [data(40)]), k=2, num_probes=12)
+        assert (found["trace"]["stderr"] == 0) == is_exact

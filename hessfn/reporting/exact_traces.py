@@ -27,6 +27,7 @@ from hessfn.reporting.problem import Prepared, batch_in, converted
 from hessfn.reporting.products import Measured
 
 _MOST_SAMPLES = 2  # for a look at the outputs
+_MOST_BYTES = 2**25  # of the gradients by all outputs of a sample: of larger ones few samples are taken at a time
 _MARGIN = 4  # of rounding, which is seen on one group of the data
 
 Shifts = dict[str, Tensor]
@@ -129,9 +130,11 @@ class Exact:
 def exact_traces(problem: Prepared, measured: Measured, options: Options) -> Exact | None:
     """None where the blocks are no Gauss-Newton blocks, or probes cost less: a backward pass is about a product.
 
-    Where the time is given, it is divided between data and probes.
+    Where the time is given, it is divided between data and probes. What few samples at a time cost on an accelerator,
+    nobody has measured.
     """
-    found = None if options.minutes is not None else _looked_at(problem, options)
+    on_cpu = tree.leaves(problem.params)[0].device.type == "cpu"
+    found = _looked_at(problem, options) if on_cpu and options.minutes is None else None
     if options.group is not None:
         said = gather(found and (found[0], list(found[1])), options.group)
         found = found if all(x == said[0] for x in said) else None
@@ -147,7 +150,8 @@ def _looked_at(problem: Prepared, options: Options) -> tuple[int, Shifts] | None
             inputs, _ = sides(network.fitting(few))
             outputs = outputs_of(network, (problem.params, {}), inputs).parts
             width = max(len(x.flatten()) // max(len(x), 1) for x in outputs if x.dim())
-            if width + HELD_PROBES > options.num_probes:
+            size = sum(leaf.nbytes for leaf in tree.leaves(problem.params))
+            if width + HELD_PROBES > options.num_probes or width * size > _MOST_BYTES:
                 return None
             shifts = network.shifts(inputs) if options.num_activation_probes else {}
             for chosen in (shifts, {}) if shifts else ({},):

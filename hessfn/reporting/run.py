@@ -83,7 +83,8 @@ def report(
             for trace, layers and density, without further products.
         num_probes: random vectors for the trace, one product each. Where the network is linear in each leaf alone, as
             networks of ReLUs are in eval mode, the traces are computed exactly instead, at a backward pass for each
-            output of a sample, and six probes are held against them: if that is less work, and not with ``minutes``.
+            output of a sample, and six probes are held against them: on the CPU, if that is fewer than the probes, if
+            the gradients by all outputs of a sample take at most 32 MB, and not with ``minutes``.
         rtol_trace: take probes until the 95 % interval of the trace has this relative half width.
         num_runs: Lanczos runs for the spectral density, ``num_steps`` products each.
         num_layers: for this many layers, those with the largest traces, also the top eigenvalue and the stable rank.
