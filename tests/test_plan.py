@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from typing import Any
 
 import pytest
 
 import hessfn as hf
+from hessfn.core.errors import InvalidInput
+from hessfn.reporting import planning
 from hessfn.reporting.clock import Clock
+from hessfn.reporting.options import Options
 from hessfn.reporting.plan import Costs, Plan, Spreads, described, estimated, make_plan
 
 COSTS = Costs(
@@ -183,3 +187,17 @@ def test_processes_do_as_the_group_says() -> None:
     assert list(Clock(None, agree=lambda there_is: False).while_time("abc", least=1)) == ["a"]
     late = Clock(-1.0, agree=lambda there_is: True)
     assert list(late.while_time("abc")) == ["a", "b", "c"]
+
+
+def test_what_one_process_finds_too_short_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_short() -> Plan:
+        raise InvalidInput("minutes=1 is too short")
+
+    plan = Plan(num_batches=2, num_probes=10, num_steps=20)
+    for make, others in ((too_short, plan), (lambda: plan, "minutes=1 is too short")):
+        said: list[Any] = [others if isinstance(others, str) else dataclasses.asdict(others)]
+        monkeypatch.setattr(planning, "gather", lambda made, group, said=said: [made, *said])
+        with pytest.raises(InvalidInput, match="minutes=1 is too short"):
+            planning._agreed(make, Options(group="of two processes"))
+    monkeypatch.setattr(planning, "gather", lambda made, group: [dataclasses.asdict(plan), made])
+    assert planning._agreed(lambda: dataclasses.replace(plan, num_probes=99), Options(group="of two processes")) == plan

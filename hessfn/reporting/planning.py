@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
@@ -154,9 +157,7 @@ def divided(problem: Prepared, options: Options, folder: Path | None, clock: Clo
     if options.resume and file is not None and file.exists():
         plan = Plan(**json.loads(file.read_text("utf-8")))
     else:
-        plan = _made(problem, options, clock)
-    if options.group is not None:  # of times that each process has measured
-        plan = Plan(**gather(asdict(plan), options.group)[0])
+        plan = _agreed(partial(_made, problem, options, clock), options)
     if file is not None:
         file.write_text(json.dumps(asdict(plan)), "utf-8")
     total = number_of_all(problem.batches)
@@ -173,6 +174,22 @@ def divided(problem: Prepared, options: Options, folder: Path | None, clock: Clo
     )
     _say_left_out(found, options)
     return found
+
+
+def _agreed(make: Callable[[], Plan], options: Options) -> Plan:
+    """The plan of the first process, of the times that it has measured; an error if any process has found one."""
+    if options.group is None:
+        return make()
+    made: dict[str, Any] | str
+    try:
+        made = asdict(make())
+    except InvalidInput as error:
+        made = str(error)
+    said = gather(made, options.group)
+    errors = [x for x in said if isinstance(x, str)]
+    if errors:
+        raise InvalidInput(errors[0])
+    return Plan(**said[0])
 
 
 def _made(problem: Prepared, options: Options, clock: Clock) -> Plan:
