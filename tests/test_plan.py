@@ -198,6 +198,6 @@ def test_what_one_process_finds_too_short_ends_all(monkeypatch: pytest.MonkeyPat
         said: list[Any] = [others if isinstance(others, str) else dataclasses.asdict(others)]
         monkeypatch.setattr(planning, "gather", lambda made, group, said=said: [made, *said])
         with pytest.raises(InvalidInput, match="minutes=1 is too short"):
-            planning._agreed(make, Options(group="of two processes"))
+            planning.agreed(make, Options(group="of two processes"))
     monkeypatch.setattr(planning, "gather", lambda made, group: [dataclasses.asdict(plan), made])
-    assert planning._agreed(lambda: dataclasses.replace(plan, num_probes=99), Options(group="of two processes")) == plan
+    assert planning.agreed(lambda: dataclasses.replace(plan, num_probes=99), Options(group="of two processes")) == plan

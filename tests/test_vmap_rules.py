@@ -1,9 +1,9 @@
 """Graphs of products consist of operations that ``vmap`` has rules for: one that has none would be a loop."""
 
+import pytest
 import torch
 from nets import classes, normal, seeded
 from torch import nn
-from torchvision.models import VisionTransformer
 
 import hessfn as hf
 from hessfn.engine import pipeline
@@ -11,7 +11,8 @@ from hessfn.engine.op_definitions import by_definition
 
 
 def test_copies_of_a_vision_transformer_have_a_rule_under_vmap():
-    net = seeded(lambda: VisionTransformer(8, 4, 1, 2, 8, 16, num_classes=3))
+    models = pytest.importorskip("torchvision.models")
+    net = seeded(lambda: models.VisionTransformer(8, 4, 1, 2, 8, 16, num_classes=3))
     loss, params = hf.functionalize(net.double().eval(), nn.CrossEntropyLoss())
     batch = normal(2, 3, 8, 8), classes(2, 3)
     job = pipeline.Job(by_definition(loss), params, (batch,))

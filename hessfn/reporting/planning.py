@@ -157,7 +157,7 @@ def divided(problem: Prepared, options: Options, folder: Path | None, clock: Clo
     if options.resume and file is not None and file.exists():
         plan = Plan(**json.loads(file.read_text("utf-8")))
     else:
-        plan = _agreed(partial(_made, problem, options, clock), options)
+        plan = agreed(partial(_made, problem, options, clock), options)
     if file is not None:
         file.write_text(json.dumps(asdict(plan)), "utf-8")
     total = number_of_all(problem.batches)
@@ -176,7 +176,7 @@ def divided(problem: Prepared, options: Options, folder: Path | None, clock: Clo
     return found
 
 
-def _agreed(make: Callable[[], Plan], options: Options) -> Plan:
+def agreed(make: Callable[[], Plan], options: Options) -> Plan:
     """The plan of the first process, of the times that it has measured; an error if any process has found one."""
     if options.group is None:
         return make()
