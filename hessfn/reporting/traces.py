@@ -71,10 +71,13 @@ class _Means:
     def total(self) -> Estimate[Tensor]:
         return plus(self._total.estimate(), self.known.trace())
 
+    def _by_leaf(self) -> Estimate[Tree]:
+        return plus(self._layers.estimate(), self.known.traces())
+
     def agree_with(self, known: ExactTraces) -> bool:
         """Whether the exact traces lie in the intervals of the probes: of the whole, and of every layer."""
         wanted = known.weights @ known.groups
-        layers = plus(self._layers.estimate(), self.known.traces())
+        layers = self._by_leaf()
         return _is_in(wanted.sum(), self.total(), known.rounding.sum()) and all(
             _is_in(x, Estimate(mean, stderr, layers.num_matvecs, df), slack)
             for x, mean, stderr, df, slack in zip(
@@ -83,7 +86,7 @@ class _Means:
         )
 
     def layers(self, names: list[str]) -> Estimate[dict[str, Tensor]]:
-        found = plus(self._layers.estimate(), self.known.traces())
+        found = self._by_leaf()
 
         def named(x: Any) -> Any:
             return dict(zip(names, tree.leaves(x), strict=True))
