@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ from hessfn.engine import pipeline
 
 def test_all_that_decides_the_last_bits_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     hf.show_config()
-    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "conv3x3" not in line)
+    shown = dict(
+        line.split(maxsplit=1)
+        for line in capsys.readouterr().out.splitlines()
+        if "kernel" not in line and "compiler" not in line
+    )
     assert shown["hessfn"] == hf.__version__
     assert shown["torch"] == torch.__version__
     assert shown["threads"] == str(torch.get_num_threads())
@@ -28,7 +33,8 @@ def test_the_kernel_is_shown_or_why_there_is_none(
 ) -> None:
     monkeypatch.setenv("HESSFN_NATIVE", "0")
     hf.show_config()
-    assert "conv3x3 kernel  off (HESSFN_NATIVE=0)" in " ".join(capsys.readouterr().out.splitlines())
+    shown = dict(re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines())
+    assert shown["conv3x3 kernel"] == shown["flash attention kernel"] == "off (HESSFN_NATIVE=0)"
 
 
 def test_kernels_announce_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

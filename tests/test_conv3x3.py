@@ -183,7 +183,7 @@ def test_missing_memory_is_said(monkeypatch):
         def convolve(self, *_):
             return 0
 
-    monkeypatch.setattr(kernel, "library", Full)
+    monkeypatch.setattr(kernel.KERNEL, "library", Full)
     with pytest.raises(MemoryError, match="8 and 8 channels"):
         operations.convolutions([torch.ones(1, 8, 4, 4)], [torch.ones(8, 8, 3, 3)], None, 1, False)
 

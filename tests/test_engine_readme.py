@@ -44,6 +44,8 @@ small compiler, with the usual parts under their usual names:
 | `heap.py` | what was freed goes back to the system on the way to a peak of memory |
 | `fused/` | attention by tiles and cross-entropy in chunks: one node each, with both derivatives |
 | `conv3x3/` | a guest: compiled convolutions by 3 x 3; hessfn works when this folder is deleted |
+| `flash_attention/` | another guest: attention by tiles as compiled code |
+| `native/` | how the guests' C is compiled, once on a machine |
 
 A new operation without a forward rule goes into `op_definitions.py` (a definition of it) or into the list at the end of
 `trace.py` (torch can decompose it). A new pass goes into the list in `pipeline.py`.

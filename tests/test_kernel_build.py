@@ -23,11 +23,14 @@ from nets import needs_compiler, problem, two_convolutions
 
 import hessfn as hf
 from hessfn.core import tree
-from hessfn.engine.conv3x3 import build, kernel, winograd
+from hessfn.engine.conv3x3 import winograd
+from hessfn.engine.conv3x3.kernel import KERNEL
+from hessfn.engine.native import build
+from hessfn.engine.native.kernel import is_off
 
 pytestmark = [needs_compiler, pytest.mark.skipif(sys.platform == "win32", reason="the compilers here are scripts")]
 
-SOURCE = Path(kernel.__file__).with_name("kernel.c")
+SOURCE = Path(winograd.__file__).with_name("kernel.c")
 REAL = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), "")
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +41,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("CXX", "HESSFN_NATIVE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(kernel, "_BUILT", [])
+    monkeypatch.setattr(KERNEL, "built", [])
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-O0"])  # quickly
     caplog.set_level(logging.INFO, "hessfn")
 
@@ -73,7 +76,7 @@ def test_a_machine_compiles_once(compiler: Any, tmp_path: Path) -> None:
     compiler("")
     first, second = build.build(SOURCE), build.build(SOURCE)
     assert first and second
-    assert first.digest == second.digest == kernel.identity()
+    assert first.digest == second.digest == KERNEL.identity()
     assert lives(tmp_path) == 1
     assert cached(tmp_path) == [f"{build.library_name(SOURCE)}-{first.digest}.so"]
     assert (tmp_path / "cache" / "hessfn").stat().st_mode & 0o777 == 0o700
@@ -91,7 +94,7 @@ def test_processes_that_compile_at_once_end_with_one_file(compiler: Any, tmp_pat
 def test_threads_wait_for_one_compiler(compiler: Any, tmp_path: Path) -> None:
     compiler("sleep 0.2")
     with ThreadPoolExecutor(3) as pool:
-        assert len({id(made) for made in pool.map(lambda _: kernel.library(), range(3))}) == 1
+        assert len({id(made) for made in pool.map(lambda _: KERNEL.library(), range(3))}) == 1
     assert lives(tmp_path) == 1
 
 
@@ -214,7 +217,7 @@ def test_a_compiler_is_interrupted_with_the_program(compiler: Any, tmp_path: Pat
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            kernel.library()
+            KERNEL.library()
     finally:
         signal.signal(signal.SIGINT, before)
     time.sleep(1.2)
@@ -224,12 +227,12 @@ def test_a_compiler_is_interrupted_with_the_program(compiler: Any, tmp_path: Pat
 
 def test_nothing_is_compiled_to_know_what_to_expect_or_where_nothing_needs_it(compiler: Any, tmp_path: Path) -> None:
     compiler("")
-    assert kernel.is_expected()
+    assert KERNEL.is_expected()
     loss, params, batch, _ = problem("mlp")
     hf.hvp(loss, params, batch)(params)
     hf.linearized_hvp(loss, params, batch)(params)
     assert lives(tmp_path) == 0
-    assert kernel.identity()
+    assert KERNEL.identity()
     assert lives(tmp_path) == 1
 
 
@@ -237,18 +240,18 @@ def test_switched_off_is_read_when_it_is_asked(compiler: Any, tmp_path: Path, mo
     compiler("")
     for value, off in (("0", True), ("1", False), ("0", True)):
         monkeypatch.setenv("HESSFN_NATIVE", value)
-        assert kernel.is_off() == off
-        assert kernel.is_expected() == (kernel.library() is not None) == (kernel.identity() != "") == (not off)
-        assert (kernel.describe() == {"kernel": "off (HESSFN_NATIVE=0)"}) == off
+        assert is_off() == off
+        assert KERNEL.is_expected() == (KERNEL.library() is not None) == (KERNEL.identity() != "") == (not off)
+        assert (KERNEL.describe() == {"kernel": "off (HESSFN_NATIVE=0)"}) == off
     assert lives(tmp_path) == 1
 
 
 def test_without_a_compiler_there_is_none(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not kernel.is_expected()
-    assert kernel.library() is None
-    assert kernel.identity() == ""
-    assert kernel.describe() == {"kernel": "none: no compiler"}
+    assert not KERNEL.is_expected()
+    assert KERNEL.library() is None
+    assert KERNEL.identity() == ""
+    assert KERNEL.describe() == {"kernel": "none: no compiler"}
     assert "there is no compiler" in caplog.text
     assert not warnings(caplog)
 
@@ -265,9 +268,9 @@ def test_products_are_right_where_the_expected_compiler_fails(
     found = make(loss, params, x)(v)
     assert tree.norm(tree.add(tree.map(torch.Tensor.double, found), exact, -1.0)) <= 1e-5 * tree.norm(exact)
     assert lives(tmp_path) == 1
-    assert kernel.describe() == {"kernel": "none: no compiler that works"}
+    assert KERNEL.describe() == {"kernel": "none: no compiler that works"}
     # Now that it is known, the next trace goes by tiles in operations of torch.
-    assert not kernel.is_expected()
+    assert not KERNEL.is_expected()
     assert winograd.convolution in {node.target for node in loss_graph(loss, params, x).graph.nodes}
 
 
@@ -295,27 +298,28 @@ def test_nobody_waits_for_the_compiler_but_who_needs_it(compiler: Any, tmp_path:
     assert lives(tmp_path) == 1
 
 
-REST = ["trace_graph", "recorder", "memory_plan", "products", "operations", "reassociation", "journal"]
+REST = ["trace_graph", "fused", "recorder", "memory_plan", "products", "operations", "reassociation", "journal"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_folder_of_the_kernel_is_a_guest(tmp_path: Path) -> None:
+def test_the_folders_of_the_kernels_are_guests(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     for name in ("hessfn", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
     (copy / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "operations.md", copy / "docs")  # a test holds it against the code
-    shutil.rmtree(copy / "hessfn" / "engine" / "conv3x3")
-    for name in ("conv3x3", "winograd", "kernel_build"):
+    for name in ("conv3x3", "flash_attention"):
+        shutil.rmtree(copy / "hessfn" / "engine" / name)
+    for name in ("conv3x3", "winograd", "kernel_build", "flash_attention"):
         (copy / "tests" / f"test_{name}.py").unlink()
     (copy / "tests" / "test_without.py").write_text(
         "import sys, hessfn\n"
         "def test_it_is_the_copy_that_is_tested():\n"
         f"    assert hessfn.__file__.startswith({str(copy)!r})\n"
         "    hessfn.show_config()\n"
-        "    assert not [name for name in sys.modules if 'conv3x3' in name]\n"
+        "    assert not [name for name in sys.modules if 'conv3x3' in name or 'flash_attention' in name]\n"
     )
     files = [f"tests/test_{name}.py" for name in [*REST, "without"]]
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}

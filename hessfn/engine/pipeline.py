@@ -24,6 +24,11 @@ try:
 except ModuleNotFoundError:  # a guest: without its folder, convolutions stay torch's own
     lower_to_kernel = add_overlaps = use_winograd = None  # type: ignore[assignment]
 
+try:
+    from hessfn.engine.flash_attention.lowering import lower_attention
+except ModuleNotFoundError:  # another guest: without its folder, attention is by tiles of torch's operations
+    lower_attention = None  # type: ignore[assignment]
+
 
 class Job(NamedTuple):
     """What a product is of. The tensors say what it looks like; only a linearized product is computed with them."""
@@ -138,6 +143,18 @@ LOWERING: tuple[Stage, ...] = (
         lambda job: job.linearized,
     ),
     Stage(
+        "with_tangents",
+        "The gradient of a fused operation and its tangent become one.",
+        _rewrite(passes.with_tangents),
+        lambda job: not job.linearized,
+    ),
+    Stage(
+        "lower_attention",
+        "Attention of long sequences, with its derivatives, is calls of compiled code.",
+        None if lower_attention is None else lambda module, _: lower_attention(module),
+        lambda job: job.on_cpu and not job.compile,
+    ),
+    Stage(
         "fold_constants",
         "Constant folding: all that does not depend on the vector is computed now, once.",
         lambda module, job: linearize.fold_constants(passes.keep_softmax(module), job.values),
@@ -148,12 +165,6 @@ LOWERING: tuple[Stage, ...] = (
         "A result that has become a constant is copied.",
         _rewrite(rewrites.own_results),
         lambda job: job.linearized,
-    ),
-    Stage(
-        "with_tangents",
-        "The gradient of a fused operation and its tangent become one.",
-        _rewrite(passes.with_tangents),
-        lambda job: not job.linearized,
     ),
     Stage(
         "lower_to_kernel",

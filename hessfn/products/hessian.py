@@ -92,9 +92,10 @@ def linearized_hvp(loss: Loss, params: T, *args: Any, compile: bool = False, che
 
     The matrix is that of the parameters and data as they are now, even if they change in place later.
 
-    On the CPU, convolutions by 3 x 3 in float32 run in a compiled C kernel if a compiler is found (``CXX``, g++,
-    clang++ or c++); so do those of :func:`hvp`. Without it, products of ResNet20 take half as long again.
-    ``HESSFN_NATIVE=0`` switches it off, and :func:`hessfn.show_config` says what is in use.
+    On the CPU, convolutions by 3 x 3 and attention of long sequences, in float32, run in compiled C kernels if a
+    compiler is found (``CXX``, g++, clang++ or c++); so do those of :func:`hvp`. Without them, products of ResNet20
+    take half as long again, those of a GPT of 4096 tokens 1.6 times as long. ``HESSFN_NATIVE=0`` switches them off,
+    and :func:`hessfn.show_config` says what is in use.
 
     Args:
         loss, params, args: as for :func:`hvp`.

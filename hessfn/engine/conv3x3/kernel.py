@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from hessfn.core.config import announce_kernel
 from hessfn.core.errors import OutOfMemory
-from hessfn.core.locks import Lock
-from hessfn.engine.conv3x3.build import Built, build, can_be_had, compilers
+from hessfn.engine.native.kernel import Kernel
 
-_SOURCE = Path(__file__).with_name("kernel.c")
-_BUILT: list[Built | None] = []  # once in a process, also if it failed
-_BUILDING = Lock()
-
-
-def is_off() -> bool:
-    """Whether the user has switched compiled code off."""
-    return os.environ.get("HESSFN_NATIVE") == "0"
-
-
-def is_expected() -> bool:
-    """Whether a kernel will be there when one is wanted, as far as can be told without compiling it.
-
-    It may be asked under ``torch_state_lock``, for which others wait.
-    """
-    return not is_off() and (_BUILT[0] is not None if _BUILT else can_be_had(_SOURCE))
-
-
-def library() -> ctypes.CDLL | None:
-    """``kernel.c`` in machine code, if it can be had and is not switched off.
-
-    It may wait for a compiler, the first time on a machine: not to be asked under ``torch_state_lock``.
-    """
-    built = None if is_off() else _built()
-    return None if built is None else built.library
-
-
-def identity() -> str:
-    """Which machine code it is: a hash of the library's bytes, or "" where there is none."""
-    built = None if is_off() else _built()
-    return "" if built is None else built.digest
-
-
-def _built() -> Built | None:
-    if not _BUILT:
-        with _BUILDING:
-            if not _BUILT:
-                _BUILT.append(build(_SOURCE))
-    return _BUILT[0]
+KERNEL = Kernel("conv3x3", Path(__file__).with_name("kernel.c"))
 
 
 def is_profitable(
@@ -89,18 +48,5 @@ def call(
     if not getattr(made, name)(shape, ctypes.c_int64(count), *pointers):
         raise OutOfMemory(f"no memory for {block} tiles of {inputs} and {outputs} channels in every thread")
 
-
-def describe() -> dict[str, str]:
-    """For :func:`hessfn.show_config`: which kernel is in use and what compiled it, or why none is."""
-    if is_off():
-        return {"kernel": "off (HESSFN_NATIVE=0)"}
-    made = library()
-    if made is None:
-        return {"kernel": "none: no compiler that works" if compilers() else "none: no compiler"}
-    compiler = ctypes.c_char_p.in_dll(made, "compiled_by").value or b""
-    return {"kernel": identity(), "compiler": compiler.decode()}
-
-
-announce_kernel("conv3x3", describe)
 
 _CACHE = 1 << 17  # bytes of the tiles that a thread has at hand

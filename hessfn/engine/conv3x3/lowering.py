@@ -22,7 +22,7 @@ def lower_to_kernel(module: fx.GraphModule) -> fx.GraphModule:
 
     It may wait for the compiler, once on a machine, if there is something to compile for.
     """
-    if not any(map(_is_profitable, module.graph.nodes)) or kernel.library() is None:
+    if not any(map(_is_profitable, module.graph.nodes)) or kernel.KERNEL.library() is None:
         return module
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))

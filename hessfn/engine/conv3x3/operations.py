@@ -63,7 +63,7 @@ def _convolutions(
     flipped: bool,
     out: Tensor | None,
 ) -> Tensor:
-    made = kernel.library()
+    made = kernel.KERNEL.library()
     if made is None:  # since the graph was made, the kernel was switched off
         plain = _plain_convolutions(xs, weights, bias, padding, flipped)
         return plain.contiguous(memory_format=torch.channels_last) if out is None else out.copy_(plain)
@@ -78,7 +78,7 @@ def _convolutions(
 
 
 def _correlations(xs: Sequence[Tensor], ys: Sequence[Tensor], padding: int, channels_last: bool) -> Tensor:
-    made = kernel.library()
+    made = kernel.KERNEL.library()
     if made is None:
         return _laid_out(_plain_correlations(xs, ys, padding), channels_last)
     images, results = ([t.contiguous(memory_format=torch.channels_last) for t in ts] for ts in (xs, ys))

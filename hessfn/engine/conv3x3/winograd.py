@@ -28,7 +28,7 @@ def use_winograd(graph: fx.Graph) -> None:
     if graph.find_nodes(op="call_function", target=aten.as_strided.default):
         return  # it reads memory as the layout was
     for conv in graph.find_nodes(op="call_function", target=aten.convolution.default):
-        if _is_faster(conv) and not (kernel.is_expected() and is_profitable(*conv.args[:2], *conv.args[3:])):
+        if _is_faster(conv) and not (kernel.KERNEL.is_expected() and is_profitable(*conv.args[:2], *conv.args[3:])):
             with graph.inserting_before(conv):
                 new = graph.call_function(convolution, (*conv.args[:3], conv.args[4][0]))
             new.meta = dict(conv.meta)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hessfn.engine.fused import attention_definition as definition
 from hessfn.engine.fused import tiles
 from hessfn.engine.fused.operation import Fused, call, is_followed, of_tangents, sees_operations
 
@@ -51,7 +52,7 @@ def scaled_dot_product_attention(
         # Added, a mask is nothing to differentiate; where the weights are zero, so is all that follows from them.
         attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
     if not is_fused(query, key):
-        return _by_definition(query, key, value, attn_mask, is_causal, scale)[0]
+        return definition.attention(query, key, value, attn_mask, is_causal, scale)[0]
     leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
     query, key, value = (x.expand(*leading, *x.shape[-2:]) for x in (query, key, value))
     return attention(query, key, value, attn_mask, is_causal, scale)[0]
@@ -76,7 +77,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         causal: row i sees columns up to i.
     """
     if sees_operations() or is_followed(mask):
-        return _by_definition(q, k, v, mask, causal, scale)
+        return definition.attention(q, k, v, mask, causal, scale)
     if is_followed(q, k, v):
         return _Attention.apply(q, k, v, mask, causal, scale)
     return call(attention, _kernel, _look, q, k, v, mask, causal, scale)
@@ -89,7 +90,7 @@ def tangent(
     """Those of the results of :func:`attention`."""
     args = q, k, v, mask, causal, scale, out, lse, dq, dk, dv
     if sees_operations() or is_followed(*args):
-        return _tangent_by_definition(*args)
+        return definition.tangent(*args)
     return call(tangent, _tangent_kernel, _look, *args)
 
 
@@ -100,7 +101,7 @@ def gradient(
     """The derivatives of ``<g, o>`` by queries, keys and values."""
     args = q, k, v, mask, causal, scale, out, lse, g
     if sees_operations():
-        return _gradient_by_definition(*args)
+        return definition.gradient(*args)
     if is_followed(*args):
         return _Gradient.apply(*args)
     return call(gradient, _gradient_kernel, _gradient_look, *args)
@@ -114,8 +115,15 @@ def tangent_of_gradient(
     """Those of the results of :func:`gradient`."""
     args = q, k, v, mask, causal, scale, out, lse, g, dq, dk, dv, dout, dlse, dg
     if sees_operations() or is_followed(*args):
-        return _tangent_of_gradient_by_definition(*args)
+        return definition.tangent_of_gradient(*args)
     return call(tangent_of_gradient, _tangent_of_gradient_kernel, _gradient_look, *args)
+
+
+def attention_with_tangent(*args: Any) -> Any:
+    """:func:`attention`, then :func:`tangent`, of the latter's arguments but the results of the first."""
+    given, along = args[:6], args[6:]
+    found = attention(*given)
+    return *found, *tangent(*given, *found, *along)
 
 
 def gradient_with_tangent(*args: Any) -> tuple[Tensor, ...]:
@@ -175,59 +183,6 @@ class _Gradient(Fused):
 def _given(ctx: Any) -> Any:
     q, k, v, *rest = ctx.saved_tensors
     return q, k, v, *ctx.how, *rest
-
-
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    scores = (q * scale) @ k.mT
-    if mask is not None:
-        scores = scores + mask.to(scores.dtype)
-    if causal:
-        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores + torch.where(below, 0.0, -math.inf).to(scores.dtype)
-    return scores
-
-
-def _by_definition(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Pair:
-    scores = _scores(q, k, mask, causal, scale)
-    highest = scores.detach().amax(-1, keepdim=True)
-    highest = highest.masked_fill(highest == -math.inf, 0.0)
-    weights = (scores - highest).exp()
-    total = weights.sum(-1, keepdim=True)
-    lse = torch.where(total > 0, highest + total.log(), math.inf)
-    return (weights @ v) * total.masked_fill(total == 0, 1.0).reciprocal(), lse
-
-
-def _tangent_by_definition(
-    q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float, out: Any, lse: Any, dq: Any, dk: Any, dv: Any
-) -> Pair:
-    weights = (_scores(q, k, mask, causal, scale) - lse).exp()
-    change = weights * (dq @ k.mT + q @ dk.mT) * scale
-    dlse = change.sum(-1, keepdim=True)
-    return change @ v + weights @ dv - dlse * out, dlse
-
-
-def _gradient_by_definition(
-    q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float, out: Any, lse: Any, g: Any
-) -> Triple:
-    weights = (_scores(q, k, mask, causal, scale) - lse).exp()
-    by_scores = weights * (g @ v.mT - (g * out).sum(-1, keepdim=True)) * scale
-    return by_scores @ k, by_scores.mT @ q, weights.mT @ g
-
-
-def _tangent_of_gradient_by_definition(
-    q: Any, k: Any, v: Any, mask: Any, causal: bool, scale: float, out: Any, lse: Any, g: Any,
-    dq: Any, dk: Any, dv: Any, dout: Any, dlse: Any, dg: Any,
-) -> Triple:  # fmt: skip
-    weights = (_scores(q, k, mask, causal, scale) - lse).exp()
-    dweights = weights * ((dq @ k.mT + q @ dk.mT) * scale - dlse)
-    apart = g @ v.mT - (g * out).sum(-1, keepdim=True)
-    dapart = dg @ v.mT + g @ dv.mT - (dg * out + g * dout).sum(-1, keepdim=True)
-    by_scores, dby_scores = weights * apart * scale, (dweights * apart + weights * dapart) * scale
-    return (
-        dby_scores @ k + by_scores @ dk,
-        dby_scores.mT @ q + by_scores.mT @ dq,
-        dweights.mT @ g + weights.mT @ dg,
-    )
 
 
 # Kernels: leading axes are one.

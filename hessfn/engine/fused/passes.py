@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -117,41 +117,49 @@ def keep_softmax(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def with_tangents(graph: fx.Graph) -> None:
-    """A gradient and its tangent, of the same arguments, are one operation: what both need is computed once."""
+    """A fused operation and its tangent, of the same arguments, are one: what both need is computed once."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    for of_gradient, of_tangent, of_both in _TOGETHER:
-        gradients = {_key(node): node for node in graph.find_nodes(op="call_function", target=of_gradient)}
-        for tangent in graph.find_nodes(op="call_function", target=of_tangent):
-            gradient = gradients.get(_key(tangent))
-            if gradient is None or any(order[user] < order[tangent] for part in gradient.users for user in part.users):
+    for together in _TOGETHER:
+        plain = {together.key(node): node for node in graph.find_nodes(op="call_function", target=together.plain)}
+        for tangent in graph.find_nodes(op="call_function", target=together.tangent):
+            first = plain.get(together.key(tangent))
+            users = {user for part in first.users for user in part.users} - {tangent} if first else set()
+            if first is None or any(order[user] < order[tangent] for user in users):
                 continue
             with graph.inserting_before(tangent):
-                args = (*gradient.args, *tangent.args[_NUM_SHARED[of_gradient] :], *_wanted(of_gradient, tangent))
-                both = graph.call_function(of_both, args)
-            for node, shift in ((gradient, 0), (tangent, 3)):
+                both = graph.call_function(together.both, together.args(first, tangent))
+            for node, shift in ((first, 0), (tangent, together.results)):
                 for part in list(node.users):
                     with graph.inserting_before(tangent):
                         new = graph.call_function(operator.getitem, (both, part.args[1] + shift))  # type: ignore[operator]
                     new.meta = dict(part.meta)
                     part.replace_all_uses_with(new)
                     graph.erase_node(part)
-                graph.erase_node(node)
+            graph.erase_node(tangent)
+            graph.erase_node(first)
 
 
-def _key(node: fx.Node) -> Any:
-    """What a gradient and its tangent have in common: all arguments of the gradient but what is wanted of it."""
-    return node.args[: 7 if node.target in _OF_ENTROPY else 9]
+class _Together(NamedTuple):
+    plain: Any
+    tangent: Any
+    both: Any
+    num_shared: int  # the arguments of the first that the second has as well
+    results: int = 3
+    known: int = 0  # of the second's arguments, those after the shared ones that are results of the first
+
+    def key(self, node: fx.Node) -> Any:
+        return node.args[: self.num_shared]
+
+    def args(self, first: fx.Node, tangent: fx.Node) -> tuple[Any, ...]:
+        rest = len(first.args)
+        wanted = tangent.args[self.num_shared : rest]  # of the results of each
+        return (*first.args, *tangent.args[rest + self.known :], *wanted)
 
 
-def _wanted(of_gradient: Any, tangent: fx.Node) -> tuple[Any, ...]:
-    return (tangent.args[7],) if of_gradient is cross_entropy.gradients else ()
-
-
-_OF_ENTROPY = (cross_entropy.gradients, cross_entropy.tangents_of_gradients)
-_NUM_SHARED = {cross_entropy.gradients: 8, attention.gradient: 9}
 _TOGETHER = (
-    (cross_entropy.gradients, cross_entropy.tangents_of_gradients, cross_entropy.gradients_with_tangents),
-    (attention.gradient, attention.tangent_of_gradient, attention.gradient_with_tangent),
+    _Together(cross_entropy.gradients, cross_entropy.tangents_of_gradients, cross_entropy.gradients_with_tangents, 7),
+    _Together(attention.attention, attention.tangent, attention.attention_with_tangent, 6, results=2, known=2),
+    _Together(attention.gradient, attention.tangent_of_gradient, attention.gradient_with_tangent, 9),
 )
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 _COPIES = {aten.clone.default, aten._to_copy.default, aten.alias.default}
