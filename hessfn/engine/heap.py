@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from hessfn.engine.memory_plan import source_of
+from hessfn.engine.liveness import live_bytes, owners_of
 
 _WORTH = 2**24  # bytes freed: each time takes some milliseconds
 
@@ -38,18 +38,9 @@ def trim_where_it_peaks(module: fx.GraphModule) -> None:
     """
     graph = module.graph
     nodes = list(graph.nodes)
-    owners = _owners(nodes)
-    last = {owners[i]: node for node in nodes for i in node.all_input_nodes}
-    dying: dict[fx.Node, int] = {}
-    for owner, node in last.items():
-        dying[node] = dying.get(node, 0) + _bytes(owner)
-    sizes, live = [], 0
-    for node in nodes:
-        live += _bytes(node) if owners[node] is node else 0
-        sizes.append(live)
-        live -= dying.get(node, 0)
+    sizes, dying = live_bytes(nodes, owners_of(nodes))
     peak, freed = max(sizes), 0
-    least = max(_WORTH, peak // 3)
+    least = max(_WORTH, peak // 5)
     for node, size in zip(nodes, sizes, strict=True):
         freed += dying.get(node, 0)
         if freed > least and node.op == "call_function":
@@ -58,17 +49,3 @@ def trim_where_it_peaks(module: fx.GraphModule) -> None:
                 with graph.inserting_after(node):
                     graph.call_function(trim_heap)
     module.recompile()
-
-
-def _owners(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Which node has made the memory that each result is in."""
-    owners: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        source = source_of(node)
-        owners[node] = node if source is None or "val" not in source.meta else owners[source]
-    return owners
-
-
-def _bytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return value.nbytes if node.op == "call_function" and isinstance(value, Tensor) else 0

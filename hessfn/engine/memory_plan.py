@@ -25,7 +25,6 @@ aten = torch.ops.aten
 
 def use_out_variants(module: fx.GraphModule) -> None:
     """Out-variant rewrite: what is added to, multiplied or masked for the last time has the result in its place."""
-    _add_products(module.graph)
     for node in module.graph.nodes:
         if node.target in _ONTO_FIRST and not node.kwargs:
             first = node.args[0]
@@ -34,7 +33,7 @@ def use_out_variants(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _add_products(graph: fx.Graph) -> None:
+def add_products(graph: fx.Graph) -> None:
     """A product that is only added to something is one operation with it."""
     for add in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         first, second = add.args[:2]

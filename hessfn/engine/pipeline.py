@@ -16,6 +16,7 @@ from hessfn.core.tree import Tree
 from hessfn.engine import decisions, heap, linearize, memory_plan, rewrites
 from hessfn.engine.fused import passes
 from hessfn.engine.graph_module import without_collections
+from hessfn.engine.rematerialize import rematerialize
 from hessfn.engine.trace import Record, graph_of, refuse_other_functions, tensors, trace
 
 try:
@@ -171,6 +172,17 @@ LOWERING: tuple[Stage, ...] = (
         "Convolutions by 3 x 3 and their derivatives are calls of compiled code, two of them in one pass.",
         None if lower_to_kernel is None else lambda module, _: lower_to_kernel(module),
         lambda job: job.on_cpu,
+    ),
+    Stage(
+        "add_products",
+        "A product that is only added to something is one operation with it.",
+        _rewrite(memory_plan.add_products),
+    ),
+    Stage(
+        "rematerialize",
+        "What is cheap is computed again behind the peak of memory, instead of being kept over it.",
+        _rewrite(rematerialize),
+        lambda job: job.on_cpu and not job.compile,
     ),
     Stage(
         "use_out_variants",
