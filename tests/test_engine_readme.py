@@ -41,6 +41,8 @@ small compiler, with the usual parts under their usual names:
 | `linear_leaves.py` | degree analysis: whether a network is linear in each leaf of its parameters alone |
 | `linear_product.py` | what a linearized product is lowered to, kept for other parameters and data |
 | `memory_plan.py` | alias analysis, out-variant rewrite, liveness: where results go |
+| `liveness.py` | how many bytes results take at each operation |
+| `rematerialize.py` | what is cheap is computed again behind the peak of memory |
 | `heap.py` | what was freed goes back to the system on the way to a peak of memory |
 | `fused/` | attention by tiles and cross-entropy in chunks: one node each, with both derivatives |
 | `conv3x3/` | a guest: compiled convolutions by 3 x 3; hessfn works when this folder is deleted |

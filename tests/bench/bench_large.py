@@ -2,9 +2,8 @@
 
 ``python tests/bench/bench_large.py [--batch 4] [--tokens 1024] [--weights FILE]``: the model is transformers' own,
 randomly initialised, or of a state dict in FILE. Every row is a process of its own. Sequences are taken one at a time
-(``microbatch=1``). Seconds are the processor's, which other work beside does not change much; on one thread they are
-those of an idle machine. Memory is the peak of the process, and in units of the parameters' size (0.5 GB in float32) on
-top of what the imports take.
+(``microbatch=1``). Memory is the peak of the process, and in units of the parameters' size (0.5 GB in float32) on top
+of what the imports take.
 """
 
 from __future__ import annotations
@@ -48,9 +47,12 @@ def trace(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
 
 
 def density(matvec: hf.MatVec, params: hf.Tree) -> tuple[int, str]:
-    rule = hf.slq(matvec, hf.gaussian(params, 1), 10)
-    hf.density(rule)
-    return 10, f"from {float(rule.nodes.min()):.3g} to {float(rule.nodes.max()):.3g}"
+    rule = hf.slq(matvec, hf.gaussian(params, 2), 6)
+    found = hf.density(rule)
+    alone = [hf.density(hf.Quadrature(*(x[i : i + 1] for x in rule)), found.grid) for i in range(2)]
+    error = torch.trapezoid((alone[0].values - alone[1].values).abs(), found.grid) / 2  # of the mean of two
+    ends = f"from {float(rule.nodes.min()):.3g} to {float(rule.nodes.max()):.3g}"
+    return 12, f"{ends}, standard error {float(error):.2g} of its area"
 
 
 TASKS: dict[str, Task | None] = {
@@ -76,9 +78,9 @@ def run(name: str, given: argparse.Namespace) -> dict[str, Any]:
         loss, params = hf.functionalize(model.eval(), lambda outputs, batch: outputs.loss)
         batches = [{"input_ids": ids, "labels": ids}]
         matvec = hf.mean_hvp(loss, params, batches, microbatch=1)
-        start = time.process_time()
+        start = time.perf_counter()
         result["products"], result["found"] = task(matvec, params)
-        result["seconds"], result["parameters"] = time.process_time() - start, tree.numel(params)
+        result["seconds"], result["parameters"] = time.perf_counter() - start, tree.numel(params)
     # Not ru_maxrss, which a process has from its parent.
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     return {**result, "peak": int(peak.group(1)) * 1024 if peak else 0}

@@ -6,7 +6,7 @@ Where others are to see operations of torch (autograd, ``torch.func``, a compile
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -28,8 +28,8 @@ def lower_attention(module: fx.GraphModule) -> None:
 
 
 def _is_profitable(node: fx.Node) -> bool:
-    given: Any = node.args[:4]
-    return kernel.is_profitable(*(None if x is None else x.meta["val"] for x in given))
+    q, k, v, mask = cast(Any, node.args[:4])
+    return kernel.is_profitable(q.meta["val"], k.meta["val"], v.meta["val"], None if mask is None else mask.meta["val"])
 
 
 def attention(*args: Any) -> Any:

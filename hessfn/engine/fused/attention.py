@@ -119,11 +119,12 @@ def tangent_of_gradient(
     return call(tangent_of_gradient, _tangent_of_gradient_kernel, _gradient_look, *args)
 
 
-def attention_with_tangent(*args: Any) -> Any:
-    """:func:`attention`, then :func:`tangent`, of the latter's arguments but the results of the first."""
-    given, along = args[:6], args[6:]
-    found = attention(*given)
-    return *found, *tangent(*given, *found, *along)
+def attention_with_tangent(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dq: Tensor, dk: Tensor, dv: Tensor
+) -> tuple[Tensor, ...]:
+    """:func:`attention`, then :func:`tangent`."""
+    out, lse = attention(q, k, v, mask, causal, scale)
+    return out, lse, *tangent(q, k, v, mask, causal, scale, out, lse, dq, dk, dv)
 
 
 def gradient_with_tangent(*args: Any) -> tuple[Tensor, ...]:
