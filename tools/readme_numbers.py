@@ -207,6 +207,16 @@ def language() -> Lines:
     return dated(record, *table(["vocabulary x batch x tokens", *head], rows))
 
 
+def large() -> Lines:
+    record = read("large")
+    rows = [
+        [row["task"], f"{row['products']}", f"{row['seconds']:.0f}", f"{row['peak'] / 1e9:.1f} GB", row["found"]]
+        for row in record["rows"]
+        if row["products"]
+    ]
+    return dated(record, *table(["", "products", "seconds", "peak of the process", "found"], rows))
+
+
 def first_products() -> Lines:
     record, count = read("first_products"), 5
     ways = {
@@ -252,7 +262,7 @@ TABLES: dict[str, Callable[[], Lines]] = {
     function.__name__: function
     for function in (
         *(peers, products_gpu, products_cpu, memory_cpu),
-        *(language, first_products, estimators, report_resnet20, report_gpt),
+        *(language, large, first_products, estimators, report_resnet20, report_gpt),
     )
 }
 
