@@ -14,6 +14,7 @@ from hessfn.core.locks import Lock
 from hessfn.core.torch_state import is_observed
 from hessfn.engine import linearize, pipeline, symmetric_map
 from hessfn.engine.graph_module import compiled, copied, with_tensors
+from hessfn.engine.heap import trim_heap
 from hessfn.engine.linearize import Folding
 from hessfn.engine.memory_plan import Block
 from hessfn.engine.same_operations import operations_in
@@ -53,6 +54,7 @@ def linear_product(
         if not job.compile and len(plans) < MOST_PLANS:
             plans.append(_plan_of(module))
             module.meta.clear()
+        trim_heap()  # of what the stages leave behind, before the first product needs memory
     product = linearize.compiled(module, tree.leaves(job.params)) if job.compile else module
     lock = Lock()  # the block of memory is one product's at a time
 
