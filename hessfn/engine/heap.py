@@ -40,7 +40,7 @@ def trim_where_it_peaks(module: fx.GraphModule) -> None:
     nodes = list(graph.nodes)
     sizes, dying = live_bytes(nodes, owners_of(nodes))
     peak, freed = max(sizes), 0
-    least = max(_WORTH, peak // 4)
+    least = max(_WORTH, peak // 3)
     for node, size in zip(nodes, sizes, strict=True):
         freed += dying.get(node, 0)
         if freed > least and node.op == "call_function":
