@@ -89,7 +89,7 @@ def tangents_with(
     weights: Tensor, pulled: Tensor, z: Logits, y: Labels, g: Tensor, d: Logits, wanted: Sequence[bool]
 ) -> list[Any]:
     """The tangents of :func:`gradients` through a matrix product by W, where the softmax P is known, and ``P' W``."""
-    found, room, ones = _blank(z, wanted), Room(z), torch.ones_like(g)
+    found, room, ones = _blank(z, wanted), Room(z, 1), torch.ones_like(g)
     for rows in room.chunks():
         chunk = _Chunk(rows, weights[:, rows], pulled[rows], ones[rows], y.of(rows), g[rows], None)
         _add_tangents(found, chunk, z, d, change_of(z, d, rows, room))

@@ -36,11 +36,11 @@ class Labels(NamedTuple):
 
 
 class Room:
-    """Memory for two chunks, used by one pair of chunks after the other."""
+    """Memory for two chunks, used by one pair of chunks after the other; of one alone, for one twice as large."""
 
-    def __init__(self, z: Logits) -> None:
+    def __init__(self, z: Logits, num: int = 2) -> None:
         self._like, self._num_classes = entries_of(z), num_classes(z)
-        size = max(1, ENTRIES // self._num_classes)
+        size = max(1, 2 * ENTRIES // num // self._num_classes)
         self._size = size // _ALIGNED * _ALIGNED or size
         self._made: dict[str, Tensor] = {}
 
