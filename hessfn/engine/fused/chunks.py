@@ -159,13 +159,14 @@ def _add_tangents(found: list[Any], chunk: _Chunk, z: Logits, d: Logits, change:
     by_x, by_weight, by_bias = found
     by = chunk.gradient
     moved = None if change is None else change.mul_(chunk.weights)
-    dby = chunk.tangent(torch.zeros_like(chunk.g) if moved is None else moved.sum(0))
+    dpulled = chunk.weights.T @ d.weight if by_x is not None and d.weight is not None else None
+    dby = chunk.tangent(_along(chunk, z, d, moved, dpulled))
     if by_x is not None:
         total = _times_weight(dby, chunk, z.weight, chunk.pulled)
         if moved is not None:
             total += by.weights[:, None] * (moved.T if z.weight is None else moved.T @ z.weight)
         if d.weight is not None:
-            total += _times_weight(by, chunk, d.weight, None)
+            total += _times_weight(by, chunk, d.weight, dpulled)
         by_x[chunk.rows] += total
     if by_weight is not None:
         x = entries_of(z)[chunk.rows]
@@ -177,6 +178,17 @@ def _add_tangents(found: list[Any], chunk: _Chunk, z: Logits, d: Logits, change:
         _add_times(by_bias[:, None], chunk, [(dby, _column(dby))])
         if moved is not None:
             by_bias += moved @ by.weights
+
+
+def _along(chunk: _Chunk, z: Logits, d: Logits, moved: Tensor | None, dpulled: Tensor | None) -> Tensor:
+    """Sums over the classes of K * dz; through K' W and K' dW where these are known, for there are fewer entries."""
+    if moved is None or chunk.pulled is None or d.bias is not None or (d.weight is not None and dpulled is None):
+        return torch.zeros_like(chunk.g) if moved is None else moved.sum(0)
+    total = torch.zeros_like(chunk.g)
+    for x, pulled in ((d.x, chunk.pulled), (z.x, dpulled)):
+        if x is not None and pulled is not None:
+            total += (x[chunk.rows] * pulled).sum(1)
+    return total
 
 
 def _column(by: _Combination) -> Tensor:
