@@ -55,6 +55,7 @@ ATTENTION = {
     "causal, fewer keys": {"is_causal": True, "num_keys": 9},
     "boolean mask": {"attn_mask": SOME},
     "added mask, scale": {"attn_mask": ADDED, "scale": 0.9},
+    "added mask for all": {"attn_mask": ADDED[:1]},
     "grouped": {"is_causal": True, "grouped": True},
 }
 WEIGHTS = torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)

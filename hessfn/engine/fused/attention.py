@@ -198,6 +198,7 @@ def _run(kernel: Any, args: Any, *like: Tensor, **options: Any) -> Any:
     q, k, v, mask, causal, scale, *rest = args
     if mask is not None:
         leading = q.shape[:-2] if mask.shape[:-2].numel() > 1 else ()
+        mask = mask if leading else mask.reshape(mask.shape[-2:])  # leading axes of one go
         mask = mask.expand(*leading, q.shape[-2], k.shape[-2])
     flat = [_flat(x) for x in (q, k, v, *rest)]
     parts = []
