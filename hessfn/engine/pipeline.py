@@ -145,7 +145,7 @@ LOWERING: tuple[Stage, ...] = (
     ),
     Stage(
         "with_tangents",
-        "The gradient of a fused operation and its tangent become one.",
+        "A fused operation and its tangent become one.",
         _rewrite(passes.with_tangents),
         lambda job: not job.linearized,
     ),
