@@ -18,6 +18,7 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pip install --quiet -e ".[families,lightning]" tensorboard || echo "not all packages can be had: what needs the rest is skipped"
 	$(BIN)/python -m pytest -m slow --timeout 1200
+	HESSFN_TEST_DEVICE=second $(BIN)/python -m pytest -m gpu
 
 check: $(READY)
 	$(BIN)/ruff check .

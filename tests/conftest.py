@@ -1,5 +1,6 @@
 import pytest
 import torch
+from devices import DEVICE, place_tests, register_second_device
 
 torch.set_num_threads(1)  # the nets of the tests are small: threads only wait for each other
 
@@ -17,3 +18,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in CORE and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.core)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--placed", action="store_true", help="tests put their tensors on the device HESSFN_TEST_DEVICE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if DEVICE == "second":
+        register_second_device()
+        config.addinivalue_line("filterwarnings", "ignore:An output with one or more elements was resized")  # mse_loss
+    if config.getoption("--placed"):
+        place_tests()

@@ -1,13 +1,12 @@
-"""What runs on the CPU runs on a CUDA device: `pytest -m gpu` where there is one, skipped elsewhere."""
+"""What runs on the CPU runs on a device: `pytest -m gpu`, with HESSFN_TEST_DEVICE=second where there is no GPU."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from devices import DEVICE, needs_device, num_waits
 from nets import dense_hessian, problem
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,53 +16,50 @@ from hessfn.engine.fused import attention, cross_entropy, logits, tiles
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    needs_device,
 ]
+cuda_only = pytest.mark.skipif(DEVICE != "cuda", reason="what CUDA alone has")
 NETS = ["mlp", "conv", "attention", "lstm"]
 
 
-def on_gpu(x: Any) -> Any:
-    return hf.tree.map(lambda t: t.cuda() if isinstance(t, Tensor) else t, x)
+def moved(x: Any) -> Any:
+    return hf.tree.map(lambda t: t.to(DEVICE) if isinstance(t, Tensor) else t, x)
 
 
 def there(net: str) -> tuple[Any, Any, Any, Tensor]:
     """A problem on the device, and its dense Hessian from the CPU."""
     loss, params, batch, model = problem(net)
     expected = dense_hessian(loss, params, batch)
-    moved, _ = hf.functionalize(model.cuda(), nn.CrossEntropyLoss())
-    return moved, on_gpu(params), on_gpu(batch), expected
-
-
-@pytest.fixture
-def without_synchronisation() -> Iterator[None]:
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this mode a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    loss, _ = hf.functionalize(model.to(DEVICE), nn.CrossEntropyLoss())
+    return loss, moved(params), moved(batch), expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("draw", [hf.rademacher, hf.gaussian])
-def test_probes_are_the_same_bits_and_drawn_there(draw: Any, dtype: torch.dtype, request: Any) -> None:
+def test_probes_are_the_same_bits_and_drawn_there(draw: Any, dtype: torch.dtype) -> None:
     like = {"w": torch.zeros(2100, 1007, dtype=dtype), "b": torch.zeros(5, dtype=dtype)}
-    moved, expected = draw(on_gpu(like), 3, seed=4), draw(like, 3, seed=4)[2]
-    request.getfixturevalue("without_synchronisation")
-    found = moved[2]
-    torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.equal(expected[name], found[name].cpu()) and found[name].is_cuda for name in like)
+    there, expected = draw(moved(like), 3, seed=4), draw(like, 3, seed=4)[2]
+    found = there[2]  # the first draw may ask what the device can do
+    assert all(torch.equal(expected[name], found[name].cpu()) and found[name].device.type == DEVICE for name in like)
+    assert num_waits(lambda: there[1]) == 0
 
 
 def test_vmap_over_seeds_draws_there() -> None:
-    like = torch.zeros(70, device="cuda")
+    like = torch.zeros(70, device=DEVICE)
     together = torch.func.vmap(lambda seed: hf.gaussian(like, 1, seed=seed)[0])(torch.arange(3))
-    assert torch.equal(together[2].cpu(), hf.gaussian(torch.zeros(70), 1, seed=2)[0]) and together.is_cuda
+    assert torch.equal(together[2].cpu(), hf.gaussian(torch.zeros(70), 1, seed=2)[0])
+    assert together.device.type == DEVICE
+
+
+def _needs_its_kernels(net: str) -> None:
+    if net == "lstm" and DEVICE == "second":
+        pytest.skip("torch wants a kernel for the cells of every device but the CPU")
 
 
 @pytest.mark.parametrize("mode", ["traced", "forward", "reverse", "double_backward", "linearized"])
 @pytest.mark.parametrize("net", NETS)
 def test_products_are_those_of_the_cpu(net: str, mode: Any) -> None:
+    _needs_its_kernels(net)
     if (net, mode) == ("lstm", "forward"):
         pytest.skip("torch has no rule for it in forward mode there; a trace defines it")
     loss, params, batch, expected = there(net)
@@ -74,28 +70,28 @@ def test_products_are_those_of_the_cpu(net: str, mode: Any) -> None:
 
 @pytest.mark.parametrize("net", NETS)
 def test_the_default_finds_a_trace_there(net: str) -> None:
+    _needs_its_kernels(net)
     loss, params, batch, expected = there(net)
     assert hf.find_mode(loss, params, batch).mode == "traced"
     assert torch.allclose(hf.dense(hf.hvp(loss, params, batch), params).cpu(), expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss()])
-def test_the_fisher_matrix_draws_its_targets_there(criterion: Any, request: pytest.FixtureRequest) -> None:
+def test_the_fisher_matrix_draws_its_targets_there(criterion: Any) -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     x = hf.gaussian(torch.zeros(40, 5).double(), 1)[0]
     y = torch.arange(40) % 3 if isinstance(criterion, nn.CrossEntropyLoss) else (x[:, :3] > 0).double()
     forward, params = hf.stateless(model)
     v = hf.gaussian(params, 1)[0]
     expected = hf.fvp(forward, criterion, params, (x, y), num_samples=4, seed=3)(v)
-    moved, v = hf.stateless(model.cuda())[0], on_gpu(v)
-    matvec = hf.fvp(moved, criterion, on_gpu(params), on_gpu((x, y)), num_samples=4, seed=3)
-    matvec(v)
-    request.getfixturevalue("without_synchronisation")
+    there, v = hf.stateless(model.to(DEVICE))[0], moved(v)
+    matvec = hf.fvp(there, criterion, moved(params), moved((x, y)), num_samples=4, seed=3)
     found = matvec(v)
-    torch.cuda.set_sync_debug_mode("default")
     assert all(torch.allclose(found[name].cpu(), expected[name], rtol=1e-8, atol=1e-12) for name in expected)
+    assert num_waits(lambda: matvec(v)) == 0
 
 
+@cuda_only
 @pytest.mark.parametrize("net", NETS)
 def test_a_linearized_product_is_a_cuda_graph(net: str) -> None:
     loss, params, batch, expected = there(net)
@@ -123,38 +119,63 @@ def test_every_consumer_gives_what_it_gives_on_the_cpu() -> None:
             hf.squared_row_norms(matvec, z, **known), hf.solve(matvec, v[3], damping=3.0), hf.dense(matvec, v[0]),
         ]  # fmt: skip
 
-    here, moved = (
+    here, there = (
         all_of(matrix, start, signs),
-        all_of(matrix.cuda(), list(map(on_gpu, start)), list(map(on_gpu, signs))),
+        all_of(moved(matrix), list(map(moved, start)), list(map(moved, signs))),
     )
-    for a, b in zip(hf.tree.leaves(here), hf.tree.leaves(moved), strict=True):
+    for a, b in zip(hf.tree.leaves(here), hf.tree.leaves(there), strict=True):
         assert torch.allclose(a.double(), b.cpu().double(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("which", ["linearized", "traced"])
-def test_a_product_waits_for_nothing(which: str, request: pytest.FixtureRequest) -> None:
-    loss, params, batch, _ = there("conv")
-    options: Any = {"trace_after": 0}
-    matvec = hf.linearized_hvp(loss, params, batch) if which == "linearized" else hf.hvp(loss, params, batch, **options)
+@pytest.mark.parametrize("kind", ["linearized", "traced", "forward", "double_backward", "ggnvp", "fvp"])
+@pytest.mark.parametrize("net", ["conv", "attention"])
+def test_a_product_waits_for_nothing(net: str, kind: str) -> None:
+    loss, params, batch, _ = there(net)
+    forward, criterion = hf.stateless(problem(net)[3].to(DEVICE))[0], nn.CrossEntropyLoss()
+    makes: dict[str, Any] = {
+        "linearized": lambda: hf.linearized_hvp(loss, params, batch),
+        "traced": lambda: hf.hvp(loss, params, batch, trace_after=0),
+        "ggnvp": lambda: hf.ggnvp(forward, criterion, params, batch),
+        "fvp": lambda: hf.fvp(forward, criterion, params, batch),
+    }
+    matvec = makes.get(kind, lambda: hf.hvp(loss, params, batch, mode=kind))()  # type: ignore[arg-type]
     v = hf.gaussian(params, 1)[0]
-    for _ in range(2):
+    for _ in range(3):  # the first are checked
         matvec(v)
-    request.getfixturevalue("without_synchronisation")
-    matvec(v)
+    assert num_waits(lambda: matvec(v)) == 0
 
 
-def test_routines_of_fixed_cost_wait_for_nothing(request: pytest.FixtureRequest) -> None:
+FIXED_COST: dict[str, Any] = {
+    "hutchinson": lambda matvec, z, m: hf.hutchinson(matvec, z[:m]),
+    "hutchinson_diag": lambda matvec, z, m: hf.hutchinson_diag(matvec, z[:m]),
+    "hutchpp": lambda matvec, z, m: hf.hutchpp(matvec, z[:m]),
+    "xtrace": lambda matvec, z, m: hf.xtrace(matvec, z[:m]),
+    "squared_frobenius": lambda matvec, z, m: hf.squared_frobenius(matvec, z[:m]),
+    "slq": lambda matvec, z, m: hf.slq(matvec, z[:2], m),
+    "power_iter": lambda matvec, z, m: hf.power_iter(matvec, z[0], max_matvecs=m, rtol=None),
+    "solve": lambda matvec, z, m: hf.solve(matvec, z[0], damping=1.0, max_matvecs=m, rtol=None),
+}
+
+
+@pytest.mark.parametrize("name", FIXED_COST)
+def test_routines_of_fixed_cost_wait_as_often_for_many_products_as_for_few(name: str) -> None:
     n = 60
-    root = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).cuda()
-    matrix = root @ root.T
+    root = moved(hf.gaussian(torch.zeros(n, n).double(), 1)[0])
+    matrix, z = root @ root.T, list(hf.rademacher(root[0], 24))
+    run = FIXED_COST[name]
+    few, many = (num_waits(lambda m=m: run(lambda v: matrix @ v, z, m)) for m in (8, 24))  # type: ignore[misc]
+    assert few == many <= 16, "what is not finite is found at the end, and the end alone may wait"
 
-    def matvec(v: Tensor) -> Tensor:
-        return matrix @ v
 
-    signs = list(hf.rademacher(torch.zeros(n).cuda(), 4))
-    request.getfixturevalue("without_synchronisation")
-    hf.hutchinson(matvec, signs)
-    hf.hutchinson_diag(matvec, signs)
+def test_eigsh_of_a_fixed_cost_waits_once_a_product() -> None:
+    n = 60
+    root = moved(hf.gaussian(torch.zeros(n, n).double(), 1)[0])
+    matrix, start = root @ root.T, root[0]
+    few, many = (
+        num_waits(lambda m=m: hf.eigsh(lambda v: matrix @ v, start, 2, rtol=None, max_matvecs=m))  # type: ignore[misc]
+        for m in (10, 20)
+    )
+    assert many - few == 10, "whether the space has ended: a new direction would cost as much as a product, or more"
 
 
 @pytest.fixture
@@ -173,6 +194,7 @@ def test_fused_operations_too(in_small: None, net: str) -> None:
         assert torch.allclose(hf.dense(matvec, params).cpu(), expected, rtol=1e-8, atol=1e-10)
 
 
+@cuda_only
 @pytest.mark.parametrize("tf32", [False, True])
 def test_the_rounding_of_float32_and_of_tf32_is_found_out(tf32: bool) -> None:
     net = nn.Sequential(nn.Linear(512, 256), nn.Tanh(), nn.Linear(256, 10)).cuda()
@@ -195,6 +217,7 @@ def test_the_rounding_of_float32_and_of_tf32_is_found_out(tf32: bool) -> None:
     assert (float((rounding / pairs.values.abs()).max()) > 1e-5) is tf32
 
 
+@cuda_only
 def test_a_long_sequence_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     # 8192 tokens: one matrix of scores of 8 heads would be 2.1 GB in float32, and a product has several.
     class Layer(nn.Module):
@@ -212,3 +235,22 @@ def test_a_long_sequence_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.cuda.reset_peak_memory_stats()
     matvec(v)
     assert torch.cuda.max_memory_allocated() < 1e9
+
+
+def test_a_product_that_is_not_finite_is_no_rounding_error() -> None:
+    ones = torch.ones(2, device=DEVICE)
+    with pytest.raises(hf.HessfnError, match="not finite"):
+        hf.rounding_of_products(lambda v: v, lambda v: v / 0, ones)
+
+
+def test_a_mean_over_batches_takes_results_of_the_cpu() -> None:
+    matrices = [torch.diag(torch.tensor([3.0, 1.0]) * c).to(DEVICE) for c in (1, 2)]
+    values = hf.batches.mean(lambda a: hf.eigsh(lambda v: a @ v, torch.ones(2, device=DEVICE), 2).values, matrices)
+    weights = torch.tensor([1.0, 3.0], device=DEVICE)
+    sized = hf.batches.mean(
+        lambda a: hf.eigsh(lambda v: a @ v, torch.ones(2, device=DEVICE), 2).values,
+        matrices,
+        weights=lambda a: weights[0 if a[0, 0] < 4 else 1],
+    )
+    assert torch.allclose(values().double(), torch.tensor([4.5, 1.5]).double(), rtol=1e-5)
+    assert torch.allclose(sized().double(), torch.tensor([5.25, 1.75]).double(), rtol=1e-5)

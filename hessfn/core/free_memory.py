@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,14 +28,15 @@ def free_bytes(device: torch.device | str = "cpu", *, root: Path = _ROOT) -> flo
     True
     """
     device = torch.device(device)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu":
+        return max(0, min([_available(root), *_under_control_groups(root), _of_address_space(root)]))
     if device.type == "mps":
         return max(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), 0)
-    if device.type != "cpu":
+    module: Any = getattr(torch, device.type, None)  # torch.cuda, torch.xpu, or what a package of another device adds
+    if not hasattr(module, "mem_get_info"):
         return math.inf
-    return max(0, min([_available(root), *_under_control_groups(root), _of_address_space(root)]))
+    free, _ = module.mem_get_info(device)
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
 def _available(root: Path) -> float:

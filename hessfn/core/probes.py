@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
@@ -191,8 +192,7 @@ def _draw(
     leaves = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
     if device.type == "meta":
         return leaves
-    # Others have no float64 (MPS), or we have not tried them: their numbers come from the CPU.
-    home = device if device.type == "cuda" else torch.device("cpu")
+    home = device if _draws_the_same(device.type) else torch.device("cpu")
     chunk = (_CHUNK if home.type == "cpu" else _CHUNK_ELSEWHERE) // per_block
     key = philox.key_of([int(seed), index, *name.encode()])
     ends = list(itertools.accumulate(sizes, initial=start))
@@ -209,6 +209,18 @@ def _draw(
                 break  # the rest of it is in the next chunk
             leaf += 1
     return leaves
+
+
+@functools.cache
+def _draws_the_same(kind: str) -> bool:
+    """Whether a device of this kind draws the bits of the CPU: some have no float64, or round in ways of their own."""
+    if kind in ("cpu", "cuda"):
+        return True
+    try:
+        there, here = (philox.computed_words((1, 2), 0, 256, torch.device(home)) for home in (kind, "cpu"))
+        return all(torch.equal(f(there).cpu(), f(here)) for f in (philox.signs, philox.normals))
+    except (RuntimeError, TypeError):  # NotImplementedError among them
+        return False
 
 
 # The same as an operation, for transforms and compilers that do not see into NumPy.

@@ -143,7 +143,8 @@ def add(x: T, y: T, alpha: float | Tensor = 1.0) -> T:
     >>> add({"a": torch.ones(2)}, {"a": torch.ones(2)}, -1.0)
     {'a': tensor([0., 0.])}
     """
-    return map(lambda a, b: a + (alpha * b).to(a.dtype), x, matched(y, x, "the second tree", "the first"))
+    y = matched(y, x, "the second tree", "the first")
+    return map(lambda a, b: a + (_beside(alpha, b) * b).to(a.dtype), x, y)
 
 
 def scale(c: float | Tensor, x: T) -> T:
@@ -152,7 +153,12 @@ def scale(c: float | Tensor, x: T) -> T:
     >>> scale(0.5, {"a": torch.ones(2)})
     {'a': tensor([0.5000, 0.5000])}
     """
-    return map(lambda leaf: (c * leaf).to(leaf.dtype), x)
+    return map(lambda leaf: (_beside(c, leaf) * leaf).to(leaf.dtype), x)
+
+
+def _beside(c: float | Tensor, leaf: Tensor) -> float | Tensor:
+    """``c`` on the device of a leaf: a result has counts and values on the CPU beside its vectors on a device."""
+    return c.to(leaf.device) if isinstance(c, Tensor) and c.device != leaf.device else c
 
 
 def ravel(tree: T) -> tuple[Tensor, Callable[[Tensor], T]]:

@@ -219,7 +219,7 @@ def _apart(alpha: Tensor) -> Tensor:
     """
     size = alpha.abs().max()
     size = torch.where(size > 0, size, 1.0)
-    return torch.finfo(alpha.dtype).eps * size * torch.arange(len(alpha)).to(alpha)
+    return torch.finfo(alpha.dtype).eps * size * torch.arange(len(alpha), dtype=alpha.dtype, device=alpha.device)
 
 
 def tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:

@@ -196,13 +196,17 @@ def _require_kinds(matvec: MatVec[T], exact: MatVec[T], call: str) -> None:
 def _difference(matvec: MatVec[T], exact: MatVec[T], v: T) -> tuple[T, T]:
     """``exact(v) - matvec(v)`` and ``exact(v)``, wide; of the same ``v``, in the dtype that ``matvec`` takes."""
     # Detached, not under no_grad: a matvec of the caller's own may differentiate.
-    coarse = tree.map(Tensor.detach, Watched(matvec)(v))
-    fine = tree.map(Tensor.detach, Watched(exact)(tree.map(tree.wide, v)))
+    coarse, fine = _detached(matvec, v), _detached(exact, tree.map(tree.wide, v))
     pairs = zip(tree.leaves(fine), tree.leaves(coarse), strict=True)
     if any(_digits(a) < _digits(b) for a, b in pairs):
         raise InvalidInput("the products of exact are coarser than those of matvec: give them in this order")
     error = tree.map(lambda a, b: tree.wide(a) - tree.wide(b), fine, tree.matched(coarse, fine, "matvec", "exact"))
     return error, fine
+
+
+def _detached(matvec: MatVec[T], v: T) -> T:
+    product = Watched(matvec)
+    return product.finished(tree.map(Tensor.detach, product(v)))
 
 
 def _digits(x: Tensor) -> float:

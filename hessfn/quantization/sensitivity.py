@@ -151,14 +151,13 @@ def sensitivities(
         flows: dict[str, list[str]] = {}
         for flow in shifts:
             flows.setdefault(_layer_of(flow, modules), []).append(flow)
-        return {
-            layer: (
-                found["weights"][names[id(_weight(layer, modules))]],
-                torch.stack([found["activations"][flow] for flow in own]).sum(0),
-                torch.full((num_probes,), sum(shifts[flow].numel() for flow in own) / length(batch)).double(),
-            )
-            for layer, own in flows.items()
-        }
+        forms_of: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for layer, own in flows.items():
+            of_weights = found["weights"][names[id(_weight(layer, modules))]]
+            of_activations = torch.stack([found["activations"][flow] for flow in own]).sum(0)
+            entries = sum(shifts[flow].numel() for flow in own) / length(batch)
+            forms_of[layer] = of_weights, of_activations, torch.full_like(of_weights, entries)
+        return forms_of
 
     result = _over(batches, samples, num_probes, seed, weights, microbatch, model, criterion)
 

@@ -167,7 +167,7 @@ def _sampled(
     of_groups[:, rows] = found.group_eigenvalues.T
     home = tree.leaves(measured.params)[0].device
     size = sum(x.nbytes for x in tree.leaves(measured.params))
-    num_kept = min(_MOST_IMAGES, int(_SHARE * free_bytes(home) / size)) if options.num_layers else 0
+    num_kept = int(min(_MOST_IMAGES, _SHARE * free_bytes(home) / size)) if options.num_layers else 0
     for z in clock.while_time(probes, reserve=reserve, least=LEAST_PROBES):
         is_cut = (HELD_PROBES if known else 0) <= len(means) < _PROBES_OF_PARTS
         product, change = measured(z) if is_cut else measured.by_batch(z), terms(z)
