@@ -111,16 +111,12 @@ def dot(x: T, y: T) -> Tensor:
         return over_ranks(dot, torch.sum, leaves(x), leaves(y))
     pairs = zip(leaves(x), leaves(y), strict=True)
     blocks = (block for a, b in pairs for block in zip(_blocks(a), _blocks(b), strict=True))
-    parts = [(wide(a) * wide(b)).sum() for a, b in blocks]
-    return torch.stack(parts).sum()
+    return torch.stack([(wide(a) * wide(b)).sum() for a, b in blocks]).sum()
 
 
 def _blocks(leaf: Tensor) -> Sequence[Tensor]:
-    size = max(_BLOCK, -(-leaf.numel() // 64))
+    size = max(1 << 18, -(-leaf.numel() // 64))  # so much is widened at a time, or a 64th
     return (leaf,) if leaf.numel() <= size else leaf.reshape(-1).split(size)
-
-
-_BLOCK = 1 << 18  # so much is widened at a time, or a 64th
 
 
 def norm(x: Tree) -> Tensor:
@@ -143,8 +139,7 @@ def add(x: T, y: T, alpha: float | Tensor = 1.0) -> T:
     >>> add({"a": torch.ones(2)}, {"a": torch.ones(2)}, -1.0)
     {'a': tensor([0., 0.])}
     """
-    y = matched(y, x, "the second tree", "the first")
-    return map(lambda a, b: a + (_beside(alpha, b) * b).to(a.dtype), x, y)
+    return map(lambda a, b: a + _times(alpha, b).to(a.dtype), x, matched(y, x, "the second tree", "the first"))
 
 
 def scale(c: float | Tensor, x: T) -> T:
@@ -153,12 +148,11 @@ def scale(c: float | Tensor, x: T) -> T:
     >>> scale(0.5, {"a": torch.ones(2)})
     {'a': tensor([0.5000, 0.5000])}
     """
-    return map(lambda leaf: (_beside(c, leaf) * leaf).to(leaf.dtype), x)
+    return map(lambda leaf: _times(c, leaf).to(leaf.dtype), x)
 
 
-def _beside(c: float | Tensor, leaf: Tensor) -> float | Tensor:
-    """``c`` on the device of a leaf: a result has counts and values on the CPU beside its vectors on a device."""
-    return c.to(leaf.device) if isinstance(c, Tensor) and c.device != leaf.device else c
+def _times(c: float | Tensor, leaf: Tensor) -> Tensor:
+    return (c.cpu() if isinstance(c, Tensor) and leaf.is_cpu else c) * leaf  # values of eigenpairs are on the CPU
 
 
 def ravel(tree: T) -> tuple[Tensor, Callable[[Tensor], T]]:
