@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow check versions bench notebooks docs dist release nightly clean
+.PHONY: demo test slow device check versions bench notebooks docs dist release nightly clean
 .DELETE_ON_ERROR:
 .PRECIOUS: .venv-%/.ready
 
@@ -18,7 +18,11 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pip install --quiet -e ".[families,lightning]" tensorboard || echo "not all packages can be had: what needs the rest is skipped"
 	$(BIN)/python -m pytest -m slow --timeout 1200
-	HESSFN_TEST_DEVICE=second $(BIN)/python -m pytest -m gpu
+
+# The tests of a device, on one that every machine with a compiler has (tests/devices.py): `make device DEVICE=cuda` on a GPU.
+DEVICE ?= second
+device: $(READY)
+	HESSFN_TEST_DEVICE=$(DEVICE) $(BIN)/python -m pytest -m gpu tests/test_gpu.py tests/test_device_parity.py
 
 check: $(READY)
 	$(BIN)/ruff check .
