@@ -218,8 +218,8 @@ def _cifar10(data: str | Path | None) -> tuple[Tensor, Tensor]:
                 "DIR/cifar-10-batches-py exists, and pass data=DIR (hessfn report: --set data=DIR)"
             ) from error
         pixels, labels = dataset.data, np.asarray(dataset.targets)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    images = (torch.from_numpy(pixels).float().div(255) - mean) / std
+    images = torch.from_numpy(pixels).float().div(255)
+    images = (images - images.new_tensor([0.485, 0.456, 0.406])) / images.new_tensor([0.229, 0.224, 0.225])
     return images.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
 
 

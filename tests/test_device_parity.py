@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from devices import DEVICE, needs_device
-from nets import conv_net, seeded
+from nets import conv_net, seeded, two_convolutions
 from torch import Tensor, nn
 
 import hessfn as hf
@@ -173,17 +173,38 @@ RUNS: dict[str, Callable[[On], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def both() -> tuple[On, On]:
+def here_and_there() -> tuple[On, On]:
     return On("cpu"), On(DEVICE)
 
 
+# A default device, as torch.set_default_device sets one, decides nothing: the tensors that are given do.
+DEFAULTS = ["cpu", DEVICE]
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
 @pytest.mark.parametrize("name", RUNS)
-def test_a_device_gives_what_the_cpu_gives(name: str, both: tuple[On, On]) -> None:
-    here, there = (hf.tree.leaves(RUNS[name](on)) for on in both)
-    assert len(here) == len(there)
-    for a, b in zip(here, there, strict=True):
-        if isinstance(a, Tensor):
-            assert torch.allclose(a.double(), b.cpu().double(), rtol=1e-6, atol=1e-8, equal_nan=True)
+def test_a_device_gives_what_the_cpu_gives(name: str, default: str, here_and_there: tuple[On, On]) -> None:
+    expected = hf.tree.leaves(RUNS[name](here_and_there[0]))
+    for on in here_and_there:
+        with torch.device(default):
+            found = hf.tree.leaves(RUNS[name](on))
+        assert len(found) == len(expected)
+        for a, b in zip(expected, found, strict=True):
+            if isinstance(a, Tensor):
+                assert torch.allclose(a.double(), b.cpu().double(), rtol=1e-6, atol=1e-8, equal_nan=True)
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("make", [hf.hvp, hf.linearized_hvp])
+def test_a_product_of_the_cpu_keeps_its_memory_there(make: Any, default: str) -> None:
+    loss, params, x = two_convolutions(16, 8, 16, torch.float32)  # large enough for a block, and for the kernel
+    v = hf.gaussian(params, 1)[0]
+    wide = hf.tree.map(Tensor.double, (params, x, v))
+    expected = hf.hvp(loss, wide[0], wide[1], mode="double_backward")(wide[2])
+    with torch.device(default):
+        matvec = make(loss, params, x)
+        found = [matvec(v) for _ in range(5)][-1]
+    assert all(torch.allclose(found[k].double(), expected[k], rtol=1e-3, atol=1e-5) for k in expected)
 
 
 def test_every_public_function_is_among_them() -> None:

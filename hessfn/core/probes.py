@@ -173,7 +173,7 @@ class _Probes(Sequence[T]):
         index, leaves, start = self._indices[index], [], 0
         opaque = isinstance(self._seed, Tensor) or torch.compiler.is_compiling()
         draw = torch.ops.hessfn.draw if opaque else _draw
-        seed = torch.as_tensor(self._seed) if opaque else self._seed
+        seed = self._seed if isinstance(self._seed, Tensor) or not opaque else torch.tensor(self._seed, device="cpu")
         for shapes, (dtype, device, where) in self._runs:
             sizes = [shape.numel() for shape in shapes]
             drawn = draw(seed, index, self._draw, start, sizes, dtype, device)

@@ -192,7 +192,7 @@ class Block(NamedTuple):
 
     def places(self) -> dict[str, Tensor]:
         """The places in a new block, by name."""
-        block = torch.empty(self.size, dtype=torch.uint8)
+        block = torch.empty(self.size, dtype=torch.uint8, device="cpu")
         return {
             name: block[start:][: x.numel() * x.element_size()].view(x.dtype).as_strided(x.shape, x.stride())
             for name, (start, x) in self.contents.items()

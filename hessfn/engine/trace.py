@@ -190,7 +190,7 @@ class _Watch(TorchFunctionMode):
         if func in _READ_LISTS:
             _decide(tensors([a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple))])[0])
         if func is is_all_true and _is_fake(args[0]):
-            return torch.ones((), dtype=torch.bool)  # what is asserted was so at the first evaluation
+            return torch.ones((), dtype=torch.bool, device="cpu")  # what is asserted was so at the first evaluation
         off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         marks = ["cut"] if func in _CUTS else ["switched_off"] if off else []
         marking = marked(self.graph, marks) if marks and self.graph is not None else nullcontext()
@@ -260,7 +260,7 @@ def _masked_select(x: Tensor, mask: Tensor) -> Tensor:
 def _pack_padded_sequence(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
     x = x.transpose(0, 1) if batch_first else x
     longest = int(lengths[0])  # they are sorted
-    present = torch.arange(longest)[:, None] < lengths
+    present = torch.arange(longest, device=lengths.device)[:, None] < lengths
     return x[:longest][present.to(x.device)], present.sum(1)
 
 

@@ -27,7 +27,7 @@ class Chain:
         """``X (j, k)`` and ``w (j + 1,)``: coordinates; ``floor``: what rounding leaves of the operator's numbers."""
         self.values, self._n, self._floor = values, n, floor
         self._coupling = float(torch.linalg.vector_norm(residuals))  # of X with the rest: eigenvalues move by no more
-        self._X, self._Y = X, torch.zeros(0, 0, dtype=X.dtype)
+        self._X, self._Y = X, X.new_zeros(0, 0)
         self.latest = torch.cat([w[:-1] - X @ (X.T @ w[:-1]), w[-1:]])
         self.latest /= torch.linalg.vector_norm(self.latest)
         self.alpha: list[float] = []
@@ -96,7 +96,7 @@ class Chain:
         return found[0], found[1]
 
     def _ritz(self) -> Tensor:
-        alpha, beta = (torch.tensor(x, dtype=torch.float64) for x in (self.alpha, self.beta[:-1]))
+        alpha, beta = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (self.alpha, self.beta[:-1]))
         return torch.linalg.eigvalsh(alpha.diag() + beta.diag(1) + beta.diag(-1))
 
     def _needed(self, chance: float) -> float:

@@ -59,7 +59,7 @@ def thick_restart(
     n, device = len(head), head.device
     rows = min(basis_size + num_starts + (second is not None), n)
     basis = torch.empty(rows, n, dtype=head.dtype, device=basis_device or device)
-    H = torch.zeros(rows, rows, dtype=torch.float64)
+    H = torch.zeros(rows, rows, dtype=torch.float64, device="cpu")
     first = pending = _begin(basis, itertools.chain(iter([head]), starts))
     del head
     if second and first < n and tree.norm(krylov.orthogonalize(_second(second, basis), basis[:first])[0]) < _NEW:
@@ -100,7 +100,7 @@ def thick_restart(
                 chain.turned(H[done, :done])
                 continue
             doubtful = doubtful or not excluded
-            outside = torch.tensor(chain.bounds(), dtype=torch.float64)
+            outside = torch.tensor(chain.bounds(), dtype=torch.float64, device="cpu")
             chain = None
         ritz = _ritz(H, done, pending, space.eps)
         coupling = torch.linalg.matrix_norm(H[done : done + pending, :done]) if pending else 0.0
@@ -199,7 +199,7 @@ def _repeats_change_nothing(H: Tensor, ritz: Ritz, segment: int, k: int, which: 
 def _turn(basis: Tensor, H: Tensor, done: int, pending: int, towards: Tensor) -> None:
     """Reflects the pending rows so that the first of them is the residual of the pair most in need of it."""
     mirror = towards / torch.linalg.vector_norm(towards)
-    mirror[0] += torch.copysign(torch.ones(()), mirror[0])
+    mirror[0] += torch.copysign(torch.ones_like(mirror[0]), mirror[0])
     mirror = mirror / torch.linalg.vector_norm(mirror)
     for rows in (basis[done : done + pending], H[done : done + pending, :done]):
         along = mirror.to(rows)

@@ -48,7 +48,7 @@ def end_of(space: EigenPairs, sign: int, measured: Measured, rtol: float) -> Eig
 
 def pairs_at(pairs: EigenPairs, rows: list[int]) -> EigenPairs:
     """Some of the pairs, with the errors that are known."""
-    at = torch.tensor(rows)
+    at = torch.tensor(rows, device="cpu")
     return EigenPairs(
         pairs.values[at],
         tree.map(lambda x: x[at.to(x.device)], pairs.vectors),

@@ -94,7 +94,7 @@ class Exact:
         def of_group(_: tuple[Any, ...], part: Any, weight: float | Tensor) -> Tree:
             nonlocal number
             group, number = (parts.first + number) % parts.num_groups, number + 1
-            found = torch.zeros(parts.num_groups, 1 + num_leaves + len(self._shifts), dtype=torch.float64)
+            found = torch.zeros(parts.num_groups, 1 + num_leaves + len(self._shifts), dtype=torch.float64, device="cpu")
             found[group, 0] = 1
             found[group, 1:] = network.traces(part, self._shifts)
             if not first:

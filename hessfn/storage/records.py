@@ -108,7 +108,7 @@ def _blank(header: bytes, num_bytes: int) -> list[Tensor] | None:
         kinds = [(getattr(torch, dtype), shape) for dtype, shape in json.loads(header)["leaves"]]
         if sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds) != num_bytes:
             return None
-        return [torch.empty(shape, dtype=dtype) for dtype, shape in kinds]
+        return [torch.empty(shape, dtype=dtype, device="cpu") for dtype, shape in kinds]
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError):
         return None
 

@@ -90,7 +90,7 @@ def as_linear_operator(matvec: MatVec[T], like: T) -> LinearOperator:
     _require_kinds(matvec, like, "as_linear_operator(matvec, like)")
     flat, unravel = tree.ravel(like)
     seen = _seen_by_numpy(flat.dtype)
-    kind = torch.empty((), dtype=seen).numpy().dtype
+    kind = torch.empty((), dtype=seen, device="cpu").numpy().dtype
     watched = Watched(matvec)
 
     def real(v: Any) -> Any:

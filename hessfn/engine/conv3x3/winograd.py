@@ -118,7 +118,7 @@ def _(info: Any, where: Any, tiles: Tensor) -> tuple[Tensor, int]:
 
 
 def _matrix(*rows: tuple[float, ...]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 # Evaluation of polynomials at 0, 1, -1, 2, -2 and infinity, and interpolation from there.
