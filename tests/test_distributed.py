@@ -275,9 +275,10 @@ def test_torchrun_gives_the_report_of_one_process_and_one_progress_bar(tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_of_torchrun_is_named_and_no_folder_is_left(victim: int, tmp_path: Path) -> None:
-    (tmp_path / "small.py").write_text(
-        f"import os\nopen({str(tmp_path)!r} + '/pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\n{PROBLEM}"
-    )
+    # The first process is ready two seconds before the second, which is to clear up if the first is killed at once.
+    late = f"import os, time\nopen({str(tmp_path)!r} + '/pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
+    late += "time.sleep(2 * int(os.environ['RANK']))\n"
+    (tmp_path / "small.py").write_text(late + PROBLEM)
     out = tmp_path / "out"
     report = ["report", f"{tmp_path / 'small.py'}:small", "--num-probes", "1000000", "--out", str(out)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

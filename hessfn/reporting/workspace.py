@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from hessfn.core.errors import CannotWrite, FolderInUse, InvalidInput
 from hessfn.core.notes import add_note
 from hessfn.core.tree import MatVec
+from hessfn.parallel.all_reduce import gather
 from hessfn.reporting.options import Options
 from hessfn.storage import records
 from hessfn.storage.product_journal import journal, products_in
@@ -35,6 +36,8 @@ class Workspace(NamedTuple):
 def open_workspace(out: Path, options: Options) -> Iterator[Workspace]:
     """Both folders inside ``out``, for one process at a time; nothing is made where another process writes.
 
+    Processes of a group meet here before the first of them makes anything: if it is killed, the others clear up.
+
     Raises:
         FolderInUse: another process has opened it.
         InvalidInput: ``out`` cannot be written to, or there is nothing to resume in it.
@@ -42,11 +45,16 @@ def open_workspace(out: Path, options: Options) -> Iterator[Workspace]:
     """
     if not options.is_first_process:
         try:
+            _meet(options)
             yield Workspace(None, None)
         except BaseException:
-            _clear_after_a_kill(out)
+            try:
+                _clear_after_a_kill(out)
+            except KeyboardInterrupt:  # torchrun has seen the kill, too, and ends those who are left: once
+                _clear_after_a_kill(out)
             raise
         return
+    _meet(options)
     if options.resume:
         with _explained(out):
             found = (out / _UNFINISHED).is_dir()
@@ -57,6 +65,11 @@ def open_workspace(out: Path, options: Options) -> Iterator[Workspace]:
             )
     with _unfinished(out) as journals, staging(out) as scratch:
         yield Workspace(journals if options.keeps_products else None, scratch)
+
+
+def _meet(options: Options) -> None:
+    if options.group is not None:
+        gather(None, options.group)
 
 
 def keep_in(folder: Path | None, key: Mapping[str, Any], *, resume: bool) -> Keep:
