@@ -14,10 +14,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
 
-# What takes long: one at a time, since memory and time are measured. With the packages of others that hessfn meets.
+# What takes long, and at the end one at a time what measures memory or time. With the packages of others that hessfn meets.
 slow: $(READY)
 	$(BIN)/python -m pip install --quiet -e ".[families,lightning]" tensorboard || echo "not all packages can be had: what needs the rest is skipped"
-	$(BIN)/python -m pytest -m slow --timeout 1200
+	$(BIN)/python -m pytest -m "slow and not alone" --numprocesses auto --timeout 1200
+	$(BIN)/python -m pytest -m "slow and alone" --timeout 1200
 
 # The tests of a device, on one that every machine with a compiler has (tests/devices.py): `make device DEVICE=cuda` on a GPU.
 DEVICE ?= second

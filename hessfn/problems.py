@@ -121,7 +121,11 @@ class _DigitsNet(nn.Module):
 def _train(model: nn.Module, criterion: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    orders = [order for _ in range(epochs) for order in torch.randperm(len(images), generator=generator).split(64)]
+    orders = [
+        order
+        for _ in range(epochs)
+        for order in torch.randperm(len(images), generator=generator, device="cpu").split(64)
+    ]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(len(orders), 1))
     for order in orders:
         optimizer.zero_grad()

@@ -13,9 +13,16 @@ CORE = {
 }  # fmt: skip
 CORE = {f"test_{name}" for name in CORE}
 
+# Of the slow ones, those that measure memory or time: nothing may run beside them.
+ALONE = {
+    f"test_{name}" for name in ("language_peaks", "marked_outputs", "part_check", "real_net", "report_errors", "start")
+}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.stem in ALONE:
+            item.add_marker(pytest.mark.alone)
         if item.path.stem in CORE and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.core)
 

@@ -6,6 +6,7 @@ import copy
 import inspect
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,6 +206,26 @@ def test_a_product_of_the_cpu_keeps_its_memory_there(make: Any, default: str) ->
         matvec = make(loss, params, x)
         found = [matvec(v) for _ in range(5)][-1]
     assert all(torch.allclose(found[k].double(), expected[k], rtol=1e-3, atol=1e-5) for k in expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of few samples
+def test_a_report_there_is_that_of_the_cpu(tmp_path: Path) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
+    xs, y = hf.gaussian(torch.zeros(4, 6, 5).double(), 1)[0], torch.arange(6) % 3
+
+    def numbers(device: str) -> list[Any]:
+        problem = copy.deepcopy(model).to(device), nn.CrossEntropyLoss(), [(x.to(device), y.to(device)) for x in xs]
+        found = hf.report(problem, tmp_path, num_probes=8, num_steps=6, num_layers=1, num_plane_points=3)
+        for of_the_moment in ("date", "settings", "cost"):
+            del found[of_the_moment]
+        return [x for x in hf.tree.leaves(found) if isinstance(x, float)]
+
+    expected = numbers("cpu")
+    assert len(expected) > 100
+    assert numbers(DEVICE) == pytest.approx(expected, rel=1e-4, abs=1e-7, nan_ok=True)
+    with torch.device(DEVICE):
+        for device in ("cpu", DEVICE):
+            assert numbers(device) == pytest.approx(expected, rel=1e-4, abs=1e-7, nan_ok=True)
 
 
 def test_every_public_function_is_among_them() -> None:

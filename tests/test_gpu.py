@@ -145,13 +145,55 @@ def test_a_product_waits_for_nothing(net: str, kind: str) -> None:
     assert num_waits(lambda: matvec(v)) == 0
 
 
+def mean_of_three(kind: str) -> tuple[Any, list[tuple[Tensor, Tensor]], Any]:
+    loss, params, (x, y), _ = there("conv")
+    forward, criterion = hf.stateless(problem("conv")[3].to(DEVICE))[0], nn.CrossEntropyLoss()
+    batches = [(x[:4], y[:4]), (x[4:7], y[4:7]), (x[7:], torch.full_like(y[7:], -100))]  # the last weighs nothing
+    makes: dict[str, Any] = {
+        "mean_hvp": lambda: hf.mean_hvp(loss, params, batches),
+        "linearized_hvp": lambda: hf.batch_mean(lambda b: hf.linearized_hvp(loss, params, b), batches, keep=True),
+        "ggnvp": lambda: hf.batch_mean(lambda b: hf.ggnvp(forward, criterion, params, b), batches, keep=True),
+    }
+    return makes[kind](), batches, hf.gaussian(params, 1)[0]
+
+
+@pytest.mark.parametrize("kind", ["mean_hvp", "linearized_hvp", "ggnvp"])
+def test_a_product_with_a_mean_over_batches_waits_for_nothing(kind: str) -> None:
+    matvec, _, v = mean_of_three(kind)
+    first, *_ = [matvec(v) for _ in range(4)]  # these are checked
+    assert num_waits(lambda: matvec(v)) == 0
+    assert all(map(torch.allclose, hf.tree.leaves(matvec(v)), hf.tree.leaves(first)))
+
+
+def test_data_that_change_give_an_error_at_first_and_no_number_later() -> None:
+    matvec, batches, v = mean_of_three("mean_hvp")
+    for _ in range(4):
+        matvec(v)
+    batches[0][0].mul_(2)
+    assert all(leaf.isnan().all() for leaf in hf.tree.leaves(matvec(v)))
+    with pytest.raises(ValueError, match="product 1 of the matvec is not finite"):
+        hf.hutchinson(matvec, [v])
+    matvec, batches, v = mean_of_three("mean_hvp")
+    matvec(v)
+    batches[0][0].mul_(2)
+    with pytest.raises(ValueError, match="the batches of this pass are not those of the first one"):
+        matvec(v)
+
+
 FIXED_COST: dict[str, Any] = {
     "hutchinson": lambda matvec, z, m: hf.hutchinson(matvec, z[:m]),
     "hutchinson_diag": lambda matvec, z, m: hf.hutchinson_diag(matvec, z[:m]),
     "hutchpp": lambda matvec, z, m: hf.hutchpp(matvec, z[:m]),
     "xtrace": lambda matvec, z, m: hf.xtrace(matvec, z[:m]),
     "squared_frobenius": lambda matvec, z, m: hf.squared_frobenius(matvec, z[:m]),
+    "hutchinson_per_leaf": lambda matvec, z, m: hf.hutchinson_per_leaf(matvec, z[:m]),
+    "xdiag": lambda matvec, z, m: hf.xdiag(matvec, z[:m]),
+    "squared_row_norms": lambda matvec, z, m: hf.squared_row_norms(matvec, z[:m]),
     "slq": lambda matvec, z, m: hf.slq(matvec, z[:2], m),
+    "slq of many probes": lambda matvec, z, m: hf.slq(matvec, z[:m], 3),
+    "slq orthogonal": lambda matvec, z, m: hf.slq(matvec, z[:2], m, orthogonalize=True),
+    "lanczos": lambda matvec, z, m: hf.lanczos(matvec, z[0], m),
+    "eigsh": lambda matvec, z, m: hf.eigsh(matvec, z[0], 2, rtol=None, max_matvecs=m),
     "power_iter": lambda matvec, z, m: hf.power_iter(matvec, z[0], max_matvecs=m, rtol=None),
     "solve": lambda matvec, z, m: hf.solve(matvec, z[0], damping=1.0, max_matvecs=m, rtol=None),
 }
@@ -167,15 +209,21 @@ def test_routines_of_fixed_cost_wait_as_often_for_many_products_as_for_few(name:
     assert few == many <= 16, "what is not finite is found at the end, and the end alone may wait"
 
 
-def test_eigsh_of_a_fixed_cost_waits_once_a_product() -> None:
-    n = 60
-    root = moved(hf.gaussian(torch.zeros(n, n).double(), 1)[0])
-    matrix, start = root @ root.T, root[0]
-    few, many = (
-        num_waits(lambda m=m: hf.eigsh(lambda v: matrix @ v, start, 2, rtol=None, max_matvecs=m))  # type: ignore[misc]
-        for m in (10, 20)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_where_a_space_ends_a_random_direction_goes_on_there_as_on_the_cpu(dtype: torch.dtype) -> None:
+    root = hf.gaussian(torch.zeros(40, 3).double(), 1)[0]
+    matrix, start = (root @ root.T).to(dtype), hf.gaussian(torch.zeros(40, dtype=dtype), 1)[0]
+    here, there = (
+        hf.lanczos(lambda v, a=a: a @ v, v0, 12)  # type: ignore[misc]
+        for a, v0 in ((matrix, start), (moved(matrix), moved(start)))
     )
-    assert many - few == 10, "whether the space has ended: a new direction would cost as much as a product, or more"
+    eps = torch.finfo(dtype).eps
+    basis = there.basis.cpu()
+    assert (here.beta < 20 * eps * here.alpha.abs().max()).sum() >= 8
+    assert torch.allclose(basis @ basis.T, torch.eye(12, dtype=dtype), rtol=0, atol=300 * eps)
+    for count, mine in ((12, there.alpha.cpu()), (4, there.beta.cpu())):
+        expected = {12: here.alpha, 4: here.beta}[count]
+        assert torch.allclose(mine[:count], expected[:count], rtol=1e-3, atol=300 * eps * float(here.alpha.max()))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 import hessfn as hf
 
@@ -120,6 +121,15 @@ def test_all_errors_are_of_one_class(source: Path) -> None:
             assert internal or (error is not None and issubclass(error, hf.HessfnError)), (
                 f"{source}:{node.lineno} {kind}"
             )
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_what_is_made_of_numbers_says_on_which_device(source: Path) -> None:
+    # torch.set_default_device is the user's: what is left to it mixes devices, or transfers.
+    makers = {f"torch.{function.__name__}" for function in _device_constructors()}
+    for node in ast.walk(ast.parse(source.read_text("utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in makers:
+            assert "device" in {keyword.arg for keyword in node.keywords}, f"{source}:{node.lineno}"
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=name_of)

@@ -53,7 +53,9 @@ def checksum(x: Tree) -> Tensor:
     """
     flat = [as_tensor(leaf) for leaf in tree.leaves(x)]
     sums = [_sum_of_bits(leaf) for leaf in flat if isinstance(leaf, Tensor)]
-    return torch.stack([x.to(sums[0].device) for x in sums]) if sums else torch.zeros(0, dtype=torch.int64)
+    return (
+        torch.stack([x.to(sums[0].device) for x in sums]) if sums else torch.zeros(0, dtype=torch.int64, device="cpu")
+    )
 
 
 def _sum_of_bits(leaf: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def _over(factor: Tensor, like: Tensor) -> Tensor:
 
 def normal_quantile(level: float) -> float:
     """How many standard errors the two-sided normal interval reaches."""
-    return math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64)))
+    return math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64, device="cpu")))
 
 
 def quantile(df: Tensor, level: float) -> Tensor:
@@ -77,7 +77,7 @@ def _quantile(df: Tensor, level: float) -> Tensor:
     from scipy.special import stdtrit  # a fifth of a second to load, for what only intervals ask
 
     found = stdtrit(df.double().clamp(max=1e9).cpu().numpy(), 0.5 + level / 2)
-    values = torch.as_tensor(found, dtype=torch.float64).nan_to_num(nan=math.inf, posinf=math.inf)
+    values = torch.as_tensor(found, dtype=torch.float64, device="cpu").nan_to_num(nan=math.inf, posinf=math.inf)
     return values.to(df.device, tree.wide(df).dtype).reshape(df.shape).clone()
 
 
@@ -93,7 +93,7 @@ def _over_chi_square(nu: Tensor, upper: float) -> Tensor:
     from scipy.special import chdtri
 
     degrees = nu.double().clamp(max=_NORMAL).cpu().numpy()
-    values = torch.as_tensor(degrees / chdtri(degrees, upper), dtype=torch.float64)
+    values = torch.as_tensor(degrees / chdtri(degrees, upper), dtype=torch.float64, device="cpu")
     return values.to(nu.device, tree.wide(nu).dtype).reshape(nu.shape).clone()
 
 

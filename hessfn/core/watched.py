@@ -57,7 +57,7 @@ class Watched(Generic[T]):
         if not under_functorch():
             self._flags.append(_flags(product))
             if self._last is None:
-                self._last = tree.map(lambda x: torch.empty(0, dtype=x.dtype), product)
+                self._last = tree.map(lambda x: torch.empty(0, dtype=x.dtype, device="cpu"), product)
         return product
 
     def finished(self, result: S) -> S:

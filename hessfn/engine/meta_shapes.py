@@ -90,14 +90,14 @@ def _small(t: Tensor) -> Tensor:
     # Also of dimensions of one entry the order counts.
     order = sorted({stride for stride in t.stride() if stride})
     strides = [2 ** order.index(stride) if stride else 0 for stride in t.stride()]
-    return torch.empty_strided([min(n, 2) for n in t.shape], strides, dtype=t.dtype).fill_(1)
+    return torch.empty_strided([min(n, 2) for n in t.shape], strides, dtype=t.dtype, device="cpu").fill_(1)
 
 
 def _strided(shape: Any, order: Any, **options: Any) -> Tensor:
     """A tensor with its dimensions one inside the other as strides elsewhere have them; where one is 0 it stays so."""
     dims = list(zip(shape, order, strict=True))
     strides = [math.prod(n for n, inner in dims if n > 1 and 0 < inner < outer) if outer else 0 for _, outer in dims]
-    return torch.empty_strided(shape, strides, **options)
+    return torch.empty_strided(shape, strides, **options, device="cpu")
 
 
 def _fit(parts: list[Tensor], dim: int = 0) -> bool:

@@ -54,6 +54,7 @@ class ControlVariate(Generic[T]):
             )
         # Half precision is widened; everything else is a view of the caller's vectors.
         self._rows = [_float(x.reshape(len(x), -1)) for x in leaves]
+        self.numel = sum(rows.shape[1] for rows in self._rows)
         home = self._rows[0]
         if self.values.device != home.device:  # eigenvalues lie on the CPU, wherever their vectors do
             self.values = self.values.to(home.device, tree.wide(home[:0]).dtype)

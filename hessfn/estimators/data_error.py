@@ -101,7 +101,11 @@ def _shares(forms: Tensor, weights: Tensor | None, call: str) -> tuple[Tensor, T
     """The forms of batches that count, in float64, and their shares ``(b, 1, ...)`` of the mean."""
     if not isinstance(forms, Tensor) or forms.dim() < 1 or len(forms) < 1:
         raise InvalidInput(f"{call}: forms is {kind(forms)}; give a tensor (b, ...), one number of each batch or more")
-    counts = torch.ones(len(forms)) if weights is None else torch.as_tensor(weights).detach()
+    counts = (
+        torch.ones(len(forms), device="cpu")
+        if weights is None
+        else torch.as_tensor(weights, device=forms.device).detach()
+    )
     if counts.shape != forms.shape[:1]:
         raise InvalidInput(f"{call}: weights is {kind(weights)}; give one number for each of {len(forms)} batches")
     counts = tree.wide(counts).to(forms.device)
@@ -254,7 +258,9 @@ def cross_fitted(
     # This one is off outwards by itself: its skewness need not be taken out, which would move it much further.
     outer = mean + _far(df, level) * stderr * (1 if which == "LA" else -1)
     lower, upper = (inner, outer) if which == "LA" else (outer, inner)
-    return CrossFitted(lower, upper, crossed_mean, crossed_stderr, mean, stderr, torch.tensor(math.ceil(count + 1)))
+    return CrossFitted(
+        lower, upper, crossed_mean, crossed_stderr, mean, stderr, torch.tensor(math.ceil(count + 1), device="cpu")
+    )
 
 
 def _joined(a: Forms, b: Forms) -> Forms:

@@ -92,7 +92,7 @@ def jensen_shannon_per_pair(
         require_quadrature(rule, call)
     masses = _masses(list(quadratures.values()), sigma, linthresh, call)
     none = torch.zeros_like(masses[0][0, 0])
-    same = Estimate(none, none, torch.tensor(0), torch.full_like(none, torch.inf))
+    same = Estimate(none, none, torch.tensor(0, device="cpu"), torch.full_like(none, torch.inf))
     rows = [[same for _ in masses] for _ in masses]
     for i, j in itertools.combinations(range(len(masses)), 2):
         rows[i][j] = rows[j][i] = _estimate(masses[i], masses[j])
@@ -100,7 +100,7 @@ def jensen_shannon_per_pair(
         torch.stack([torch.stack([getattr(one, field) for one in row]) for row in rows])
         for field in ("mean", "stderr", "df")
     )
-    return Estimate(mean, stderr, torch.tensor(0), df)
+    return Estimate(mean, stderr, torch.tensor(0, device="cpu"), df)
 
 
 def _masses(rules: list[Quadrature], sigma: float | None, linthresh: float | None, call: str) -> list[Tensor]:
@@ -152,7 +152,9 @@ def _estimate(first: Tensor, second: Tensor) -> Estimate[Tensor]:
     for rows, own, other in ((first, *whole), (second, *whole[::-1])):
         p = len(rows)
         if p < 2:
-            return Estimate(value, torch.full_like(value, torch.inf), torch.tensor(0), torch.ones_like(value))
+            return Estimate(
+                value, torch.full_like(value, torch.inf), torch.tensor(0, device="cpu"), torch.ones_like(value)
+            )
         without = _divergence(own + (own - rows) / (p - 1), other)  # symmetric, so either may come first
         mean = mean + (p - 1) * (value - without.mean())
         spreads.append((without - without.mean()) * math.sqrt((p - 1) / p))
@@ -161,7 +163,7 @@ def _estimate(first: Tensor, second: Tensor) -> Estimate[Tensor]:
     freedom = squares.new_tensor(freedoms)
     shared = (squares.square() / freedom).sum()  # as of Satterthwaite
     df = torch.where(shared > 0, squares.sum().square() / shared, freedom.sum())
-    return Estimate(mean, torch.linalg.vector_norm(torch.cat(spreads)), torch.tensor(0), df)
+    return Estimate(mean, torch.linalg.vector_norm(torch.cat(spreads)), torch.tensor(0, device="cpu"), df)
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def power_iter(
         following = image / tree.norm(image).to(v.dtype)
         del image  # before the next product
     space.finished(value)
-    return EigenPair(value, space.unravel(v), residual, torch.tensor(count), converged)
+    return EigenPair(value, space.unravel(v), residual, torch.tensor(count, device="cpu"), converged)
 
 
 def lanczos(matvec: MatVec[T], v0: T, num_matvecs: int) -> Tridiagonal[T]:
@@ -115,7 +115,9 @@ def lanczos(matvec: MatVec[T], v0: T, num_matvecs: int) -> Tridiagonal[T]:
     _require_kinds(matvec, v0, "lanczos(matvec, v0, num_matvecs)")
     _require_between("num_matvecs", num_matvecs, tree.numel(v0))
     space = krylov.flatten(matvec, v0)
-    alpha, beta, basis, residual = space.finished(krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps))
+    alpha, beta, basis, residual = space.finished(
+        krylov.expand(space.matvec, krylov.unit(space.ravel(v0)), num_matvecs, space.eps)
+    )
     return Tridiagonal(alpha, own(beta[:-1]), space.unravel(basis), space.unravel(residual))
 
 
@@ -219,7 +221,7 @@ def eigsh(
         found.values,
         space.unravel(found.vectors.to(found.device)),
         found.residuals,
-        torch.tensor(found.num_matvecs),
+        torch.tensor(found.num_matvecs, device="cpu"),
         found.residuals <= allowed,
         outside=found.outside,
     )
@@ -238,7 +240,7 @@ def _starts(space: Space[T], v0: T, vectors: T | None) -> Iterator[Tensor]:
 def _unrestarted(space: Space[T], v0: T, k: int, which: Which, num_matvecs: int, keep_all: bool) -> EigenPairs[T]:
     if num_matvecs < k:
         raise InvalidInput(f"max_matvecs={num_matvecs} must be at least k={k}")
-    alpha, beta, basis, _ = krylov.expand(space.matvec, space.ravel(v0), num_matvecs, space.eps)
+    alpha, beta, basis, _ = krylov.expand(space.matvec, krylov.unit(space.ravel(v0)), num_matvecs, space.eps)
     space.finished(alpha)
     values, vectors = krylov.decompose(alpha, beta[:-1])
     # The recurrence knows of no rounding: its residuals fall below what the products can tell.
@@ -250,7 +252,7 @@ def _unrestarted(space: Space[T], v0: T, k: int, which: Which, num_matvecs: int,
         values,
         space.unravel(krylov.rotated(basis, vectors)),
         residuals,
-        torch.tensor(num_matvecs),
+        torch.tensor(num_matvecs, device="cpu"),
         residuals <= (_RTOL * values.abs()).clamp(min=floor),
         unknown(values),
         unknown(values),

@@ -33,12 +33,12 @@ class Space(NamedTuple, Generic[T]):
     finished: Callable[[Tree], Tree]  # the result, when all products are finite
 
 
-def flatten(matvec: MatVec[T], like: T, *, tolerance: bool = False) -> Space[T]:
+def flatten(matvec: MatVec[T] | Watched[T], like: T, *, tolerance: bool = False) -> Space[T]:
     """The matvec on flat vectors; half precision is widened to float32, where bases can be orthogonal."""
     if tree.numel(like) == 0:
         raise InvalidInput("the vectors have no entries: there must be at least one parameter")
     _, unravel = tree.ravel(like)
-    watched = Watched(matvec, tolerance=tolerance)
+    watched = matvec if isinstance(matvec, Watched) else Watched(matvec, tolerance=tolerance)
 
     def ravel(v: T) -> Tensor:
         flat, _ = tree.ravel(v)
@@ -54,9 +54,17 @@ def flatten(matvec: MatVec[T], like: T, *, tolerance: bool = False) -> Space[T]:
 
 def unit(v: Tensor, name: str = "v0") -> Tensor:
     size = tree.norm(v)
-    if known(size > 0) is False or known(size.isfinite()) is False:
-        raise InvalidInput(f"{name} has norm {float(size)}: start from gaussian(params, 1)[0]")
+    require_norms(size, name)
     return v / size.to(v.dtype)
+
+
+def require_norms(sizes: Tensor, name: str, *, if_known: bool = False) -> None:
+    """Raises for a norm that is 0 or not finite; ``if_known``, only where to ask is not to wait."""
+    if if_known and sizes.device.type != "cpu":
+        return
+    bad = ~((sizes > 0) & sizes.isfinite())
+    if known(bad.any()):
+        raise InvalidInput(f"{name} has norm {float(sizes[bad][0])}: start from gaussian(params, 1)[0]")
 
 
 def number(x: Tensor, product: Tree, count: int) -> float:
@@ -91,17 +99,18 @@ def less(v: Tensor, c: Tensor, x: Tensor) -> Tensor:
     return v.addcmul_(x, c, value=-1) if is_private(v, c, x) else v - c * x
 
 
-def orthogonalize(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """``v`` without its components along orthonormal rows, and those components: twice is enough (Parlett 1980).
+def project(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """``v`` without its components along orthonormal rows, and those components; in the memory of v where that is
+    private."""
+    c = basis @ v
+    return (v.addmv_(basis.mT, c, alpha=-1) if is_private(v, basis) else v - c @ basis), c
 
-    It takes the memory of ``v`` where that is private.
-    """
-    components = torch.zeros_like(basis[:, 0])
-    for _ in range(2):
-        c = basis @ v
-        v = v.addmv_(basis.mT, c, alpha=-1) if is_private(v, basis) else v - c @ basis
-        components = components + c
-    return v, components
+
+def orthogonalize(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`project` twice, which is enough (Parlett 1980)."""
+    v, components = project(v, basis)
+    v, more = project(v, basis)
+    return v, components + more
 
 
 def fresh(like: Tensor, basis: Tensor, index: int) -> Tensor:
@@ -125,28 +134,38 @@ class Krylov(NamedTuple):
 
 
 def expand(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> Krylov:
-    """Lanczos with full two-pass orthogonalisation, functional throughout: for ``vmap`` and autograd."""
-    basis = unit(start)[None]
+    """Lanczos from a unit vector with full two-pass orthogonalisation, functional for ``vmap`` and autograd.
+
+    Where the space has ended, a random direction goes on. On a device it is chosen without a wait: between the two
+    passes, so that it costs no pass of its own.
+    """
+    basis = start[None]
     rows = None  # the places of all vectors, where nothing looks on
     if is_private(start):
         rows = start.new_empty(num_matvecs, len(start))
-        rows[0] = basis[0]
+        rows[0] = start
         basis = rows[:1]
     del start
     alpha: list[Tensor] = []
     beta: list[Tensor] = []
     scale = torch.zeros_like(tree.wide(basis[0, 0]))
+    spare: Tensor | None = None
     for step in range(num_matvecs):
         product = matvec(basis[-1])
         scale = torch.maximum(scale, tree.norm(product).detach())
-        residual, components = orthogonalize(product, basis)
-        alpha.append(tree.wide(components[-1]))
+        residual, components = project(product, basis)
         last = step + 1 == num_matvecs
-        size, following, broken = _next(residual, 10 * eps * scale, keep=last)
+        ended = tree.norm(residual.detach()) <= 10 * eps * scale
+        if not last and (ended.device.type != "cpu" or known(ended) is not False):
+            spare = random(basis[0], 0) if spare is None else spare
+            anew = torch.where(scale > 0, scale, 1.0).to(spare) * spare.roll(step)
+            residual = torch.where(ended, anew, residual)
+            del anew
+        residual, more = project(residual, basis)
+        alpha.append(tree.wide(components[-1] + torch.where(ended, 0.0, more[-1])))
+        size, following, _ = _next(residual, 10 * eps * scale, anew=ended, keep=last)
         beta.append(size)
         if not last:
-            if known(broken) is not False:
-                following = torch.where(broken, fresh(basis[0], basis, step), following)
             if rows is None or not is_private(following):
                 basis, rows = torch.cat([basis, following[None]]), None
             else:
@@ -157,14 +176,13 @@ def expand(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> K
 
 
 def recur(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Lanczos by the three-term recurrence alone, two vectors kept and one product; ``alpha, beta`` as of
-    :func:`expand`.
+    """Lanczos from a unit vector by the three-term recurrence alone, two vectors kept and one product; ``alpha, beta``
+    as of :func:`expand`.
 
     Once the space is exhausted, the rest is decoupled: beta 0 and alpha repeated.
     """
-    current = unit(start)
+    current = previous = start
     del start
-    previous = current
     alpha: list[Tensor] = []
     beta = [torch.zeros_like(tree.wide(current[0]))]
     scale, ended = beta[0], beta[0] > 0
@@ -181,34 +199,37 @@ def recur(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> tu
     return torch.stack(alpha), torch.stack(beta[1:])
 
 
-def _next(residual: Tensor, threshold: Tensor, *, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Norm, direction and whether the space ends here: then the first two are 0, and so are their gradients.
+def _next(
+    residual: Tensor, threshold: Tensor, *, anew: Tensor | None = None, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, direction and whether the space ends here: then the norm is 0, and neither has a derivative.
 
-    The direction takes the memory of the residual where that is private and need not be kept.
+    The direction is then 0; or that of the residual, with ``anew``, which says whether that is a random one. It takes
+    the memory of the residual where that is private and need not be kept.
     """
+    size = tree.norm(residual.detach())
+    broken = size <= threshold if anew is None else (size <= threshold) | anew
+    by = torch.where(broken if anew is None else size == 0, torch.inf, size).to(residual.dtype)
+    zero = torch.zeros_like(size)
     if is_private(residual):
-        size = tree.norm(residual)
-        broken = size <= threshold
-        by = torch.where(broken, torch.inf, size).to(residual.dtype)
-        return torch.where(broken, 0.0, size), residual if keep else residual.div_(by), broken
-    broken = tree.norm(residual.detach()) <= threshold
+        return torch.where(broken, zero, size), residual if keep else residual.div_(by), broken
     safe = torch.where(broken, torch.ones_like(residual), residual)
     size = tree.norm(safe)
-    zero = torch.zeros_like(size)
-    return torch.where(broken, zero, size), torch.where(broken, zero.to(safe.dtype), safe / size.to(safe.dtype)), broken
+    direction = torch.where(broken, residual.detach() / by, safe / size.to(safe.dtype))
+    return torch.where(broken, zero, size), direction, broken
 
 
 def decompose(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors (columns) of the tridiagonal matrix of a recurrence."""
+    """Eigenvalues ``(..., m)``, ascending, and eigenvectors (columns) of the tridiagonal matrices of recurrences."""
     bad = ~(alpha + torch.nn.functional.pad(beta, (0, 1))).isfinite()
     if known(bad.any()):
-        count = int(bad.nonzero()[0]) + 1
+        count = int(bad.nonzero()[0, -1]) + 1
         raise InvalidInput(f"product {count} of the matvec is not finite: are the loss and its curvature finite there?")
     offset = _apart(alpha.detach())
     values, vectors = torch.linalg.eigh(tridiagonal(alpha + offset, beta))
-    values = values - (vectors.detach().square() * offset[:, None]).sum(0)
+    values = values - (vectors.detach().square() * offset[..., None]).sum(-2)
     order = values.detach().argsort(stable=True)
-    return values[order], vectors[:, order]
+    return values.gather(-1, order), vectors.gather(-1, order[..., None, :].expand_as(vectors))
 
 
 def _apart(alpha: Tensor) -> Tensor:
@@ -217,13 +238,13 @@ def _apart(alpha: Tensor) -> Tensor:
     Eigenvalues of two blocks (where a beta is 0) may agree, and so may those of a recurrence that lost its
     orthogonality: there the derivative of eigenvectors is 0/0.
     """
-    size = alpha.abs().max()
+    size = alpha.abs().amax(-1, keepdim=True)
     size = torch.where(size > 0, size, 1.0)
-    return torch.finfo(alpha.dtype).eps * size * torch.arange(len(alpha), dtype=alpha.dtype, device=alpha.device)
+    return torch.finfo(alpha.dtype).eps * size * torch.arange(alpha.shape[-1], dtype=alpha.dtype, device=alpha.device)
 
 
 def tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:
-    """The symmetric matrix ``(m, m)`` with diagonal ``alpha (m,)`` and off-diagonal ``beta (m - 1,)``."""
+    """The symmetric matrix ``(..., m, m)`` with diagonal ``alpha (..., m)`` and off-diagonal ``beta (..., m - 1)``."""
     off = torch.diag_embed(beta, 1)
     return torch.diag_embed(alpha) + off + off.mT
 

@@ -77,7 +77,7 @@ def block_tops(
         found = eigsh(_of_leaf(matvec, like, index), start, rtol=rtol, max_matvecs=min(max_matvecs, leaf.numel() + 1))
         values[name], residuals[name], converged[name] = found.values[0], found.residuals[0], found.converged[0]
         count += int(found.num_matvecs)
-    return BlockTops(values, residuals, converged, torch.tensor(count))
+    return BlockTops(values, residuals, converged, torch.tensor(count, device="cpu"))
 
 
 def _of_leaf(matvec: MatVec[T], like: T, index: int) -> MatVec[Tensor]:
@@ -153,7 +153,7 @@ def squared_frobenius_per_leaf(
     zs, ys = ([tree.leaves(pair[part]) for pair in pairs] for part in (0, 1))
     count = len(zs[0])
     rows: list[Tensor] = []
-    theta = inner = torch.zeros(0)
+    theta = inner = torch.zeros(0, device="cpu")
     if eigenpairs is not None:
         theta = eigenpairs.values.detach()
         alike = tree.map(lambda x: x.expand(len(theta), *x.shape), first)
@@ -170,8 +170,8 @@ def squared_frobenius_per_leaf(
     result = Estimate(
         tree.unflatten([mean for mean, _ in found], first),
         tree.unflatten([_widened(mean, stderr) for mean, stderr in found], first),
-        torch.tensor(len(pairs)),
-        torch.tensor(float(len(pairs) - 1), dtype=found[0][0].dtype),
+        torch.tensor(len(pairs), device="cpu"),
+        torch.tensor(float(len(pairs) - 1), dtype=found[0][0].dtype, device="cpu"),
     )
     product.finished(result.mean)
     return result

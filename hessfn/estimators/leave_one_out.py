@@ -62,7 +62,7 @@ def hutchpp(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[Tensor]:
     space.finished(found.mean)
     stderr = _beside_what_hides(found.stderr, q, quotients, probes)
     return found._replace(
-        mean=quotients.sum() + found.mean, stderr=stderr, num_matvecs=torch.tensor(half + len(probes))
+        mean=quotients.sum() + found.mean, stderr=stderr, num_matvecs=torch.tensor(half + len(probes), device="cpu")
     )
 
 
@@ -174,7 +174,9 @@ def xdiag(matvec: MatVec[T], probes: Iterable[T]) -> Estimate[T]:
     products = products * torch.where(weight > 0, p / torch.where(weight > 0, weight, 1.0), 1.0).square()  # 1 of signs
     stderr = _with_covariance(tree.wide(alone.stderr), products, p)
     # The sketches cost degrees of freedom: about a third, as seen.
-    return measured(space.unravel(alone.mean), space.unravel(stderr), 2 * p, torch.tensor(2 * (p - 1) / 3).double())
+    return measured(
+        space.unravel(alone.mean), space.unravel(stderr), 2 * p, torch.tensor(2 * (p - 1) / 3, device="cpu").double()
+    )
 
 
 def _products(space: krylov.Space[T], q: Tensor) -> tuple[Tensor, Tensor]:

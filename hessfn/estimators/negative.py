@@ -58,7 +58,9 @@ def negative_share_of_squares(quadrature: Quadrature, n: int | None = None) -> N
     shorter = torch.stack([_differences(x, w) for x, w in zip(nodes, weights, strict=True)]).mean(0)
     # One step has nothing to compare with.
     error = shorter.abs().amax() if nodes.shape[-1] > 1 else torch.full_like(share, torch.inf)
-    return NegativeShare(found._replace(mean=share, num_matvecs=torch.tensor(nodes.numel())), error / whole)
+    return NegativeShare(
+        found._replace(mean=share, num_matvecs=torch.tensor(nodes.numel(), device="cpu")), error / whole
+    )
 
 
 def _below(nodes: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ def _differences(nodes: Tensor, weights: Tensor) -> Tensor:
     is_own = (weights.cumsum(0) - weights < 1 - 1e-12).cumprod(0).bool()
     own = torch.where(is_own, weights, 0.0).clamp(min=0)
     m, count = len(nodes), is_own.sum()
-    alpha, beta, *_ = krylov.expand(lambda v: nodes * v, own.sqrt(), m, torch.finfo(nodes.dtype).eps)
+    alpha, beta, *_ = krylov.expand(lambda v: nodes * v, krylov.unit(own.sqrt()), m, torch.finfo(nodes.dtype).eps)
     found = []
     for steps in sorted({max(1, m * i // _RULES) for i in range(1, _RULES)}):
         x, vectors = torch.linalg.eigh(krylov.tridiagonal(alpha[:steps], beta[: steps - 1]))

@@ -27,7 +27,7 @@ def one_number(x: float | Tensor, name: str, call: str) -> Tensor:
         return x.reshape(())
     if not math.isfinite(x):
         raise InvalidInput(f"{call}: {name}={x} must be finite")
-    return torch.tensor(x, dtype=torch.float64)
+    return torch.tensor(x, dtype=torch.float64, device="cpu")
 
 
 def diagonal_preconditioner(diagonal: T, damping: float | Tensor = 0.0) -> MatVec[T]:

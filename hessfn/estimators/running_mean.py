@@ -45,7 +45,9 @@ def _of(count: int, mean: S, root: S) -> Estimate[S]:
         stderr = tree.map(lambda r: torch.full_like(r, torch.inf), root)
     else:
         stderr = tree.map(lambda r: r / math.sqrt(count * (count - 1)), root)
-    return measured(tree.owned(mean), tree.owned(stderr), count, torch.tensor(count - 1.0, dtype=torch.float64))
+    return measured(
+        tree.owned(mean), tree.owned(stderr), count, torch.tensor(count - 1.0, dtype=torch.float64, device="cpu")
+    )
 
 
 def finished(product: Watched[Any], result: Estimate[S]) -> Estimate[S]:
@@ -57,7 +59,7 @@ def finished(product: Watched[Any], result: Estimate[S]) -> Estimate[S]:
 def measured(mean: S, stderr: S, num_matvecs: int, df: Any) -> Estimate[S]:
     """An estimate whose error by rounding and by the data nobody has measured."""
     others = (tree.map(unknown, stderr) if _nobody(stderr) else None for _ in range(3))
-    return Estimate(mean, stderr, torch.tensor(num_matvecs), df, *others)
+    return Estimate(mean, stderr, torch.tensor(num_matvecs, device="cpu"), df, *others)
 
 
 def _nobody(stderr: Tree) -> bool:

@@ -162,7 +162,7 @@ def _fixed(system: _System[T], b: Tensor, x0: Tensor | None, num_matvecs: int) -
         left -= steps + 1
         x = x + correction(constant, system.precondition, rest, steps, space.eps).x
         if known(x.isnan().any()):
-            space.finished(torch.zeros(()))  # where it was a product, its number
+            space.finished(torch.zeros((), device="cpu"))  # where it was a product, its number
             raise InvalidInput(NOT_DEFINITE)
         x = _returned(space, x)
         rest = b - system.matvec(x) if left == 0 else fixed - constant(x)
@@ -172,7 +172,7 @@ def _fixed(system: _System[T], b: Tensor, x0: Tensor | None, num_matvecs: int) -
         return space.ravel(_fixed(system, v, None, num_matvecs).x)
 
     x = with_derivative(x, rest, inverse)
-    return Solution(space.unravel(x), residual, torch.tensor(num_matvecs), residual <= _RTOL)
+    return Solution(space.unravel(x), residual, torch.tensor(num_matvecs, device="cpu"), residual <= _RTOL)
 
 
 def _until(system: _System[T], b: Tensor, x0: Tensor | None, rtol: float, budget: int) -> Solution[T]:
@@ -195,7 +195,7 @@ def _until(system: _System[T], b: Tensor, x0: Tensor | None, rtol: float, budget
         if trial_residual < 10 * (resolved := space.eps * norm * tree.norm(x)) / size and resolved > goal:
             break  # what is asked cannot be had: the residual itself is rounding
     space.finished(residual)
-    return Solution(space.unravel(x), residual, torch.tensor(count), residual <= rtol)
+    return Solution(space.unravel(x), residual, torch.tensor(count, device="cpu"), residual <= rtol)
 
 
 def _returned(space: Space[T], x: Tensor) -> Tensor:

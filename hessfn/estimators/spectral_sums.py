@@ -44,7 +44,7 @@ def trace_of(quadrature: Quadrature, fn: Callable[[Tensor], Tensor], n: int) -> 
     require_quadrature(quadrature, call)
     require_function(fn, "fn", call)
     nodes, weights = quadrature
-    found = estimate(n * (weights * fn(nodes)).sum(-1))._replace(num_matvecs=torch.tensor(nodes.numel()))
+    found = estimate(n * (weights * fn(nodes)).sum(-1))._replace(num_matvecs=torch.tensor(nodes.numel(), device="cpu"))
     alone, values = own_part(quadrature, n).weights, fn(nodes)
     return from_own(found, (alone * values).sum(-1), (alone * values.square()).sum(-1), n)
 
@@ -86,4 +86,4 @@ def negative_share(quadrature: Quadrature) -> Estimate[Tensor]:
     below, total = ((weights * x).sum(-1) for x in (-nodes.clamp(max=0), nodes.abs()))
     share = below.mean() / total.mean()
     spread = estimate((below - share * total) / total.mean())
-    return spread._replace(mean=share, num_matvecs=torch.tensor(nodes.numel()))
+    return spread._replace(mean=share, num_matvecs=torch.tensor(nodes.numel(), device="cpu"))

@@ -14,6 +14,7 @@ from hessfn.core.memory import own
 from hessfn.core.probes import each
 from hessfn.core.results import Band, Cumulative, Density, EigenPairs, Quadrature
 from hessfn.core.tree import MatVec, T
+from hessfn.core.watched import Watched
 from hessfn.estimators import krylov
 from hessfn.estimators.control_variate import ControlVariate
 from hessfn.estimators.running_mean import estimate
@@ -70,32 +71,32 @@ def slq(
     require_matvec(matvec, call)
     require_probes(probes, call)
     known = None if eigenpairs is None else ControlVariate(eigenpairs, call)
+    product = Watched(matvec)
 
-    sizes: list[int] = []
-
-    def recurrence(probe: T) -> tuple[Tensor, Tensor, Tensor]:
+    def recurrence(probe: T) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n = tree.numel(probe)
-        sizes.append(n)
         if not 1 <= num_matvecs <= n:
             raise InvalidInput(f"num_matvecs={num_matvecs} must be between 1 and {n}, the number of entries in a probe")
-        space = krylov.flatten(matvec, probe)
+        space = krylov.flatten(product, probe)
+        size = tree.norm(probe)
+        krylov.require_norms(size, "a probe", if_known=True)
         steps = krylov.expand if orthogonalize else krylov.recur
-        alpha, beta = steps(space.matvec, space.ravel(probe), num_matvecs, space.eps)[:2]
-        space.finished(alpha)
-        if known is None:
-            return alpha, beta[:-1], alpha[:0]
-        return alpha, beta[:-1], (known.components(probe) / tree.norm(probe)).square()
+        alpha, beta = steps(space.matvec, space.ravel(probe) / size, num_matvecs, space.eps)[:2]
+        seen = alpha[:0] if known is None else (known.components(probe) / size).square()
+        return alpha, beta[:-1], seen, size
 
     # Not under the vmap of a group, which hides what is not finite.
     found = list(each(recurrence, probes, batch_size))
     if not found:
         raise InvalidInput("there is no probe: gaussian(params, num) needs num >= 1")
-    rules = [krylov.decompose(alpha, beta) for alpha, beta, _ in found]
-    nodes, weights = (torch.stack(rows) for rows in zip(*((x, v[0].square()) for x, v in rules), strict=True))
+    alpha, beta, seen, sizes = (torch.stack(rows) for rows in zip(*found, strict=True))
+    krylov.require_norms(sizes, "a probe")
+    nodes, vectors = krylov.decompose(product.finished(alpha), beta)
+    weights = vectors[..., 0, :].square()
     if known is None:
         return Quadrature(nodes, weights)
-    seen = torch.stack([part for *_, part in found]).to(weights)
-    return _corrected(nodes, weights, known.values.to(nodes), seen, known.squares().to(weights) / sizes[0])
+    expected = known.squares().to(weights) / known.numel
+    return _corrected(nodes, weights, known.values.to(nodes), seen.to(weights), expected)
 
 
 def _corrected(nodes: Tensor, weights: Tensor, values: Tensor, seen: Tensor, expected: Tensor) -> Quadrature:

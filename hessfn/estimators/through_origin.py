@@ -33,7 +33,7 @@ def slopes(pairs: Iterable[tuple[T, T]]) -> Estimate[T]:
         num_pairs += 1
     if num_pairs == 0:
         raise InvalidInput("there is no probe: rademacher(params, num) needs num >= 1")
-    df = torch.tensor(num_pairs - 1.0, dtype=torch.float64)
+    df = torch.tensor(num_pairs - 1.0, dtype=torch.float64, device="cpu")
 
     def stderr(w: Tensor, r: Tensor) -> Tensor:
         if num_pairs == 1:

@@ -52,7 +52,7 @@ def principal_directions(checkpoints: Sequence[T], k: int = 2, *, origin: T | No
         raise InvalidInput("there is no checkpoint: the sequence is empty")
     origin = checkpoints[-1] if origin is None else origin
     _, unravel = tree.ravel(origin)
-    gram = torch.zeros((), dtype=torch.float64)
+    gram = torch.zeros((), dtype=torch.float64, device="cpu")
     for part in _displacements(checkpoints, origin):
         gram = gram.to(part) + part @ part.T
     values, vectors = (x.flip(-1) for x in torch.linalg.eigh(gram))

@@ -79,7 +79,11 @@ def weighted_mean(
     state: Tree = None,
     passes: int | None = None,
 ) -> Callable[..., Tree]:
-    """As :func:`mean`, of ``function(args, part of a batch, its weight)``; of one pass alone if ``passes`` is 1."""
+    """As :func:`mean`, of ``function(args, part of a batch, its weight)``; of one pass alone if ``passes`` is 1.
+
+    To ask a device is to wait for it: from the third pass on none is asked whether the data are those of before. Where
+    they are not, the mean is NaN there.
+    """
     dealt = batches if isinstance(batches, ShardedBatches) else None
     rank, size = share_of(batches)
     batches = dealt.batches if dealt else batches
@@ -95,6 +99,16 @@ def weighted_mean(
     if weigher and microbatch is None and number_of(batches) == 1:  # the weight does not count
         weigher, weights = None, lambda batch: 1.0
     first_pass: list[Tensor] = []
+    left_out: set[tuple[int, int]] = set()  # which parts of which batches have weight 0
+    seen: list[bool] = []  # once two passes were found to be the same
+
+    def is_left_out(weight: float | Tensor, place: tuple[int, int]) -> bool:
+        if seen and not _can_ask(weight):
+            return place in left_out
+        if known(weight == 0) if isinstance(weight, Tensor) else weight == 0:
+            left_out.add(place)
+            return True
+        return False
 
     def averaged(*args: Any) -> tuple[Tree | None, float | Tensor]:
         total: Tree = None
@@ -108,8 +122,8 @@ def weighted_mean(
             this_pass.append(checksum(batch))
             if weigher:
                 weigher.look_at(batch, microbatch)
-            for weight, part in _parts(batch, index, weights, microbatch):
-                if known(torch.as_tensor(weight) == 0):
+            for number, (weight, part) in enumerate(_parts(batch, index, weights, microbatch)):
+                if is_left_out(weight, (index, number)):
                     continue  # a mean over nothing is 0 / 0
                 try:
                     value = function(args, part, weight)
@@ -125,10 +139,18 @@ def weighted_mean(
             if first_pass:
                 raise InvalidInput(f"the batches can be run through only once: {_SAME_DATA}")
             raise InvalidInput("there is no batch: the iterable of batches is empty")
+        result = tree.scale(1 / total_weight, total)
         if not first_pass:
             first_pass.extend(this_pass)
-        _check_same(first_pass, this_pass)
-        return tree.scale(1 / total_weight, total), total_weight
+        elif (same := _are_same(first_pass, this_pass)) is not None:
+            if seen and not _can_ask(same):
+                return tree.map(lambda x: torch.where(same.to(x.device), x, torch.nan), result), total_weight
+            agreed = known(same)
+            if agreed is False:
+                raise InvalidInput(_OTHER_DATA)
+            if agreed:
+                seen[:] = [True]
+        return result, total_weight
 
     if not dealt:
         return lambda *args: averaged(*args)[0]
@@ -217,9 +239,18 @@ def _weight(batch: Any, index: int, weights: Weights) -> float | Tensor:
     raise InvalidInput(f"weights has {len(weights)} entries, but there is a batch {index}: give one for each")
 
 
-def _check_same(first_pass: list[Tensor], this_pass: list[Tensor]) -> None:
-    same = len(first_pass) == len(this_pass)
-    for a, b in zip(first_pass, this_pass, strict=False):
-        same = same and a.shape == b.shape and known((a == b).all()) is not False
-    if not same:
-        raise InvalidInput(f"the batches of this pass are not those of the first one: {_SAME_DATA}")
+def _are_same(first_pass: list[Tensor], this_pass: list[Tensor]) -> Tensor | None:
+    """Whether two passes have the same checksums; None where they have none."""
+    pairs = list(zip(first_pass, this_pass, strict=False))
+    if len(first_pass) != len(this_pass) or any(a.shape != b.shape for a, b in pairs):
+        raise InvalidInput(_OTHER_DATA)
+    flags = [(a == b).all() for a, b in pairs]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).all() if flags else None
+
+
+_OTHER_DATA = f"the batches of this pass are not those of the first one: {_SAME_DATA}"
+
+
+def _can_ask(x: Any) -> bool:
+    """Whether a number can be read without waiting for it."""
+    return not isinstance(x, Tensor) or x.device.type == "cpu"

@@ -60,7 +60,7 @@ def sharded_loss(
     def shares(value: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         """The loss of all ranks, and what that of this one counts in it."""
         weight = weight_of(batch)
-        both = torch.stack([weight * value.detach().double(), torch.as_tensor(weight).to(value.device).double()])
+        both = torch.stack([weight * value.detach().double(), torch.as_tensor(weight, device=value.device).double()])
         total = DTensor.from_local(both, mesh, to_all, run_check=False).full_tensor()
         return (total[0] / total[1]).to(value.dtype), (weight / total[1]).to(value.dtype)
 

@@ -26,7 +26,7 @@ def axes(ax: Axes | None, **options: Any) -> Axes:
 
 
 def array(x: Any) -> np.ndarray:
-    return torch.as_tensor(x).detach().cpu().double().numpy()
+    return torch.as_tensor(x, device="cpu").detach().double().numpy()
 
 
 def scalars(tree_of_scalars: Any) -> np.ndarray:

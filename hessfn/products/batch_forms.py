@@ -122,12 +122,14 @@ def _forms(
 
     def of_batch(_: tuple[Any, ...], part: Any, weight: float | Tensor) -> Tensor:
         matvec = made(part)
-        rows = [form(v, product_of_batch(matvec, v)) for v in vectors]
-        found.append((tree.map(lambda *row: torch.stack(row).detach().cpu(), *rows), float(weight)))
-        return torch.zeros(())  # the mean itself is not asked for
+        # On a device the numbers of all vectors are looked at together.
+        rows = [form(v, product_of_batch(matvec, v, is_checked=True)) for v in vectors]
+        values = tree.map(lambda *row: torch.stack(row).detach().cpu(), *rows)
+        found.append((tree.require_finite(values, "the product"), float(weight)))
+        return torch.zeros((), device="cpu")  # the mean itself is not asked for
 
     averaged = weighted_mean(of_batch, batches, weights=weights, microbatch=microbatch, device=home_of, passes=1)
     averaged(like)
     found = of_all(found, batches)
     values = tree.map(lambda *rows: torch.stack(rows), *[row for row, _ in found])
-    return Forms(values, torch.tensor([weight for _, weight in found], dtype=torch.float64))
+    return Forms(values, torch.tensor([weight for _, weight in found], dtype=torch.float64, device="cpu"))

@@ -103,15 +103,16 @@ def mean_of(
 ) -> MatVec[T]:
     """As :func:`batch_mean`, with ``state`` for the processes that share the batches to compare."""
     kept: list[tuple[float | Tensor, MatVec[T]]] = []
+    checked: list[bool] = []  # once a pass has had finite products
 
     def product(args: tuple[Any, ...], part: Any, weight: float | Tensor) -> T:
         (v,) = args
         matvec = make(part)
         if keep:
             kept.append((weight, matvec))
-        return product_of_batch(matvec, v)
+        return product_of_batch(matvec, v, is_checked=bool(checked))
 
-    averaged = weighted_mean(
+    weighted = weighted_mean(
         product,
         batches,
         weights=weights,
@@ -120,6 +121,12 @@ def mean_of(
         state=state,
         passes=1 if keep else None,
     )
+
+    def averaged(v: T) -> T:
+        result: T = weighted(v)
+        checked[:] = [True]
+        return result
+
     if not keep:
         return averaged
     later: list[MatVec[T]] = []
@@ -129,16 +136,19 @@ def mean_of(
             return later[0](v)
         kept.clear()  # of a pass that failed
         result = averaged(v)
-        products = [functools.partial(product_of_batch, matvec) for _, matvec in kept]
+        products = [functools.partial(product_of_batch, matvec, is_checked=True) for _, matvec in kept]
         later.append(mean_of_kept(products, [float(weight) for weight, _ in kept], batches))
         return result
 
     return matvec
 
 
-def product_of_batch(matvec: MatVec[T], v: T) -> T:
+def product_of_batch(matvec: MatVec[T], v: T, *, is_checked: bool = False) -> T:
+    """A product that is finite. One that ``is_checked`` was so before, and is not asked again where that is to wait."""
     require_matvec(matvec, f"{_CALL}: make(batch)")
-    return tree.owned(tree.require_finite(tree.matched(matvec(v), v, "the product", "its vector"), "the product"))
+    product = tree.matched(matvec(v), v, "the product", "its vector")
+    waits = any(leaf.device.type != "cpu" for leaf in tree.leaves(product))
+    return tree.owned(product if is_checked and waits else tree.require_finite(product, "the product"))
 
 
 def home_of(v: Tree) -> torch.device | None:

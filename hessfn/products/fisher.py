@@ -145,7 +145,9 @@ def _empirical(forward: Any, criterion: Any, params: T, batch: Any, both: tuple[
 
         def losses(p: T) -> Tensor:
             each = _by_sample(of_sample, defined(p, fresh(inputs)), targets, may_differ=is_one(batch))
-            return each if weight is None else each * torch.as_tensor(each.numel() / weight).to(each)
+            return (
+                each if weight is None else each * torch.as_tensor(each.numel() / weight, device=each.device).to(each)
+            )
 
         with differentiating():
             each, pullback = vjp(losses, params)

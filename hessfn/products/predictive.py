@@ -57,7 +57,7 @@ def seed_of(seed: int | Tensor, batch: Any, call: str) -> Tensor:
     if not isinstance(seed, Tensor):
         if seed < 0:
             raise InvalidInput(f"{call}: seed={seed} must not be negative")
-        seed = torch.tensor(seed % 2**63)
+        seed = torch.tensor(seed % 2**63, device="cpu")
     of_data = checksum(batch).sum().cpu()
     return (_FACTOR * (seed.cpu() + 1) + of_data).bitwise_and(2**63 - 1)
 

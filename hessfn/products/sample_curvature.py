@@ -98,7 +98,7 @@ def curvature_of(
 
     def joined(parts: list[Tensor]) -> Tensor:
         rows = [parts[i].reshape(number, -1) for i in used]
-        return torch.cat(rows, 1) if rows else torch.zeros(number, 0)
+        return torch.cat(rows, 1) if rows else torch.zeros(number, 0, device="cpu")
 
     def product(u: Tensor) -> Tensor:
         pieces = iter(u.split([parts[i].numel() // number for i in used], 1))

@@ -67,9 +67,11 @@ def expected_rise(
         parts = _parts(table, layer, params, activations, per_channel)
         costs = [part.per_trace(number) for part in parts]
         pairs = list(zip(parts, costs, strict=True))
-        means[layer] = torch.tensor(sum(cost * part.trace for part, cost in pairs), dtype=torch.float64)
+        means[layer] = torch.tensor(sum(cost * part.trace for part, cost in pairs), dtype=torch.float64, device="cpu")
         # Both traces come from the same probes: their errors may go the same way.
-        stderrs[layer] = torch.tensor(sum(cost * part.stderr for part, cost in pairs), dtype=torch.float64)
+        stderrs[layer] = torch.tensor(
+            sum(cost * part.stderr for part, cost in pairs), dtype=torch.float64, device="cpu"
+        )
     return Estimate(means, stderrs, table.weights.num_matvecs.clone(), table.weights.df)
 
 

@@ -163,7 +163,7 @@ def sensitivities(
 
     def part(i: int) -> Estimate[ByName]:
         mean, stderr = ({layer: x[i] for layer, x in found.items()} for found in (result.mean, result.stderr))
-        return Estimate(mean, stderr, result.num_matvecs.clone(), torch.as_tensor(result.df).clone())
+        return Estimate(mean, stderr, result.num_matvecs.clone(), tree.map(torch.clone, result.df))
 
     activation_numel = {layer: round(float(entries)) for layer, (_, _, entries) in result.mean.items()}
     weight_numel = {layer: as_real(_weight(layer, modules).detach()).numel() for layer in activation_numel}
@@ -190,7 +190,9 @@ def exact_sensitivities(
         return None
 
     def exact(found: ByName) -> Estimate[ByName]:
-        return Estimate(found, {layer: torch.zeros_like(x) for layer, x in found.items()}, torch.tensor(0))
+        return Estimate(
+            found, {layer: torch.zeros_like(x) for layer, x in found.items()}, torch.tensor(0, device="cpu")
+        )
 
     return Sensitivities(
         exact({layer: weights[name] for layer, name in own.items()}),
@@ -231,11 +233,11 @@ def _over(
 
     device = next((p.device for p in model.parameters()), None)
     found = mean(of_batch, batches, weights=weights, microbatch=microbatch, device=device, state=(known.state,))()
-    df = torch.tensor(max(1.0, num_probes - 1.0), dtype=torch.float64)
+    df = torch.tensor(max(1.0, num_probes - 1.0), dtype=torch.float64, device="cpu")
     return Estimate(
         tree.map(torch.mean, found),
         tree.map(lambda x: x.std() / num_probes**0.5 if num_probes > 1 else torch.full_like(x[0], torch.inf), found),
-        torch.tensor(num_probes),
+        torch.tensor(num_probes, device="cpu"),
         df,
     )
 

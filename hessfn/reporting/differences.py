@@ -117,7 +117,7 @@ def _known(x: float) -> float:
 
 def _differences(pair: tuple[list[float], list[float]]) -> Tensor:
     common = min(map(len, pair))
-    a, b = (torch.tensor(x[:common], dtype=torch.float64) for x in pair)
+    a, b = (torch.tensor(x[:common], dtype=torch.float64, device="cpu") for x in pair)
     return b - a
 
 
@@ -132,7 +132,10 @@ def _by_probes(
     if plain is None:
         return simple
     e = _differences(plain)
-    controls = [torch.tensor(x[: len(d)]) - torch.tensor(y[: len(d)]) for x, y in zip(plain, samples, strict=True)]
+    controls = [
+        torch.tensor(x[: len(d)], device="cpu") - torch.tensor(y[: len(d)], device="cpu")
+        for x, y in zip(plain, samples, strict=True)
+    ]
     X = torch.stack([torch.ones_like(d), *(x / (x.abs().max() or 1.0) for x in controls)], dim=1)
     U, sizes, V = torch.linalg.svd(X, full_matrices=False)
     kept = sizes > 1e-8 * sizes[0]  # of two nets that hardly differ the control variates are the same
@@ -151,7 +154,7 @@ def _by_batches(d: Tensor, weights: list[float] | None, mean: float, comparisons
     """
     if len(d) < 2 or (weights is not None and not sum(weights) > 0):
         return math.inf, math.inf
-    counted = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    counted = None if weights is None else torch.tensor(weights, dtype=torch.float64, device="cpu")
     lower, upper = data_interval(d, counted, level=1 - _SURE / max(comparisons, 1))
     middle = (d if counted is None else d * counted / counted.mean()).mean()
     return float(data_stderr_of(d, counted)), float(middle - lower if mean > 0 else upper - middle)

@@ -46,7 +46,7 @@ class ExactTraces(NamedTuple):
     ) -> tuple[Estimate[Tensor], Estimate[dict[str, Tensor]]]:
         """Of the whole and of the layers, with no error by probes."""
         mean, spread = self.weights @ self.groups, data_stderr(self.groups, self.weights)
-        zero, none = torch.zeros_like(mean), torch.tensor(0)
+        zero, none = torch.zeros_like(mean), torch.tensor(0, device="cpu")
         total = data_stderr(self.groups.sum(1), self.weights)
         return (
             Estimate(mean.sum(), zero.sum(), none, rounding=self.rounding.sum(), data_stderr=total),

@@ -83,7 +83,7 @@ def layer_picture(layers: dict[str, dict[str, Any]]) -> Picture:
         label: Estimate(
             {name: tensors(x["trace"]) for name, x in found.items()},
             {name: tensors(x["stderr"]) for name, x in found.items()},
-            torch.tensor(0),
+            torch.tensor(0, device="cpu"),
             data_stderr={name: tensors(x.get("data_stderr")) for name, x in found.items()},
         )
         for label, found in layers.items()
@@ -121,10 +121,10 @@ def eigenpairs_of(result: dict[str, Any]) -> EigenPairs[Any]:
     found = {name: tensors(row) for name, row in rows.items()}
     return EigenPairs(
         values=found["value"],
-        vectors=torch.empty(0),
+        vectors=torch.empty(0, device="cpu"),
         residuals=found["residual"],
-        num_matvecs=torch.tensor(0),
-        converged=torch.ones(len(found["value"])) > 0,
+        num_matvecs=torch.tensor(0, device="cpu"),
+        converged=torch.ones(len(found["value"]), device="cpu") > 0,
         rounding=found["rounding"],
         data_stderr=found["data_stderr"],
     )
@@ -134,7 +134,7 @@ def tensors(x: Any) -> Any:
     """Numbers of JSON in float64, with NaN for null."""
     if isinstance(x, dict):
         return {name: tensors(one) for name, one in x.items()}
-    return torch.tensor(_numbers(x), dtype=torch.float64)
+    return torch.tensor(_numbers(x), dtype=torch.float64, device="cpu")
 
 
 def _numbers(x: Any) -> Any:
@@ -153,7 +153,7 @@ def _plane(plane: dict[str, Any], figure: Figure) -> None:
     """Contours, with a dot wherever the loss was computed, if that is not everywhere."""
     losses: Tensor = tensors(plane["losses"])
     axes = plot.plane_plot(plane["steps"], plane["steps"], losses, figure.subplots())
-    measured = torch.tensor(plane.get("measured") or [[True]])
+    measured = torch.tensor(plane.get("measured") or [[True]], device="cpu")
     if not bool(measured.all()):
-        at = torch.tensor(plane["steps"])[measured.nonzero()]
+        at = torch.tensor(plane["steps"], device="cpu")[measured.nonzero()]
         axes.plot(at[:, 0], at[:, 1], ".", color="white", markersize=2.5, alpha=0.8)

@@ -20,7 +20,7 @@ def losses_by_group(problem: Prepared, parts: Parts) -> Tensor:
     def of_part(_: tuple[Any, ...], part: Any, weight: float | Tensor) -> Tree:
         nonlocal num_parts
         group, num_parts = (parts.first + num_parts) % parts.num_groups, num_parts + 1
-        found = torch.zeros(2, parts.num_groups, dtype=torch.float64)
+        found = torch.zeros(2, parts.num_groups, dtype=torch.float64, device="cpu")
         # Not under no_grad: a loss may take derivatives of its own, by the inputs.
         found[0, group] = problem.loss(problem.params, part).detach().to(found)
         found[1, group] = 1

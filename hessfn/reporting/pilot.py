@@ -114,7 +114,9 @@ def _spreads(made: list[MatVec], params: Tree, clock: Clock) -> tuple[Spreads, f
     seconds = (time.monotonic() - begun) / (num_products * len(made))
     samples = {m: [_form(z, image, b) for z, image in zip(probes, images, strict=False)] for m, b in variates.items()}
     best = variates[max(variates)]
-    known = torch.stack([torch.zeros(()) if best is None else _change(best, z) for z in probes[: len(forms)]])
+    known = torch.stack(
+        [torch.zeros((), device="cpu") if best is None else _change(best, z) for z in probes[: len(forms)]]
+    )
     of_batches = (torch.stack(forms) - known.to(forms[0])[:, None]).mean(0)
     trace = abs(float(torch.stack(samples[max(variates)]).mean())) or 1.0
     probe = {m: float(torch.stack(values).std()) / trace for m, values in samples.items()}
@@ -151,7 +153,9 @@ def _variates(matvec: MatVec, params: Tree, clock: Clock, pace: float) -> dict[i
 def _pairs(alpha: Tensor, beta: Tensor, basis: Tree, m: int) -> EigenPairs:
     values, s = torch.linalg.eigh(torch.diag(alpha) + beta.diag(1) + beta.diag(-1))
     vectors = tree.map(lambda q: (s.T.to(q) @ q[:m].flatten(1)).reshape(q[:m].shape), basis)
-    return EigenPairs(values, vectors, torch.zeros_like(values), torch.tensor(m), torch.zeros_like(values) > 0)
+    return EigenPairs(
+        values, vectors, torch.zeros_like(values), torch.tensor(m, device="cpu"), torch.zeros_like(values) > 0
+    )
 
 
 def _form(z: Tree, image: Tree, variate: ControlVariate[Tree] | None) -> Tensor:

@@ -44,7 +44,7 @@ class Parts(NamedTuple):
 
     def only(self, start: int, step: int) -> Tensor:
         """A mask ``(g,)`` of every so-many-th group."""
-        chosen = torch.zeros(self.num_groups, dtype=torch.float64)
+        chosen = torch.zeros(self.num_groups, dtype=torch.float64, device="cpu")
         chosen[start::step] = 1
         return chosen
 
@@ -105,7 +105,7 @@ def linearized(loss: Loss, params: Tree, part: Any) -> MatVec | None:
 def no_rounding(params: Tree) -> Tensor | None:
     """What is said of rounding where nothing finer can be had: 0 of float64, nothing of what is coarser."""
     exact = all(leaf.dtype == torch.float64 for leaf in tree.leaves(params))
-    return torch.zeros((), dtype=torch.float64) if exact else None
+    return torch.zeros((), dtype=torch.float64, device="cpu") if exact else None
 
 
 class OfLoss:

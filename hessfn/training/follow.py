@@ -80,7 +80,7 @@ def follow(
     if state is None:
         if like is None:
             raise InvalidInput(f"{_CALL}: the first call needs like=params, a tree like the vectors")
-        vectors, now = None, torch.as_tensor(_checked(seed)) + _APART
+        vectors, now = None, torch.as_tensor(_checked(seed), device="cpu") + _APART
         start = gaussian(like, 1, seed=now)[0]
     else:
         vectors, now = _of(state, like, k)
