@@ -97,7 +97,7 @@ def _strided(shape: Any, order: Any, **options: Any) -> Tensor:
     """A tensor with its dimensions one inside the other as strides elsewhere have them; where one is 0 it stays so."""
     dims = list(zip(shape, order, strict=True))
     strides = [math.prod(n for n, inner in dims if n > 1 and 0 < inner < outer) if outer else 0 for _, outer in dims]
-    return torch.empty_strided(shape, strides, **options, device="cpu")
+    return torch.empty_strided(shape, strides, **options)
 
 
 def _fit(parts: list[Tensor], dim: int = 0) -> bool:
