@@ -244,7 +244,7 @@ def _unrestarted(space: Space[T], v0: T, k: int, which: Which, num_matvecs: int,
     space.finished(alpha)
     values, vectors = krylov.decompose(alpha, beta[:-1])
     # The recurrence knows of no rounding: its residuals fall below what the products can tell.
-    floor = (10 * space.eps + num_matvecs * torch.finfo(values.dtype).eps) * values.detach().abs().max()
+    floor = (10 * space.eps + krylov.APART * num_matvecs * torch.finfo(values.dtype).eps) * values.detach().abs().max()
     wanted = krylov.select_all(values, k, which) if keep_all else krylov.select(values, k, which)
     values, vectors = values[wanted], vectors[:, wanted]
     residuals = (beta[-1] * vectors[-1]).abs().clamp(min=floor)

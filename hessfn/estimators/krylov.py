@@ -123,6 +123,7 @@ def random(like: Tensor, index: int) -> Tensor:
     return unit(gaussian(like.detach(), index + 1, seed=_FRESH)[index])
 
 
+APART = 4  # units of rounding between equal diagonals, which are off by one or two themselves
 _FRESH = 0x5EED  # a stream of its own, so that a fresh direction is none that a user started from
 
 
@@ -154,15 +155,13 @@ def expand(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> K
         product = matvec(basis[-1])
         scale = torch.maximum(scale, tree.norm(product).detach())
         residual, components = project(product, basis)
+        alpha.append(tree.wide(components[-1] + basis[-1] @ residual))  # as two passes have it
         last = step + 1 == num_matvecs
         ended = tree.norm(residual.detach()) <= 10 * eps * scale
         if not last and (ended.device.type != "cpu" or known(ended) is not False):
             spare = random(basis[0], 0) if spare is None else spare
-            anew = torch.where(scale > 0, scale, 1.0).to(spare) * spare.roll(step)
-            residual = torch.where(ended, anew, residual)
-            del anew
-        residual, more = project(residual, basis)
-        alpha.append(tree.wide(components[-1] + torch.where(ended, 0.0, more[-1])))
+            residual = torch.where(ended, torch.where(scale > 0, scale, 1.0).to(spare) * spare.roll(step), residual)
+        residual, _ = project(residual, basis)
         size, following, _ = _next(residual, 10 * eps * scale, anew=ended, keep=last)
         beta.append(size)
         if not last:
@@ -233,18 +232,19 @@ def decompose(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _apart(alpha: Tensor) -> Tensor:
-    """Diagonals, of the size of rounding, that tell copies of an eigenvalue apart by where in the recurrence they live.
+    """Diagonals of the size of rounding, that tell copies of an eigenvalue apart by where in the recurrence they live.
 
     Eigenvalues of two blocks (where a beta is 0) may agree, and so may those of a recurrence that lost its
     orthogonality: there the derivative of eigenvectors is 0/0.
     """
     size = alpha.abs().amax(-1, keepdim=True)
     size = torch.where(size > 0, size, 1.0)
-    return torch.finfo(alpha.dtype).eps * size * torch.arange(alpha.shape[-1], dtype=alpha.dtype, device=alpha.device)
+    places = torch.arange(alpha.shape[-1], dtype=alpha.dtype, device=alpha.device)
+    return APART * torch.finfo(alpha.dtype).eps * size * places
 
 
 def tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:
-    """The symmetric matrix ``(..., m, m)`` with diagonal ``alpha (..., m)`` and off-diagonal ``beta (..., m - 1)``."""
+    """Symmetric matrices ``(..., m, m)`` with diagonals ``alpha (..., m)``, off-diagonals ``beta (..., m - 1)``."""
     off = torch.diag_embed(beta, 1)
     return torch.diag_embed(alpha) + off + off.mT
 
