@@ -103,6 +103,11 @@ def value_of(loss: Callable[[], Tensor]) -> Tensor:
     return found if under_functorch() or under_dual_level() else found.detach()  # which would drop tangents as well
 
 
+def on_cpu(x: Any) -> bool:
+    """Whether the numbers of a tree are read without waiting for a device."""
+    return all(not isinstance(leaf, Tensor) or leaf.device.type == "cpu" for leaf in leaves(x))
+
+
 def known(flag: Tensor) -> bool | None:
     """The truth of a boolean tensor, or None where it must not be asked: under ``vmap``, ``torch.compile``, on meta."""
     if torch.compiler.is_compiling() or flag.is_meta:

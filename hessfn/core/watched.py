@@ -12,7 +12,7 @@ from hessfn.core.dtensor import layout
 from hessfn.core.errors import InvalidInput
 from hessfn.core.results import S
 from hessfn.core.torch_private import under_functorch
-from hessfn.core.torch_state import carries_derivative, known
+from hessfn.core.torch_state import carries_derivative, known, on_cpu
 from hessfn.core.tree import MatVec, T
 
 _NO_VALUES = (
@@ -52,7 +52,7 @@ class Watched(Generic[T]):
             return product
         if self._tolerance:
             refuse_derivative(product)
-        if _on_cpu(product):
+        if on_cpu(product):
             return tree.require_finite(product, f"product {self._count} of the matvec")
         if not under_functorch():
             self._flags.append(_flags(product))
@@ -71,10 +71,6 @@ class Watched(Generic[T]):
         if not torch.compiler.is_compiling():
             tree.require_finite(result, "a product of the matvec")
         return result
-
-
-def _on_cpu(product: Any) -> bool:
-    return all(leaf.device.type == "cpu" for leaf in tree.leaves(product))
 
 
 def _flags(product: Any) -> Tensor:

@@ -14,7 +14,7 @@ from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.probes import gaussian
 from hessfn.core.torch_private import under_dual_level, under_functorch
-from hessfn.core.torch_state import known
+from hessfn.core.torch_state import known, on_cpu
 from hessfn.core.tree import MatVec, T, Tree
 from hessfn.core.watched import Watched
 
@@ -60,7 +60,7 @@ def unit(v: Tensor, name: str = "v0") -> Tensor:
 
 def require_norms(sizes: Tensor, name: str, *, if_known: bool = False) -> None:
     """Raises for a norm that is 0 or not finite; ``if_known``, only where to ask is not to wait."""
-    if if_known and sizes.device.type != "cpu":
+    if if_known and not on_cpu(sizes):
         return
     bad = ~((sizes > 0) & sizes.isfinite())
     if known(bad.any()):
@@ -158,7 +158,7 @@ def expand(matvec: FlatMatVec, start: Tensor, num_matvecs: int, eps: float) -> K
         alpha.append(tree.wide(components[-1] + basis[-1] @ residual))  # as two passes have it
         last = step + 1 == num_matvecs
         ended = tree.norm(residual.detach()) <= 10 * eps * scale
-        if not last and (ended.device.type != "cpu" or known(ended) is not False):
+        if not last and (not on_cpu(ended) or known(ended) is not False):
             spare = random(basis[0], 0) if spare is None else spare
             residual = torch.where(ended, torch.where(scale > 0, scale, 1.0).to(spare) * spare.roll(step), residual)
         residual, _ = project(residual, basis)

@@ -12,7 +12,7 @@ from torch.utils.data import RandomSampler
 from hessfn.core import tree
 from hessfn.core.errors import InvalidInput
 from hessfn.core.fingerprints import checksum, fingerprint
-from hessfn.core.torch_state import known, torch_state_lock
+from hessfn.core.torch_state import known, on_cpu, torch_state_lock
 from hessfn.core.tree import Tree
 from hessfn.losses.samples import length, moved, refuse_uneven, rows, tensors
 from hessfn.losses.weights import Weigher
@@ -103,7 +103,7 @@ def weighted_mean(
     seen: list[bool] = []  # once two passes were found to be the same
 
     def is_left_out(weight: float | Tensor, place: tuple[int, int]) -> bool:
-        if seen and not _can_ask(weight):
+        if seen and not on_cpu(weight):
             return place in left_out
         if known(weight == 0) if isinstance(weight, Tensor) else weight == 0:
             left_out.add(place)
@@ -143,7 +143,7 @@ def weighted_mean(
         if not first_pass:
             first_pass.extend(this_pass)
         elif (same := _are_same(first_pass, this_pass)) is not None:
-            if seen and not _can_ask(same):
+            if seen and not on_cpu(same):
                 return tree.map(lambda x: torch.where(same.to(x.device), x, torch.nan), result), total_weight
             agreed = known(same)
             if agreed is False:
@@ -249,8 +249,3 @@ def _are_same(first_pass: list[Tensor], this_pass: list[Tensor]) -> Tensor | Non
 
 
 _OTHER_DATA = f"the batches of this pass are not those of the first one: {_SAME_DATA}"
-
-
-def _can_ask(x: Any) -> bool:
-    """Whether a number can be read without waiting for it."""
-    return not isinstance(x, Tensor) or x.device.type == "cpu"

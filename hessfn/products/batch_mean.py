@@ -12,6 +12,7 @@ from torch import Tensor
 from hessfn.core import tree
 from hessfn.core.arguments import require_batches, require_function, require_matvec
 from hessfn.core.probes import gaussian
+from hessfn.core.torch_state import on_cpu
 from hessfn.core.tree import MatVec, T, Tree
 from hessfn.losses.batches import Weights, mean_of_kept, weighted_mean
 from hessfn.losses.samples import length
@@ -147,8 +148,8 @@ def product_of_batch(matvec: MatVec[T], v: T, *, is_checked: bool = False) -> T:
     """A product that is finite. One that ``is_checked`` was so before, and is not asked again where that is to wait."""
     require_matvec(matvec, f"{_CALL}: make(batch)")
     product = tree.matched(matvec(v), v, "the product", "its vector")
-    waits = any(leaf.device.type != "cpu" for leaf in tree.leaves(product))
-    return tree.owned(product if is_checked and waits else tree.require_finite(product, "the product"))
+    is_asked = on_cpu(product) or not is_checked
+    return tree.owned(tree.require_finite(product, "the product") if is_asked else product)
 
 
 def home_of(v: Tree) -> torch.device | None:

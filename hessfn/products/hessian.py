@@ -208,7 +208,8 @@ def mean_hvp(
 
     Raises:
         ValueError: an argument is of another kind; there is no batch; ``batches`` can be run through only once,
-            shuffles, or changes between products; a product is not finite (the message names the batch and the leaf);
+            shuffles, or changes between products (on a device from the third on, to ask is to wait: the product is NaN
+            there); a product is not finite (the message names the batch and the leaf; there, of the first alone);
             the loss is no mean over samples by these weights; samples of a batch that is cut depend on each other; or
             processes that share the batches have different ones, or different parameters.
 
