@@ -192,6 +192,8 @@ FIXED_COST: dict[str, Any] = {
     "slq": lambda matvec, z, m: hf.slq(matvec, z[:2], m),
     "slq of many probes": lambda matvec, z, m: hf.slq(matvec, z[:m], 3),
     "slq orthogonal": lambda matvec, z, m: hf.slq(matvec, z[:2], m, orthogonalize=True),
+    "slq orthogonal of many probes": lambda matvec, z, m: hf.slq(matvec, z[:m], 3, orthogonalize=True),
+    "slq orthogonal in groups": lambda matvec, z, m: hf.slq(matvec, z[:m], 3, orthogonalize=True, batch_size=4),
     "lanczos": lambda matvec, z, m: hf.lanczos(matvec, z[0], m),
     "eigsh": lambda matvec, z, m: hf.eigsh(matvec, z[0], 2, rtol=None, max_matvecs=m),
     "power_iter": lambda matvec, z, m: hf.power_iter(matvec, z[0], max_matvecs=m, rtol=None),

@@ -100,8 +100,7 @@ def less(v: Tensor, c: Tensor, x: Tensor) -> Tensor:
 
 
 def project(v: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """``v`` without its components along orthonormal rows, and those components; in the memory of v where that is
-    private."""
+    """``v`` without its components along orthonormal rows, and those; in the memory of v where that is private."""
     c = basis @ v
     return (v.addmv_(basis.mT, c, alpha=-1) if is_private(v, basis) else v - c @ basis), c
 
@@ -120,7 +119,8 @@ def fresh(like: Tensor, basis: Tensor, index: int) -> Tensor:
 
 def random(like: Tensor, index: int) -> Tensor:
     """A random unit vector; the index is that of the product it is made for."""
-    return unit(gaussian(like.detach(), index + 1, seed=_FRESH)[index])
+    v = gaussian(like.detach(), index + 1, seed=_FRESH)[index]
+    return v / tree.norm(v).to(v.dtype)  # which is not 0: to ask is to wait
 
 
 APART = 4  # units of rounding between equal diagonals, which are off by one or two themselves
