@@ -108,7 +108,7 @@ def test_the_product_is_named_by_its_number(consume: str) -> None:
 def test_elsewhere_than_on_the_cpu_nobody_waits_for_a_flag_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the products were on a GPU."""
     product = Watched(spoiled(float("inf"), first=2))
-    monkeypatch.setattr("hessfn.core.watched._on_cpu", lambda x: False)
+    monkeypatch.setattr("hessfn.core.watched.on_cpu", lambda x: False)
     for z in SIGNS:
         product(z)
     with pytest.raises(hf.HessfnError, match="product 2 of the matvec is not finite in leaf 'b'"):
