@@ -16,7 +16,7 @@ from reports import changed, report_of, trained, truth, written
 from hessfn.reporting import html
 from hessfn.reporting.compare import compare
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.slow]
 NASTY = "</script><script>document['title'] = 'broken'</script>$x"
 
 

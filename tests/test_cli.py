@@ -217,6 +217,7 @@ def flags() -> list[str]:
     return [action.option_strings[-1] for action in commands.choices["report"]._actions if action.option_strings]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", [*flags(), "PROBLEM", "FUNCTION"])
 def test_no_argument_leads_to_a_traceback(flag: str, file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     def stop(*_: Any) -> None:

@@ -79,6 +79,7 @@ def over_draws_of_the_data() -> Iterator[Any]:
         yield nets, *(report_of(net, num_probes=4, fingerprint=str(seed)) for net in nets)
 
 
+@pytest.mark.slow
 def test_what_other_data_would_change_is_known_by_batches() -> None:
     """Over many draws of the data, the standard error of the difference is the spread of the differences."""
     found, stated = [], []
@@ -91,6 +92,7 @@ def test_what_other_data_would_change_is_known_by_batches() -> None:
     assert np.mean(np.square(stated)) ** 0.5 == pytest.approx(np.std(found), rel=0.35)
 
 
+@pytest.mark.slow
 def test_losses_are_compared_by_the_same_samples() -> None:
     """What the loss is on these data is known; over draws of the data, its difference spreads as it says."""
     found, stated = [], []
@@ -215,6 +217,7 @@ def test_layers_are_pairs_of_bars(tmp_path: Path) -> None:
     assert rects == ["first", "second"] * (len(REPORT["layers"]) + len(REPORT["activations"]))
 
 
+@pytest.mark.slow
 def test_more_than_two_reports_are_a_line_over_training(tmp_path: Path) -> None:
     nets = [truth(trained(num)) for num in (40, 80, 120, 160)]
     folders = [written(tmp_path / f"step{i}", report_of(net)) for i, net in enumerate(nets)]

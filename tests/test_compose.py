@@ -198,6 +198,7 @@ for consume in (hf.eigsh, hf.power_iter, lambda m, v: hf.hutchinson(m, hf.radema
 """
 
 
+@pytest.mark.slow
 def test_a_tolerance_is_refused_within_a_compiled_function():
     # In a process of its own: where a compiler has given up, functions hold their arguments for longer ever after.
     subprocess.run([sys.executable, "-c", REFUSED], check=True, capture_output=True, text=True, timeout=120)
@@ -334,7 +335,7 @@ def test_vmap_over_vectors_gives_the_whole_hessian():
 @pytest.mark.parametrize(
     "net", ["mlp", "conv", "batch_norm", "group_norm", "layer_norm", "rms_norm", "attention", "lstm"]
 )
-@pytest.mark.parametrize("criterion", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("criterion", ["cross_entropy", pytest.param("mse", marks=pytest.mark.slow)])
 def test_estimates_of_real_losses_agree_with_scipy(net, criterion):
     loss, params, batch, _ = problem(net, criterion)
     exact = scipy.linalg.eigh(dense_hessian(loss, params, batch).numpy(), eigvals_only=True)

@@ -151,6 +151,7 @@ def test_a_rule_with_pairs_is_a_rule():
     assert 1e-6 < (alone - 1).abs() < 6 * 8**0.5 / N
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spectrum", "least"), [("decaying", 1.5), ("clustered", 3.0)])
 def test_a_rule_with_pairs_is_nearer_to_the_spectrum(spectrum, least):
     values = SPECTRA[spectrum]

@@ -299,6 +299,7 @@ def _forms_over_ranks(rank: int, size: int, folder: Path) -> None:
     assert same_bits(found)
 
 
+@pytest.mark.slow
 @without_processes
 def test_processes_have_the_forms_of_all_batches(tmp_path: Path) -> None:
     run(_forms_over_ranks, 2, tmp_path)

@@ -174,6 +174,7 @@ def refusals(rank: int, size: int, folder: Path) -> None:
     assert "this product is not like the first one" in raised(lambda: changing(v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_mean_over_ranks_is_that_of_all_data_with_the_same_bits_on_every_rank(size: int, tmp_path: Path) -> None:
     run(means, size, tmp_path)
@@ -416,6 +417,7 @@ def test_a_model_of_mixed_precision_has_differences(tmp_path: Path) -> None:
     run(with_mixed_precision, 2, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [trees_of_parts, fully_sharded])
 def test_results_on_sharded_parameters_are_those_on_whole_ones(
     program: Callable[[int, int, Path], None], tmp_path: Path

@@ -45,9 +45,6 @@ OF_THE_WORKSHOP = {"CONTRIBUTING.md", "docs/architecture.md", "docs/contract.md"
 
 # Run by a slow test, in test_callbacks.py: it needs packages of others, which warn.
 ELSEWHERE = {"docs/howto/callbacks.md"}
-# Some seconds each.
-_SLOW = "report howto/blocks howto/huggingface howto/layers howto/reading_a_spectrum howto/solving howto/vmap"
-SLOW = {f"docs/{page}.md" for page in _SLOW.split()}
 
 TABLE_OF_PACKAGES = "docs/architecture.md", "| package | extra | for |"
 
@@ -94,10 +91,11 @@ def run(
     return run_page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW))
+        page
         for page in sorted(PAGES)
         if BLOCK.search(PAGES[page]) and page not in {"README.md", *OF_THE_WORKSHOP, *ELSEWHERE}
     ],

@@ -151,6 +151,7 @@ def test_the_traces_of_a_report_are_those_of_the_dense_blocks(dtype: str | None)
     assert min(abs(float(x) / first - 1) for x in groups) < 1e-5
 
 
+@pytest.mark.slow
 def test_other_nets_and_few_probes_take_probes() -> None:
     tanh = seeded(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))).float()
     for model, num_probes in ((tanh, 12), (relu_net().float(), 2)):  # two probes cost less than three outputs
@@ -173,6 +174,7 @@ def test_what_the_probes_contradict_is_not_taken(monkeypatch: pytest.MonkeyPatch
     assert found["trace"]["stderr"] > 0 and lower < sum(blocks(relu_net().float(), data(160)).values()) < upper
 
 
+@pytest.mark.slow
 def test_two_exact_traces_are_compared_without_probes() -> None:
     model = relu_net().float()
     before = numbers((model, nn.CrossEntropyLoss(), [data(80)]), k=2)
@@ -213,6 +215,7 @@ def test_a_weight_that_is_not_among_the_parameters_leaves_the_activations_to_pro
     assert found["activations"]["0"]["stderr"] > 0
 
 
+@pytest.mark.slow
 def test_the_page_and_the_comparison_show_exact_traces_without_an_error(tmp_path: Path) -> None:
     model = relu_net().float()
     for name in ("before", "after"):
@@ -226,6 +229,7 @@ def test_the_page_and_the_comparison_show_exact_traces_without_an_error(tmp_path
     assert "&plusmn; </small>" not in (tmp_path / "compare.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_net_whose_gradients_are_large_takes_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(p.numel() for p in relu_net().parameters()) * 4 * 3
     for most, is_exact in ((size, True), (size - 1, False)):

@@ -113,12 +113,10 @@ def require_right(problem: Any, fused: Any) -> None:
         assert torch.allclose(hf.dense(made[name], params, batch_size=32), expected, rtol=1e-10, atol=1e-12), name
 
 
-SLOW = ("plain", "causal, fewer keys", "added mask, scale", "boolean mask")
+HOWS = [pytest.param(how, id=name, marks=[pytest.mark.slow] * (name != "causal")) for name, how in ATTENTION.items()]
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(how, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, how in ATTENTION.items()]
-)
+@pytest.mark.parametrize("how", HOWS)
 def test_attention_by_tiles_is_attention(in_small: None, how: dict[str, Any]) -> None:
     require_right(attending(how), attention.attention)
 

@@ -307,6 +307,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_every_call_tells_the_truth_or_what_is_wrong():
     run_state_machine_as_test(Fuzz, settings=settings(max_examples=15, derandomize=True, **OPTIONS))
 

@@ -125,6 +125,7 @@ def test_the_mean_over_all_pairs_of_sign_vectors_is_exact(given: bool) -> None:
         assert torch.allclose(mean, block.square().sum(), rtol=1e-10), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_probes", [8, 20])
 @pytest.mark.parametrize("given", [False, True])
 def test_the_error_of_a_squared_norm_holds(num_probes: int, given: bool) -> None:

@@ -65,7 +65,8 @@ def misses(exact: np.ndarray, pairs: hf.EigenPairs, tolerance: float) -> bool:
     return bool(pairs.converged.all()) and bool((exact[:k] - pairs.values.numpy() > tolerance * exact[:k]).any())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_of_300_tops_a_step_above_others_none_is_missed(dtype: torch.dtype) -> None:
     found = trials(200, 300, dtype, 1)
     alone = [kind for kind, exact, one, _ in found if misses(exact, one, RTOL)]
@@ -75,6 +76,7 @@ def test_of_300_tops_a_step_above_others_none_is_missed(dtype: torch.dtype) -> N
     assert products[1] <= 2.5 * products[0]
 
 
+@pytest.mark.slow
 def test_of_several_with_copies_none_is_missed() -> None:
     """Within a bulk, the residual itself allows for an error of its own size."""
     found = trials(400, 90, torch.float64, 4)
@@ -82,6 +84,7 @@ def test_of_several_with_copies_none_is_missed() -> None:
     assert [kind for kind, exact, _, two in found if misses(exact, two, 2 * RTOL)] == []
 
 
+@pytest.mark.slow
 def test_outside_holds_what_has_not_been_found() -> None:
     """It states 0.999: one in 390 may fail. And the intervals are no wider than the whole spectrum by much."""
     held, widths = [], []

@@ -103,6 +103,7 @@ def test_numbers_of_numpy_and_an_iterator_of_patterns_will_do(tmp_path: Path) ->
     assert (found["k"], found["rtol"], found["params"]) == (2, 0.5, ["weight", "bias"])
 
 
+@pytest.mark.slow
 def test_report_json_has_all_that_the_numbers_depend_on(tmp_path: Path) -> None:
     settings = hf.report(problem(), tmp_path, name="mine", **QUICK)["settings"]
     for option in FIELDS:

@@ -55,6 +55,7 @@ def test_page_is_small_enough_to_send(made: Any) -> None:
     assert len(made[1]) < 1.1e6
 
 
+@pytest.mark.slow
 def test_page_of_a_large_net_stays_below_its_limit(tmp_path: Path) -> None:
     """As ResNet50 has: 161 tensors, 20 eigenvalues, a density at 1000 points, a plane of 31 by 31 points."""
     result = report_of(NET)

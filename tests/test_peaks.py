@@ -23,12 +23,14 @@ def measured() -> dict[str, float]:
     return json.loads(ran.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_peak_is_as_stated(name: str, measured: dict[str, float]) -> None:
     stated, _ = PEAKS[name]
     assert stated - 0.5 < measured[name] < stated + 0.6
 
 
+@pytest.mark.slow
 def test_all_that_is_kept_is_the_basis_and_once_more_the_pairs(measured: dict[str, float]) -> None:
     kept = measured["pairs of keep_all"]
     assert 6 <= kept <= 8

@@ -76,7 +76,8 @@ def products_elsewhere(closures: dict[str, tuple[Any, Any]], file: Path) -> dict
     return pickle.loads(file.read_bytes())
 
 
-@pytest.mark.parametrize("used", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["new", "used"])
+@pytest.mark.slow
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
 def test_products_are_the_same_in_a_process_that_was_started(used: bool, tmp_path: Path) -> None:
     p = Problem()
     vectors = dict.fromkeys(MAKES, p.v) | dict.fromkeys(("restrict", "block"), tree.select(p.v, "0.*"))

@@ -61,6 +61,7 @@ def test_products_agree_with_double_backward_in_float32():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_sketches_and_functions_of_the_spectrum_agree_on_the_trace():
     loss, params, (x, y), model = resnet20(200)
     with torch.no_grad():

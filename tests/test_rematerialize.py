@@ -68,6 +68,7 @@ def peak(graph: fx.Graph) -> int:
     return max(live_bytes(nodes, owners_of(nodes))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linearized", [False, True], ids=["plain", "linearized"])
 @pytest.mark.parametrize("name", NETS)
 def test_products_are_the_same_with_less_memory(

@@ -102,6 +102,7 @@ def test_activations_and_weights_have_the_traces_of_the_dense_hessians(made: Any
         assert abs(layer["weight_trace"] - exact.diagonal()[entries].sum()) <= 4 * layer["weight_stderr"]
 
 
+@pytest.mark.slow
 def test_a_model_without_layers_to_shift_has_no_activations(tmp_path: Path) -> None:
     single = seeded(lambda: nn.Linear(3, 2)), nn.CrossEntropyLoss(), batches()
     result = report(single, tmp_path, **QUICK | {"num_activation_probes": 2})
@@ -150,6 +151,7 @@ def test_json_is_what_is_returned(made: Any) -> None:
     assert sorted(file.name for file in out.iterdir()) == FILES
 
 
+@pytest.mark.slow
 def test_the_same_arguments_give_the_same_report(tmp_path: Path) -> None:
     first, second = (report(problem(), tmp_path / name, **QUICK) for name in "ab")
     assert timeless(first) == timeless(second)
@@ -172,6 +174,7 @@ def test_nothing_of_the_users_changes(tmp_path: Path) -> None:
     torch.testing.assert_close(data, data_before, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_options_choose_parameters_batches_and_dtype(tmp_path: Path) -> None:
     model, criterion, data = problem()
     weights = nn.CrossEntropyLoss(weight=torch.ones(2, dtype=torch.float32))
@@ -239,6 +242,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_computed(tmp
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["first loss", "later loss", "writing"])
 def test_an_interrupt_leaves_no_report_or_the_old_one(moment: str, tmp_path: Path, monkeypatch: Any) -> None:
     report(problem(), tmp_path / "old", **QUICK)

@@ -127,6 +127,7 @@ def test_killed_at_random_and_resumed_it_is_the_undisturbed_report(tmp_path: Pat
     assert "all equal" in done.stdout
 
 
+@pytest.mark.slow
 def test_resumed_with_other_options_it_makes_use_of_the_products(
     made: Any, numbers_only: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def test_resumed_with_other_options_it_makes_use_of_the_products(
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["report.json"]
 
 
+@pytest.mark.slow
 def test_traces_by_layer_go_on_where_they_were(made: Any, numbers_only: None, tmp_path: Path) -> None:
     options = {**QUICK, "num_activation_probes": 3}
     counted = made(float("inf"))
@@ -346,6 +348,7 @@ def test_there_must_be_something_to_resume(numbers_only: None, tmp_path: Path) -
         report(problem(), tmp_path / "done", resume=True, **QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="ends by signal")
 def test_what_is_ended_by_a_scheduler_leaves_its_products_and_nothing_half_written(tmp_path: Path) -> None:
     file, out = tmp_path / "problem.py", tmp_path / "out"

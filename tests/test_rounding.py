@@ -81,7 +81,9 @@ def pairs_of(matvec: Any, params: Any, k: int, rtol: float) -> hf.EigenPairs:
     return hf.eigsh(matvec, hf.gaussian(params, 1)[0], k=k, rtol=rtol, max_matvecs=40)
 
 
-@pytest.mark.parametrize(("arithmetic", "rtol"), [("float32", 1e-6), ("TF32", 1e-3), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(
+    ("arithmetic", "rtol"), [("float32", 1e-6), pytest.param("TF32", 1e-3, marks=pytest.mark.slow), ("bfloat16", 1e-2)]
+)
 def test_residual_and_rounding_cover_the_true_residual(arithmetic: str, rtol: float) -> None:
     covered, before, ratios = [], [], []
     for net in WHICH:
@@ -101,6 +103,7 @@ def test_residual_and_rounding_cover_the_true_residual(arithmetic: str, rtol: fl
     assert sorted(ratios)[len(ratios) // 2] <= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spectrum", ["even", "decaying", "one"])
 def test_a_plain_matrix_is_covered_too(spectrum: str) -> None:
     """There the error of every pair is of one size, however small its eigenvalue."""
@@ -127,6 +130,7 @@ def test_of_one_pair_it_is_twice_the_error_of_its_product() -> None:
     assert torch.allclose(rounding, 2 * (error @ found.vectors[0]).norm(), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arithmetic", ["float32", "TF32", "bfloat16"])
 def test_what_rounding_does_to_traces_is_covered(arithmetic: str) -> None:
     covered, ratios = [], []

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -23,6 +25,7 @@ trees = pytest.mark.parametrize("form", LIKES)
 either = pytest.mark.parametrize("orthogonalize", [False, True])
 
 
+@functools.cache
 def rule_of(spectrum, num=3, steps=12, **options):
     A = symmetric(SPECTRA[spectrum])
     return A, slq(lambda v: A @ v, gaussian(FLAT, num), steps, **options)

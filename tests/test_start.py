@@ -53,6 +53,7 @@ def test_the_command_says_its_words_without_torch(
         assert said.startswith("hessfn 0." if words == ["--version"] else "usage: hessfn")
 
 
+@pytest.mark.slow
 def test_a_program_of_any_other_name_has_torch_with_hessfn(tmp_path: Path) -> None:
     for name in ("train.py", "hessfn_runs.py"):
         (tmp_path / name).write_text("import hessfn, sys\nassert 'torch' in sys.modules\n")
