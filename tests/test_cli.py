@@ -55,6 +55,7 @@ def file(tmp_path: Path, monkeypatch: Any) -> Path:
 QUICK = ["--num-probes", "3", "--num-runs", "1", "--num-steps", "4", "-k", "2", "--num-activation-probes", "0"]
 
 
+@pytest.mark.slow
 def test_report_writes_and_says_where(file: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = ["report", f"{file}:small", "--out", str(tmp_path / "out"), "--set", "scale=0.5", "--set", "name=a=b"]
     assert main([*arguments, "--params", "0.*", "--params", "2.bias", "--dtype", "float64", *QUICK]) == 0

@@ -180,6 +180,7 @@ def test_a_mean_over_ranks_is_that_of_all_data_with_the_same_bits_on_every_rank(
     run(means, size, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_data_parallel_model_is_unwrapped(tmp_path: Path) -> None:
     run(wrapped, 2, tmp_path)
     loss, params, batch, model = problem("mlp")

@@ -29,6 +29,7 @@ def pairs_of(A, k=5):
     return eigsh(lambda v: A @ v, gaussian(A[0], 1, seed=9)[0], k)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spectrum", ["indefinite", "flat"])
 def test_intervals_hold_where_the_tolerance_stopped(spectrum):
     """Stopping on an error from few probes favours those that came out too small."""

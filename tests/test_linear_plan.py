@@ -82,6 +82,7 @@ def test_products_of_one_plan_have_each_its_own_memory() -> None:
         assert len(products) == 20 and all(torch.equal(x, kept[i]) for x in products)
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_no_constants() -> None:
     loss, params, batches = problem(of_rows)
 

@@ -264,6 +264,7 @@ def test_a_product_has_a_derivative_by_its_vector_or_refuses_it(mode: Any) -> No
         assert is_right(torch.cat([x.reshape(-1) for x in found]), hf.tree.ravel(matvec(w))[0])
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_function_does_not_depend_on_which_losses_are_remembered() -> None:
     losses = [hf.functionalize(net(), nn.CrossEntropyLoss())[0] for _ in range(10)]

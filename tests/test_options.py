@@ -95,6 +95,7 @@ def test_options_do_not_change() -> None:
         Options().k = 3  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_and_an_iterator_of_patterns_will_do(tmp_path: Path) -> None:
     given = {**QUICK, "k": np.int64(2), "rtol": np.float32(0.5), "params": (name for name in ["weight", "bias"])}
     result = hf.report(problem(), tmp_path, **given)

@@ -159,6 +159,7 @@ def test_the_door_shows_the_public_names_and_nothing_else() -> None:
         hf.hessian  # noqa: B018
 
 
+@pytest.mark.slow
 def test_no_function_hides_a_module() -> None:
     everything = "import pkgutil, importlib, hessfn\n" + (
         "names = [m.name for m in pkgutil.walk_packages(hessfn.__path__, 'hessfn.')]\n"

@@ -50,6 +50,7 @@ def test_a_vector_more_is_seen() -> None:
     assert peak.now == 0
 
 
+@pytest.mark.slow
 def test_what_is_widened_for_a_norm_is_a_part() -> None:
     """Of a whole tensor torch makes a copy in float64 within the operation, which no counter sees."""
     wide: list[int] = []

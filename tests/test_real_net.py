@@ -135,6 +135,7 @@ def shared_and_kept(rank, size, folder):
         assert tree.norm(tree.add(product, whole, -1.0)) <= 1e-8 * tree.norm(whole)
 
 
+@pytest.mark.slow
 @no_processes
 def test_two_processes_share_the_images_and_read_their_products_again(tmp_path):
     run(shared_and_kept, 2, tmp_path)

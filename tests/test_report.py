@@ -120,6 +120,7 @@ class Reading(nn.Module):
         return self.words(x)
 
 
+@pytest.mark.slow
 def test_a_model_that_allows_no_activations_is_a_warning_where_report_is_called(tmp_path: Path) -> None:
     single = seeded(Reading), nn.CrossEntropyLoss(), [(classes(5, 4), classes(5, 2))]
     with pytest.warns(UserWarning, match="the report leaves the activations out") as said:

@@ -167,6 +167,7 @@ def test_where_nothing_finer_can_be_had_nothing_is_said_of_rounding() -> None:
     assert "sharpness" in text.summary(made)
 
 
+@pytest.mark.slow
 def test_a_tolerance_of_the_trace_takes_as_many_probes_as_it_takes() -> None:
     problem = (net(), nn.CrossEntropyLoss(), [data()])
     counts = []

@@ -417,6 +417,7 @@ class _Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+@pytest.mark.slow
 def test_names_in_a_report_are_text(tmp_path: Path) -> None:
     hostile = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "\"'><b id=x>$\\frac$"]
     model = nn.Sequential()

@@ -29,6 +29,7 @@ def dense_traces(loss, point):
     return tree.map(torch.sum, tree.ravel(point)[1](H))
 
 
+@pytest.mark.slow
 def test_batches_of_unequal_size_give_the_traces_of_all_samples():
     model, whole, batches = problem()
     layers = ["conv2", "act", "fc"]
