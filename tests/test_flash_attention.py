@@ -112,7 +112,7 @@ class Deep(Attending):
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
-        self.qkv, self.out = nn.Linear(3, 96), nn.Linear(32, 2)
+        self.qkv, self.out = nn.Linear(8, 96), nn.Linear(32, 2)
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -124,7 +124,7 @@ def test_products_are_those_of_the_dense_hessian(how: dict[str, Any], monkeypatc
     torch.manual_seed(0)
     mask = how.get("attn_mask")
     net = Deep(**{**how, "attn_mask": mask.float()} if mask is not None and mask.dtype != torch.bool else how)
-    batch = drawn(2, LENGTH, 3, seed=3), drawn(2, LENGTH, 2, seed=4)
+    batch = drawn(2, LENGTH, 8, seed=3), drawn(2, LENGTH, 2, seed=4)
     loss, params = hf.functionalize(net, nn.MSELoss())
     wide_loss, wide_params = hf.functionalize(net.double(), nn.MSELoss())
     expected = truth(wide_loss, wide_params, tuple(x.double() for x in batch))
